@@ -1,0 +1,61 @@
+"""Files are written whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dat_deploy.errors import OutputError
+
+__all__ = ["atomic_output", "check_output"]
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuse early, before long work, what `atomic_output` would refuse in the end.
+
+    Raises:
+        OutputError: if `path` exists and `force` is not set, or its folder is missing or not writable.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give a file name, such as {path / 'output'}.")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists; pass --force to replace it, or choose another --output.")
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"folder {folder} does not exist; make it first: mkdir -p {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"no permission to write in folder {folder}; choose another --output.")
+
+
+@contextlib.contextmanager
+def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends, and is removed when it fails.
+
+    Raises:
+        OutputError: as `check_output`, and when the disk is full or the write is refused.
+    """
+    check_output(path, force=force)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise _translated(error, path) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        if path.exists() and not force:  # made by another process meanwhile
+            raise OutputError(f"{path} exists; pass --force to replace it, or choose another --output.")
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
+        temporary.replace(path)
+    except OSError as error:
+        raise _translated(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _translated(error: OSError, path: Path) -> OutputError:
+    reason = error.strerror or str(error)
+    return OutputError(f"cannot write {path}: {reason}. Free some space or choose another --output.")

@@ -1,0 +1,246 @@
+"""DAT in plain PyTorch, channels last from the patch projection to the head.
+
+A stage is a list of blocks `x += attention(norm(x)); x += mlp(norm(x))`; the letter of a block picks its attention.
+Everything between the operators is LayerNorm, Linear and Conv, so an exported graph has no Transposes of its own
+beyond those around the convolutions. Source: arXiv 2201.00520, §3; names follow the official state dict
+(`stages.2.attns.1`), which `checkpoint.py` maps onto these.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dat_deploy import plugins
+from dat_deploy.plugins.deformable_attention import reference as deformable_attention_reference
+from dat_deploy.plugins.deformable_sample import reference as deformable_sample_reference
+from dat_deploy.plugins.window_attention import reference as window_attention_reference
+from dat_deploy.variants import PATCH_SIZE, StageConfig, Variant
+
+__all__ = ["DAT", "FUSED", "REFERENCE", "Operators", "reference_points"]
+
+
+class Operators(NamedTuple):
+    """Which implementation of the operators a network calls."""
+
+    deformable_sample: Callable[..., Tensor]
+    deformable_attention: Callable[..., Tensor]
+    window_attention: Callable[..., Tensor]
+
+
+REFERENCE = Operators(
+    deformable_sample_reference.deformable_sample,
+    deformable_attention_reference.deformable_attention,
+    window_attention_reference.window_attention,
+)
+FUSED = Operators(plugins.deformable_sample, plugins.deformable_attention, plugins.window_attention)
+
+
+def reference_points(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Centres of the sampled grid, `(i + 0.5) / Hk · 2 - 1`: [Hk, Wk, 2] float32, last axis (y, x)."""
+    y = (torch.arange(height, device=device) + 0.5) / height * 2 - 1
+    x = (torch.arange(width, device=device) + 0.5) / width * 2 - 1
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+
+
+class Mlp(nn.Module):
+    def __init__(self, channels: int, ratio: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(channels, channels * ratio)
+        self.act = nn.GELU()
+        self.linear2 = nn.Linear(channels * ratio, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear2(self.act(self.linear1(x)))
+        return x
+
+
+class WindowAttention(nn.Module):
+    """Self-attention inside windows (block letter L), or inside shifted windows (S) if `shift_size` is not 0."""
+
+    def __init__(self, stage: StageConfig, shift_size: int, operators: Operators) -> None:
+        super().__init__()
+        self.num_heads = stage.heads
+        self.window_size = stage.window_size
+        self.shift_size = shift_size
+        self.operators = operators
+        self.proj_qkv = nn.Linear(stage.channels, 3 * stage.channels)
+        self.proj_out = nn.Linear(stage.channels, stage.channels)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * stage.window_size - 1) ** 2, stage.heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.operators.window_attention(
+            self.proj_qkv(x), self.relative_position_bias_table, self.num_heads, self.window_size, self.shift_size
+        )
+        return self.proj_out(x)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+
+class OffsetNetwork(nn.Module):
+    """Offsets of the sampled points from the query features of one offset group (arXiv 2201.00520, figure 2b)."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.act = nn.GELU()
+        self.pointwise = nn.Linear(channels, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B·G, C/G, H, W] -> [B·G, Hk, Wk, 2], last axis (y, x)."""
+        x = self.depthwise(x).permute(0, 2, 3, 1)
+        return self.pointwise(self.act(self.norm(x)))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+
+class DeformableAttention(nn.Module):
+    """Attention of every pixel to keys and values sampled at learned locations (block letter D)."""
+
+    def __init__(self, stage: StageConfig, feature_map: tuple[int, int], operators: Operators) -> None:
+        super().__init__()
+        self.num_heads = stage.heads
+        self.offset_groups = stage.offset_groups
+        self.offset_range_factor = stage.offset_range_factor
+        self.operators = operators
+        channels = stage.channels
+        self.conv_offset = OffsetNetwork(channels // stage.offset_groups, stage.offset_kernel_size)
+        self.proj_q = nn.Linear(channels, channels)
+        self.proj_k = nn.Linear(channels, channels)
+        self.proj_v = nn.Linear(channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros(stage.heads, 2 * feature_map[0] - 1, 2 * feature_map[1] - 1)
+        )
+
+    def sampling_locations(self, query: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, G, Hk, Wk, 2] float32, last axis (y, x). They may leave [-1, 1]."""
+        batch, height, width, channels = query.shape
+        groups = self.offset_groups
+        grouped = query.permute(0, 3, 1, 2).reshape(batch * groups, channels // groups, height, width)
+        offsets = self.conv_offset(grouped).float()  # B·G, Hk, Wk, 2
+        _, sampled_height, sampled_width, _ = offsets.shape
+        step = offsets.new_tensor([self.offset_range_factor / sampled_height, self.offset_range_factor / sampled_width])
+        locations = offsets.tanh() * step + reference_points(sampled_height, sampled_width, offsets.device)
+        return locations.reshape(batch, groups, sampled_height, sampled_width, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        query = self.proj_q(x)
+        locations = self.sampling_locations(query)
+        sampled = self.operators.deformable_sample(x, locations)  # B, Ns, C
+        out = self.operators.deformable_attention(
+            query,
+            self.proj_k(sampled),
+            self.proj_v(sampled),
+            locations,
+            self.relative_position_bias_table,
+            self.num_heads,
+            True,
+        )
+        return self.proj_out(out), locations
+
+
+class Stage(nn.Module):
+    def __init__(self, stage: StageConfig, feature_map: tuple[int, int], mlp_ratio: int, operators: Operators) -> None:
+        super().__init__()
+        depth = len(stage.blocks)
+        self.layer_norms = nn.ModuleList(nn.LayerNorm(stage.channels) for _ in range(2 * depth))
+        self.attns = nn.ModuleList(_attention(letter, stage, feature_map, operators) for letter in stage.blocks)
+        self.mlps = nn.ModuleList(Mlp(stage.channels, mlp_ratio) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """[B, H, W, C] -> the same, and each block's sampling locations (None where it samples none)."""
+        all_locations: list[Tensor | None] = []
+        for i, (attention, mlp) in enumerate(zip(self.attns, self.mlps, strict=True)):
+            out = attention(self.layer_norms[2 * i](x))
+            out, locations = out if isinstance(attention, DeformableAttention) else (out, None)
+            all_locations.append(locations)
+            x = x + out
+            x = x + mlp(self.layer_norms[2 * i + 1](x))
+        return x, all_locations
+
+
+def _attention(letter: str, stage: StageConfig, feature_map: tuple[int, int], operators: Operators) -> nn.Module:
+    match letter:
+        case "L":
+            return WindowAttention(stage, 0, operators)
+        case "S":
+            return WindowAttention(stage, stage.shift_size, operators)
+        case "D":
+            return DeformableAttention(stage, feature_map, operators)
+    raise AssertionError(f"block letter {letter!r} has no attention")
+
+
+class PatchProjection(nn.Module):
+    """Convolution that does not overlap, then LayerNorm; [B, C, H, W] in, [B, H/p, W/p, C'] out."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, patch_size, patch_size)
+        self.norm = nn.LayerNorm(out_channels)
+
+    def forward(self, images_nchw: Tensor) -> Tensor:
+        return self.norm(self.conv(images_nchw).permute(0, 2, 3, 1))  # type: ignore[no-any-return]  # untyped call
+
+
+class Downsample(nn.Module):
+    """2×2 convolution of stride 2 as a product: the four pixels side by side, then Linear, then LayerNorm."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4 * in_channels, out_channels, bias=False)
+        self.norm = nn.LayerNorm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(2, 3)
+        return self.norm(self.linear(x.reshape(batch, height // 2, width // 2, 4 * channels)))  # type: ignore[no-any-return]  # untyped call
+
+
+class DAT(nn.Module):
+    """Vision Transformer with Deformable Attention.
+
+    Args:
+        variant: the configuration; `variant.with_image_size` gives one for another image size.
+        fused: call the torch operators `torch.ops.dat_deploy.*`, one node each under torch.export, instead of the
+            reference code.
+    """
+
+    def __init__(self, variant: Variant, *, fused: bool = False) -> None:
+        super().__init__()
+        self.variant = variant
+        operators = FUSED if fused else REFERENCE
+        widths = [stage.channels for stage in variant.stages]
+        self.patch_proj = PatchProjection(3, widths[0], PATCH_SIZE)
+        self.stages = nn.ModuleList(
+            Stage(stage, variant.feature_map(i), variant.mlp_ratio, operators) for i, stage in enumerate(variant.stages)
+        )
+        self.down_projs = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.cls_norm = nn.LayerNorm(widths[-1])
+        self.cls_head = nn.Linear(widths[-1], variant.classes)
+
+    def forward_features(self, image: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Everything between the image and the head.
+
+        Args:
+            image: [B, 3, H, W], normalised.
+
+        Returns:
+            The output of each stage, [B, H, W, C], and the sampling locations of each deformable block by its module
+            name, `stages.2.attns.1` -> [B, G, Hk, Wk, 2].
+        """
+        x = self.patch_proj(image)
+        outputs: list[Tensor] = []
+        all_locations: dict[str, Tensor] = {}
+        for i, stage in enumerate(self.stages):
+            if i:
+                x = self.down_projs[i - 1](x)
+            x, locations = stage(x)
+            outputs.append(x)
+            all_locations.update(
+                {f"stages.{i}.attns.{j}": points for j, points in enumerate(locations) if points is not None}
+            )
+        return outputs, all_locations
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> logits [B, classes]."""
+        outputs, _ = self.forward_features(image)
+        return self.cls_head(self.cls_norm(outputs[-1]).mean(dim=(1, 2)))  # type: ignore[no-any-return]  # untyped call
