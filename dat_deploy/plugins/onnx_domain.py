@@ -1,0 +1,22 @@
+"""The ONNX domain of the operators.
+
+Notes for whoever writes a body, each learned by trying (ONNX Runtime 1.31, OpenVINO 2026.4, TensorRT-RTX 1.7.1):
+
+- One body per operator name. The `overload` field would let each stage have its own, but OpenVINO does not convert it
+  and TensorRT's parser keys functions by name alone: two overloads silently become one.
+- A body reads sizes from its inputs, and the runtimes fold what follows from them. ONNX Runtime folds `Shape` only
+  when every dimension is known, which a dynamic batch prevents. So bodies take the shape of the first image,
+  `Gather(x, 0)`: its shape is known, the folding works, and the Gather itself is dropped as unused.
+- Attributes cannot steer control flow, so a body must hold for each of their values by arithmetic alone.
+"""
+
+import onnxscript
+
+__all__ = ["DOMAIN", "DOMAIN_NAME", "DOMAIN_VERSION", "PLUGIN_ATTRIBUTES"]
+
+DOMAIN_NAME = "dat_deploy"
+DOMAIN_VERSION = 1
+DOMAIN = onnxscript.values.Opset(DOMAIN_NAME, DOMAIN_VERSION)
+
+# TensorRT picks the plugin by these two attributes of a node; every node carries them (DESIGN §3).
+PLUGIN_ATTRIBUTES = {"plugin_namespace": "dat_deploy", "plugin_version": "1"}

@@ -1,0 +1,290 @@
+"""From an image file to the network's input: one meaning for validation, benchmark and serving. No torch.
+
+The meaning is that of upstream's evaluation (LeapLabTHU/DAT, data/build.py: torchvision on PIL images): RGB, resize the
+8-bit picture bicubically to an exact size, crop the centre, scale to 0..1, normalise. Reading goes further than
+upstream's `convert("RGB")` in two ways: EXIF orientation is applied, and samples of more than 8 bits are scaled rather
+than clipped. As upstream, alpha is dropped, not composited: a transparent pixel shows the colour stored under it.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from dat_deploy.errors import DatDeployError, ImageError, ShapeError, UnsupportedError
+from dat_deploy.variants import IMAGENET_MEAN, IMAGENET_STD, Variant
+
+__all__ = ["FORMATS", "MAX_IMAGE_PIXELS", "Preprocessing", "preprocess", "preprocess_files", "read_image"]
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # PIL's other readers see no untrusted file
+MAX_IMAGE_PIXELS = 89_478_485  # PIL's default, a quarter of a GiB in RGB; a lower Image.MAX_IMAGE_PIXELS is kept
+
+_TRANSPOSE_OF_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TIFF_BITS_PER_SAMPLE = 258
+_TIFF_PHOTOMETRIC = 262  # 0: white is zero
+
+# PIL warns about bombs and damaged metadata; silencing it changes the process's filters, so one thread at a time.
+_warnings_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to an RGB picture before the network sees it, as data; it travels in the ONNX file's metadata.
+
+    Attributes:
+        image_size: (height, width) in pixels of the crop, which is the network's input.
+        resize_size: (height, width) in pixels before the crop; the aspect ratio is not kept.
+        mean, std: per channel, on samples in 0..1.
+    Raises:
+        ShapeError: if a size is not positive or the crop is larger than the resized picture.
+        UnsupportedError: if the values are none that this version carries out.
+    """
+
+    image_size: tuple[int, int]
+    resize_size: tuple[int, int]
+    interpolation: str = "bicubic"
+    crop: str = "center"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    color: str = "RGB"
+
+    def __post_init__(self) -> None:
+        (height, width), (resize_height, resize_width) = self.image_size, self.resize_size
+        if not (0 < height <= resize_height and 0 < width <= resize_width):
+            raise ShapeError(
+                f"preprocessing crops {height}x{width} out of {resize_height}x{resize_width}; a crop needs positive "
+                f"sides, none larger than the resized picture's. Mend image_size or resize_size."
+            )
+        for field, accepted in (("interpolation", "bicubic"), ("crop", "center"), ("color", "RGB")):
+            if getattr(self, field) != accepted:
+                raise UnsupportedError(
+                    f"preprocessing has {field} {getattr(self, field)!r}; this version carries out {accepted!r} only. "
+                    f"Update dat-deploy, or preprocess the images yourself."
+                )
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise UnsupportedError(
+                f"preprocessing has mean {self.mean} and std {self.std}; accepted are finite numbers, std above 0. "
+                f"Mend the model's metadata."
+            )
+
+    @classmethod
+    def from_variant(cls, variant: Variant) -> "Preprocessing":
+        """Upstream's evaluation of `variant`, whose published configurations are all square.
+
+        A rectangular image size keeps the cropped share of each side: the long side is resized to
+        `variant.resize_size` and the short side in proportion (224x448 is cropped out of 256x512).
+        """
+        height, width = variant.image_size
+        scale = variant.resize_size / max(height, width)
+        return cls(image_size=(height, width), resize_size=(round(height * scale), round(width * scale)))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Preprocessing":
+        """The inverse of `to_json`.
+
+        Raises:
+            DatDeployError: if `text` is not what `to_json` writes; ShapeError and UnsupportedError as the class.
+        """
+        try:
+            values = json.loads(text)
+            names = [field.name for field in fields(cls)]
+            if sorted(values) != sorted(names):
+                raise ValueError(f"the fields are to be {', '.join(names)}")
+            height, width = map(_whole, values["image_size"])
+            resize_height, resize_width = map(_whole, values["resize_size"])
+            mean, std = ((float(r), float(g), float(b)) for r, g, b in (values["mean"], values["std"]))
+            words = {name: values[name] for name in ("interpolation", "crop", "color")}
+        except (TypeError, ValueError) as error:
+            raise DatDeployError(
+                f"preprocessing metadata {_shortened(text)} is not what dat-deploy writes ({_reason(error)}). "
+                f"Export the model again with: dat-deploy export"
+            ) from error
+        return cls(image_size=(height, width), resize_size=(resize_height, resize_width), mean=mean, std=std, **words)
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The picture in a file, upright, in 8-bit RGB.
+
+    The first frame of an animation or of a multi-page file. Greyscale, palette, 1-bit and CMYK pictures are converted
+    as PIL does it; alpha is dropped. 12- and 16-bit greyscale is scaled to 8 bits; of 16-bit colour PIL keeps the high
+    byte. Float samples are read as 0..1 where none exceeds 1, as 0..255 otherwise. Thread-safe, one decode at a time.
+
+    Raises:
+        ImageError: if there is no such file, it cannot be opened or decoded, or has more than `MAX_IMAGE_PIXELS`; the
+            size is taken from the header, before any pixel is decoded.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise ImageError(f"image '{path}' is {kind}; accepted are {_formats()} files. Name the image files.")
+        if status.st_size == 0:
+            raise ImageError(f"image '{path}' is empty; accepted are {_formats()} files. Copy it again.")
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise ImageError(f"image '{path}' does not exist; accepted are {_formats()} files. Check the path.") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise ImageError(
+            f"image '{path}' cannot be opened ({_reason(error)}); it must be a readable file. "
+            f"Check the path and its permissions."
+        ) from error
+    with file, _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _decode(file, path)
+
+
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """Resize, crop, normalise.
+
+    Returns:
+        [3, H, W] float32, bit for bit what torchvision's Resize, CenterCrop, ToTensor, Normalize give for a PIL image.
+    Raises:
+        ImageError: if the image has no agreed conversion to RGB.
+    """
+    height, width = preprocessing.image_size
+    resize_height, resize_width = preprocessing.resize_size
+    resized = _rgb_from_image(image, "image").resize((resize_width, resize_height), Image.Resampling.BICUBIC)
+    top = round((resize_height - height) / 2.0)
+    left = round((resize_width - width) / 2.0)
+    samples = np.asarray(resized, dtype=np.float32)[top : top + height, left : left + width]  # H, W, 3
+    mean, std = np.asarray((preprocessing.mean, preprocessing.std), dtype=np.float32)
+    normalised = (samples / np.float32(255) - mean) / std
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+
+def preprocess_files(paths: Sequence[str | os.PathLike[str]], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """The files' pictures as one batch.
+
+    Returns:
+        [B, 3, H, W] float32, in the order of `paths`.
+    Raises:
+        ImageError: if one of them cannot be read.
+    """
+    batch = np.empty((len(paths), 3, *preprocessing.image_size), dtype=np.float32)
+    for slot, path in zip(batch, paths, strict=True):
+        slot[:] = preprocess(read_image(path), preprocessing)
+    return batch
+
+
+def _decode(file: BinaryIO, path: Path) -> Image.Image:
+    limit = min(MAX_IMAGE_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_IMAGE_PIXELS)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError as error:  # PIL's message starts with the count
+        count = re.search(r"\d+", str(error))
+        raise _too_large(path, count.group() if count else f"more than {limit}", limit) from error
+    except Exception as error:  # a reader raises whatever its parsing runs into
+        file.seek(0)
+        raise ImageError(
+            f"image '{path}' is no image that can be read: it starts with {file.read(8)!r}; accepted are {_formats()} "
+            f"files. Convert it to PNG or JPEG, or copy it again."
+        ) from error
+    if image.width * image.height > limit:
+        raise _too_large(path, str(image.width * image.height), limit)
+    try:
+        image.load()
+    except Exception as error:  # as above
+        raise ImageError(
+            f"image '{path}' cannot be decoded ({_reason(error)}); it must be a whole, undamaged {image.format} file. "
+            f"Copy it again."
+        ) from error
+    method = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image))
+    rgb = _rgb_from_image(image, f"image '{path}'")
+    return rgb.copy() if method is None else rgb.transpose(method)  # a copy lets go of the file
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8 in a sound file. Not ImageOps.exif_transpose: damaged EXIF makes that raise."""
+    try:
+        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata is no reason to refuse the picture
+        return 1
+    return orientation
+
+
+def _rgb_from_image(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _grey_from_wide_samples(image, name).convert("RGB")
+    try:
+        if image.mode == "P":  # straight to RGB, PIL warns about palettes with alpha
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ImageError(
+            f"{name} has colour mode {image.mode}, which has no conversion to RGB; accepted are RGB, greyscale, "
+            f"palette and CMYK pictures. Convert it to RGB."
+        ) from error
+
+
+def _grey_from_wide_samples(image: Image.Image, name: str) -> Image.Image:
+    """Mode I;16*, I or F to L. PIL's own convert clips at 255, which turns a 16-bit picture white."""
+    samples = np.asarray(image).astype(np.float64)
+    lowest, highest = float(samples.min()), float(samples.max())
+    tiff_tags = getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        white, highest_accepted = (1.0, 255.0) if highest <= 1 else (255.0, 255.0)
+    elif image.mode == "I":  # 16-bit PPM; a TIFF in this mode is signed or has 32 bits, so its white is anyone's guess
+        white, highest_accepted = 65535.0, -math.inf if tiff_tags else 65535.0
+    else:
+        white = highest_accepted = 2.0 ** tiff_tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0] - 1  # 12 bits or 16
+    if not (lowest >= 0 and highest <= highest_accepted):  # NaN fails both
+        kind = "float" if image.mode == "F" else "integer"
+        raise ImageError(
+            f"{name} has {kind} samples from {lowest:g} to {highest:g}, and which of them is white is not defined; "
+            f"accepted are unsigned 8- and 16-bit samples, floats in 0..1 or 0..255. Convert it to 8 bits."
+        )
+    if image.mode.startswith("I;16") and tiff_tags.get(_TIFF_PHOTOMETRIC) == 0:
+        samples = white - samples  # PIL inverts these only up to 8 bits
+    return Image.fromarray(np.rint(samples * (255 / white)).astype(np.uint8))
+
+
+def _too_large(path: Path, pixels: str, limit: int) -> ImageError:
+    return ImageError(
+        f"image '{path}' has {pixels} pixels; accepted are at most {limit}, so that a small file cannot fill the "
+        f"memory. Scale it down first."
+    )
+
+
+def _formats() -> str:
+    return f"{', '.join(FORMATS[:-1])} and {FORMATS[-1]}"
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
