@@ -40,6 +40,7 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "load_weights",
+    "model_from_weights",
     "official_state_dict_shapes",
     "seeded_weights",
 ]
@@ -280,7 +281,7 @@ def _read_content(path: Path, file: BinaryIO, size_bytes: int) -> object:
     file.seek(0)
     if not head:
         raise CheckpointError(f"{path} is empty.")
-    if path.suffix == ".safetensors" or head[8:] == b"{":
+    if path.suffix == ".safetensors" or (head[8:] == b"{" and int.from_bytes(head[:8], "little") < size_bytes):
         try:
             return load_safetensors(file.read())
         except (SafetensorError, KeyError) as error:  # KeyError: a type that safetensors' torch side does not know
@@ -339,6 +340,8 @@ def _inspect_zip(path: Path, archive: zipfile.ZipFile, size_bytes: int) -> None:
                 f"refused to load {path}: it claims {claimed_bytes} bytes for storage {_quote(key)}, "
                 f"which has {held_bytes}."
             )
+    if (damaged := archive.testzip()) is not None:  # torch.load does not compare checksums
+        raise CheckpointError(f"{path} is damaged: the checksum of {_quote(damaged)} is wrong. Download it again.")
 
 
 def _inspect_legacy(path: Path, file: BinaryIO, size_bytes: int) -> None:
@@ -459,7 +462,7 @@ def _official_parameters(path: Path, tensors: dict[str, Tensor], variant: Varian
         tensor = tensors[name]
         if name.endswith(BUFFERS):
             _check_buffer(path, name, tensor, variant)
-        elif tensor.dtype in FLOAT_TYPES and tensor.layout == torch.strided:
+        elif tensor.dtype in FLOAT_TYPES:
             parameters[name] = tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True).resolve_neg()
         else:
             raise CheckpointError(f"{path} has {name} in {_type_name(tensor)}; weights are floating-point numbers.")
@@ -502,12 +505,17 @@ def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], variant: Var
             "Heads of another size are not supported."
         )
     expected = official_state_dict_shapes(variant)
-    missing = [name for name in expected if name not in tensors and not name.endswith(BUFFERS)]
-    extra = [name for name in tensors if name not in expected]
-    other = [
-        f"{name} is {_sides(tensors[name].shape)} instead of {_sides(shape)}"
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    missing = [
+        f"{name} ({_sides(shape)})"
         for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
+        if name not in shapes and not name.endswith(BUFFERS)
+    ]
+    extra = [f"{_plain(name)} ({_sides(shape)})" for name, shape in shapes.items() if name not in expected]
+    other = [
+        f"{name} is {_sides(shapes[name])} instead of {_sides(shape)}"
+        for name, shape in expected.items()
+        if shapes.get(name, shape) != shape
     ]
     labelled = (("missing: ", missing), ("unknown: ", extra), ("", other))
     differences = "; ".join(f"{label}{_enumerate(names)}" for label, names in labelled if names)
@@ -541,7 +549,7 @@ def _check_buffer(path: Path, name: str, tensor: Tensor, variant: Variant) -> No
         if name.endswith(".relative_position_index")
         else shifted_window_mask(side, side, stage.window_size, stage.shift_size)
     )
-    if not torch.equal(tensor.to(computed.dtype), computed):
+    if not torch.equal(tensor, computed.to(tensor.dtype)):
         raise CheckpointError(
             f"{path} has another {name} than variant '{variant.name}' computes; its windows would see other pixels."
         )
@@ -569,17 +577,21 @@ def _type_name(tensor: Tensor) -> str:
 
 
 def _quote(text: object) -> str:
-    """The text from a file, on one line and not endless."""
-    quoted = ascii(str(text))
-    return quoted if len(quoted) <= 120 else f"{quoted[:117]}..."
+    return f"'{_plain(text)}'"
 
 
-def _enumerate(names: list[str]) -> str:
-    shown = ", ".join(name if len(name) <= 120 and name.isprintable() else _quote(name) for name in names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+def _plain(text: object) -> str:
+    """Text from a file on one line, not endless, and without control characters for the terminal."""
+    plain = str(text).encode("unicode_escape").decode()
+    return plain if len(plain) <= 120 else f"{plain[:117]}..."
+
+
+def _enumerate(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
 def _first_line(error: Exception) -> str:
-    """torch's message without its advice to load with weights_only=False."""
+    """Never torch's advice to load again with weights_only=False, which is part of some of its messages."""
     message = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
-    return message.splitlines()[0].strip().rstrip(".")
+    line = message.splitlines()[0].strip().rstrip(".")
+    return "torch refuses it" if "weights_only" in line else line

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from dat_deploy.errors import ShapeError, VerificationError
 
-__all__ = ["imagenet_class_names", "top_k"]
+__all__ = ["class_names", "imagenet_class_names", "top_k"]
 
 
 @functools.cache
@@ -22,11 +22,16 @@ def imagenet_class_names() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
+def class_names(classes: int) -> tuple[str, ...]:
+    """Names of a head of `classes` outputs: ImageNet's for 1000, "class N" for other counts."""
+    return imagenet_class_names() if classes == 1000 else tuple(f"class {index}" for index in range(classes))
+
+
 def top_k(logits: ArrayLike, k: int = 5) -> list[list[tuple[int, str, float]]]:
     """The `k` most probable classes of each image, or all classes where there are fewer.
 
     Args:
-        logits: [B, classes]; 1000 classes are ImageNet's, other counts are named "class N".
+        logits: [B, classes].
     Returns:
         per image (index, name, probability), falling; ties in the order of the index. The softmax is in float64.
     Raises:
@@ -44,8 +49,7 @@ def top_k(logits: ArrayLike, k: int = 5) -> list[list[tuple[int, str, float]]]:
                 f"logits of image {image} hold NaN or infinity; they must be finite. "
                 f"Find the first wrong layer with: dat-deploy validate"
             )
-    classes = values.shape[1]
-    names = imagenet_class_names() if classes == 1000 else [f"class {index}" for index in range(classes)]
+    names = class_names(values.shape[1])
     exponentials = np.exp(values - values.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)  # B, classes
     best = np.argsort(-values, axis=1, kind="stable")[:, :k]  # B, k

@@ -19,6 +19,7 @@ import onnxscript
 import onnxscript.optimizer
 
 from dat_deploy.errors import ExportError
+from dat_deploy.export.cleanup import name_results, remove_identity_slices
 from dat_deploy.plugins.deformable_attention import onnx_function as deformable_attention
 from dat_deploy.plugins.deformable_sample import onnx_function as deformable_sample
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
@@ -35,6 +36,8 @@ _MODULES = {
 }
 OPERATORS = tuple(_MODULES)
 
+_FOLD_LIMIT = 1 << 20  # elements; a larger constant is cheaper as the few nodes that make it
+
 
 def operator_nodes(model: ir.Model) -> list[ir.Node]:
     """The nodes of domain dat_deploy, in graph order."""
@@ -48,8 +51,74 @@ def function_bodies(lowering: str, opset_version: int) -> list[onnx.FunctionProt
         body = _flattened(module.BODIES[lowering], module.HELPERS)
         body.name = name
         body.attribute.extend(PLUGIN_ATTRIBUTES)
-        for opset in body.opset_import:
-            if opset.domain == "":
-                opset.version = opset_version
+        del body.opset_import[:]
+        body.opset_import.append(onnx.helper.make_opsetid("", opset_version))
         bodies.append(body)
     return bodies
+
+
+def lower(model: ir.Model, lowering: str) -> ir.Model:
+    """Give the operators of `model` the form that `lowering` names; `model` itself is changed.
+
+    Args:
+        model: a graph whose operators are nodes of domain dat_deploy, with or without bodies.
+
+    Raises:
+        ExportError: if there is no such lowering, or the operators of `model` are already inlined.
+    """
+    if lowering not in LOWERINGS:
+        raise ExportError(f"no lowering '{lowering}'. Lowerings: {', '.join(LOWERINGS)}.")
+    nodes = operator_nodes(model)
+    if not nodes:
+        raise ExportError(
+            "the operators of this file are already inlined, so its lowering cannot change. "
+            "Export it again with --lowering, or start from a file of lowering 'function' or 'plugin'."
+        )
+    model.functions.clear()
+    if lowering == "plugin":
+        return model
+    bodies = function_bodies(lowering, model.opset_imports[""])
+    if lowering == "function":
+        model.functions.update({body.identifier(): body for body in map(ir.from_proto, bodies)})
+        return model
+    return _inlined(model, nodes, {body.name: body for body in bodies})
+
+
+def _inlined(model: ir.Model, nodes: list[ir.Node], bodies: dict[str, onnx.FunctionProto]) -> ir.Model:
+    """Each operator becomes its body, node names prefixed with the operator's, what is constant folded away."""
+    for node in nodes:
+        function = ir.from_proto(bodies[node.op_type])
+        function.name = str(node.name)
+        for inner in function:
+            inner.name = f"{node.name}/{inner.op_type}"
+        model.functions[function.identifier()] = function
+        node.op_type = function.name
+    ir.passes.common.InlinePass()(model)
+    ir.passes.common.ShapeInferencePass()(model)
+    onnxscript.optimizer.fold_constants(
+        model, onnx_shape_inference=True, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
+    )
+    remove_identity_slices(model)
+    onnxscript.optimizer.remove_unused_nodes(model)
+    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    name_results(model)
+    model.opset_imports.pop(DOMAIN_NAME, None)
+    return model
+
+
+def _flattened(body: onnxscript.OnnxFunction, helpers: Iterable[onnxscript.OnnxFunction]) -> onnx.FunctionProto:
+    """`body` with the helper functions that it calls inlined, since TensorRT keys functions by name alone."""
+    proto = body.to_function_proto()
+    call = onnx.helper.make_node(proto.name, proto.input, proto.output, domain=DOMAIN_NAME)
+    call.attribute.extend(onnx.helper.make_attribute(name, 1) for name in proto.attribute)
+    unknown = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in proto.input]
+    result = onnx.helper.make_tensor_value_info(proto.output[0], onnx.TensorProto.FLOAT, None)
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(DOMAIN_NAME, DOMAIN_VERSION)]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([call], "call", unknown, [result]),
+        functions=[proto, *(helper.to_function_proto() for helper in helpers)],
+        opset_imports=opsets,
+    )
+    inlined = onnx.inliner.inline_selected_functions(model, [(DOMAIN_NAME, proto.name)], exclude=True)
+    (flat,) = (function for function in inlined.functions if function.name == proto.name)
+    return flat

@@ -157,7 +157,7 @@ def bias_gather(query, sampling_locations, relative_position_bias_table, half_pi
     stride = table_width + 3
     area = (table_height + 3) * stride
     group_first = op.Range(op.Constant(value_int=0), op.Squeeze(groups), op.Constant(value_int=1)) * area
-    group_first = op.Reshape(group_first, op.Concat(groups, one, one, one, axis=0))
+    group_first = op.Reshape(group_first, op.Concat(groups, one, one, axis=0))
     row_index = (op.Cast(row, to=7) + 1) * stride + group_first  # B, G, H, Ns
     column_index = op.Cast(column, to=7) + 1
     index = op.Unsqueeze(row_index, op.Constant(value_ints=[3])) + op.Unsqueeze(column_index, op.Constant(value_ints=[2]))

@@ -1,0 +1,29 @@
+"""How fast engines are, side by side, in a record that can be kept and compared."""
+
+from dat_deploy.benchmark.measure import benchmark
+from dat_deploy.benchmark.plotting import plot
+from dat_deploy.benchmark.record import (
+    Change,
+    Comparison,
+    EngineSettings,
+    Hardware,
+    Record,
+    Row,
+    Settings,
+    Speedup,
+    compare,
+)
+
+__all__ = [
+    "Change",
+    "Comparison",
+    "EngineSettings",
+    "Hardware",
+    "Record",
+    "Row",
+    "Settings",
+    "Speedup",
+    "benchmark",
+    "compare",
+    "plot",
+]

@@ -1,0 +1,79 @@
+"""What a measurement was taken on: hardware, versions, commit. No host name, no path."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import dat_deploy
+from dat_deploy.benchmark.record import Hardware
+
+__all__ = ["commit", "hardware", "versions"]
+
+_CPU_FLAGS = (  # that decide which kernels a runtime picks; x86 and Arm
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "amx_int8"),
+    *("asimd", "bf16", "i8mm", "sve", "sve2"),
+)
+
+
+def hardware() -> Hardware:
+    """Of this machine, as far as this process may use it."""
+    cpuinfo = _text("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s+(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
+    present = set(flags.group(1).split()) if flags else set()
+    return Hardware(
+        cpu=model.group(1).strip() if model else platform.machine(),
+        cpu_flags=tuple(flag for flag in _CPU_FLAGS if flag in present),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(int(memory.group(1)) / 2**20) if memory else 0,
+        gpus=tuple(_nvidia_smi("name")),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of everything but the runtimes, which only their workers load."""
+    found = {
+        "dat-deploy": importlib.metadata.version("dat-deploy"),
+        "python": platform.python_version(),
+        "numpy": importlib.metadata.version("numpy"),
+        "os": platform.platform(),
+    }
+    drivers = _nvidia_smi("driver_version")
+    return found | ({"nvidia-driver": drivers[0]} if drivers else {})
+
+
+def commit() -> str | None:
+    """The commit of the checkout that dat_deploy runs from, with `-dirty` if it was edited; None if it is installed."""
+    root = Path(dat_deploy.__file__).parents[1]
+    if not (root / ".git").exists():  # a virtual environment may lie inside some other repository
+        return None
+    command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    return _output([*command, "--exclude=*"]) or None
+
+
+def _nvidia_smi(field: str) -> list[str]:
+    return _output(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]).splitlines()
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints; nothing if it is not installed, fails or hangs."""
+    program = shutil.which(command[0])
+    if program is None:
+        return ""
+    try:
+        done = subprocess.run([program, *command[1:]], capture_output=True, text=True, timeout=20)  # noqa: S603  # fixed
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

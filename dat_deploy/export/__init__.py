@@ -1,0 +1,139 @@
+"""Checkpoint -> one self-contained ONNX file."""
+
+import importlib.metadata
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from dat_deploy.checkpoint import load_weights, model_from_weights
+from dat_deploy.errors import ExportError
+from dat_deploy.export.lowering import LOWERINGS, lower, operator_nodes
+from dat_deploy.export.metadata import FileMetadata, read_metadata
+from dat_deploy.export.onnx_model import OPSET_VERSIONS, check_opset, onnx_from_model
+from dat_deploy.files import atomic_output, check_output
+from dat_deploy.labels import class_names
+from dat_deploy.preprocess import Preprocessing
+from dat_deploy.variants import get_variant
+
+__all__ = [
+    "LOWERINGS",
+    "OPSET_VERSIONS",
+    "ExportReport",
+    "FileMetadata",
+    "export",
+    "onnx_from_model",
+    "read_metadata",
+    "relower",
+]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export` wrote.
+
+    Attributes:
+        notes: what the user must know of the weights, such as that they are random, or that tables were resized.
+    """
+
+    path: Path
+    metadata: FileMetadata
+    size_bytes: int
+    nodes: int
+    operators: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def export(
+    variant: str,
+    output: Path,
+    *,
+    checkpoint: Path | None = None,
+    lowering: str = "function",
+    batch: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    opset_version: int = 18,
+    force: bool = False,
+) -> ExportReport:
+    """Write `variant` with the weights of `checkpoint` as one self-contained ONNX file.
+
+    Args:
+        output: written whole or not at all.
+        checkpoint: an official .pth or .safetensors file; without one the weights are random, from a fixed seed.
+        lowering: one of LOWERINGS.
+        batch: a fixed batch, or None for a dynamic one.
+        image_size: (height, width) in pixels, if not the variant's own.
+        opset_version: one of OPSET_VERSIONS.
+        force: replace `output` if it exists.
+
+    Raises:
+        DatDeployError: one of its subclasses for each thing that can be wrong with the arguments.
+    """
+    started = time.monotonic()
+    check_output(output, force=force)
+    check_opset(opset_version)
+    if lowering not in LOWERINGS:
+        raise ExportError(f"no lowering '{lowering}'. Lowerings: {', '.join(LOWERINGS)}.")
+    if batch is not None and batch < 1:
+        raise ExportError(f"batch {batch} is not possible; give a number from 1, or 'dynamic'.")
+    configuration = get_variant(variant)
+    if image_size is not None:
+        configuration = configuration.with_image_size(*image_size)
+    weights = load_weights(configuration, checkpoint)
+    network = model_from_weights(weights, configuration, fused=True)
+    metadata = FileMetadata(
+        variant=variant,
+        image_size=configuration.image_size,
+        batch=batch,
+        lowering=lowering,
+        precision="fp32",
+        opset_version=opset_version,
+        preprocessing=Preprocessing.from_variant(configuration),
+        class_names=class_names(configuration.classes),
+        weights_sha256=weights.sha256,
+        weights_source=weights.source,
+        version=importlib.metadata.version("dat-deploy"),
+    )
+    model = onnx_from_model(network, batch=batch, opset_version=opset_version)
+    operators = len(operator_nodes(model))
+    model = lower(model, lowering)
+    _save(model, metadata, output, force=force)
+    return ExportReport(
+        path=output,
+        metadata=metadata,
+        size_bytes=output.stat().st_size,
+        nodes=len(model.graph),
+        operators=operators,
+        seconds=time.monotonic() - started,
+        notes=weights.notes,
+    )
+
+
+def relower(source: Path, output: Path, lowering: str, *, force: bool = False) -> ExportReport:
+    """Give the operators of an exported file another form; it must still have them as nodes.
+
+    Raises:
+        ExportError: if the operators of `source` are already inlined, or there is no such lowering.
+    """
+    started = time.monotonic()
+    check_output(output, force=force)
+    metadata = read_metadata(source)
+    model = ir.load(source)
+    operators = len(operator_nodes(model))
+    model = lower(model, lowering)
+    metadata = FileMetadata(**(metadata.__dict__ | {"lowering": lowering}))
+    _save(model, metadata, output, force=force)
+    size = output.stat().st_size
+    return ExportReport(output, metadata, size, len(model.graph), operators, time.monotonic() - started, ())
+
+
+def _save(model: ir.Model, metadata: FileMetadata, output: Path, *, force: bool) -> None:
+    model.producer_name = "dat-deploy"
+    model.producer_version = metadata.version
+    model.graph.name = f"dat_{metadata.variant.replace('-', '_')}"
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata.to_properties())
+    with atomic_output(output, force=force) as temporary:
+        ir.save(model, temporary)

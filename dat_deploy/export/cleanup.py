@@ -1,0 +1,104 @@
+"""Graph passes that the export needs and onnxscript's optimizer lacks. Each returns whether it changed anything."""
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = ["constant_reshape_shapes", "name_results", "remove_identity_slices"]
+
+
+def constant_reshape_shapes(model: ir.Model) -> bool:
+    """Reshape to a shape of which one part is computed (the batch): write -1 for it, and the computation goes."""
+    modified = False
+    for node in model.graph:
+        if node.op_type != "Reshape" or node.inputs[1] is None:
+            continue
+        shape = node.inputs[1].producer()
+        if shape is None or shape.op_type != "Concat":
+            continue
+        parts = [ir.convenience.get_const_tensor(value) if value is not None else None for value in shape.inputs]
+        known = [None if part is None else part.numpy().tolist() for part in parts]
+        if known.count(None) != 1 or any(part is not None and (0 in part or -1 in part) for part in known):
+            continue
+        sizes = [size for part in known for size in (part if part is not None else [-1])]
+        constant = ir.Value(name=f"{node.name}/shape", const_value=ir.tensor(np.array(sizes, dtype=np.int64)))
+        constant.dtype, constant.shape = ir.DataType.INT64, ir.Shape([len(sizes)])
+        model.graph.register_initializer(constant)
+        node.replace_input_with(1, constant)
+        node.attributes.pop("allowzero", None)
+        modified = True
+    return modified
+
+
+def remove_identity_slices(model: ir.Model) -> bool:
+    """Drop Slices that keep everything and Concat inputs that are empty: what a roll by nothing leaves behind."""
+    modified = False
+    for node in list(model.graph):
+        if node.op_type == "Slice" and _keeps_everything(node):
+            ir.convenience.replace_all_uses_with(node.outputs[0], _data(node))
+        elif node.op_type == "Concat":
+            kept = [value for value in node.inputs if value is not None and not _is_empty(value)]
+            if len(kept) == len(node.inputs):
+                continue
+            if len(kept) == 1:
+                ir.convenience.replace_all_uses_with(node.outputs[0], kept[0], replace_graph_outputs=True)
+            else:
+                node.resize_inputs(len(kept))
+                for index, value in enumerate(kept):
+                    node.replace_input_with(index, value)
+        else:
+            continue
+        modified = True
+    return modified
+
+
+def name_results(model: ir.Model) -> bool:
+    """Results are called like the node that makes them; constants that no module owns, like the node that reads them."""
+    modified = False
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        for index, value in enumerate(node.outputs):
+            name = node.name if index == 0 else f"{node.name}:{index}"
+            if value not in outputs and value.name != name:
+                value.name = name
+                modified = True
+    for name, value in list(model.graph.initializers.items()):
+        reader, index = next(iter(value.uses()), (None, 0))
+        if reader is not None and "." not in name:
+            value.name = f"{reader.name}/input_{index}"
+            modified = True
+    return modified
+
+
+def _data(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+def _slice_range(node: ir.Node) -> tuple[int, int, int] | None:
+    """(size, start, end) of a Slice of step 1 along one axis of known size; negative bounds resolved."""
+    constants = [ir.convenience.get_const_tensor(value) for value in node.inputs[1:] if value is not None]
+    shape = _data(node).shape
+    if len(constants) != 3 or shape is None or any(constant is None or constant.size != 1 for constant in constants):
+        return None
+    start, end, axis = (int(constant.numpy().item()) for constant in constants if constant is not None)
+    size = shape[axis]
+    if not isinstance(size, int):
+        return None
+    start, end = (bound + size if bound < 0 else bound for bound in (start, end))
+    return size, min(start, size), min(end, size)
+
+
+def _keeps_everything(node: ir.Node) -> bool:
+    bounds = _slice_range(node)
+    return bounds is not None and bounds[1] == 0 and bounds[2] == bounds[0]
+
+
+def _is_empty(value: ir.Value) -> bool:
+    if value.shape is not None and 0 in value.shape:
+        return True
+    producer = value.producer()
+    if producer is None or producer.op_type != "Slice":
+        return False
+    bounds = _slice_range(producer)
+    return bounds is not None and bounds[1] >= bounds[2]

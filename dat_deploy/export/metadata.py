@@ -1,0 +1,84 @@
+"""What an exported file says about itself, in ONNX metadata_props."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+
+from dat_deploy.errors import ExportError
+from dat_deploy.preprocess import Preprocessing
+
+__all__ = ["FileMetadata", "read_metadata"]
+
+_PREFIX = "dat_deploy."
+
+
+@dataclass(frozen=True)
+class FileMetadata:
+    """Carried by every exported file; each field is one property, `dat_deploy.FIELD`, in JSON.
+
+    Attributes:
+        image_size: (height, width) in pixels.
+        batch: the fixed batch, or None if it is dynamic.
+        weights_sha256: of the weights' names, types, shapes and bytes, whatever file they came from.
+        weights_source: the checkpoint's file name, or the seed of random weights.
+        version: of dat-deploy.
+    """
+
+    variant: str
+    image_size: tuple[int, int]
+    batch: int | None
+    lowering: str
+    precision: str
+    opset_version: int
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    weights_sha256: str
+    weights_source: str
+    version: str
+
+    def to_properties(self) -> dict[str, str]:
+        fields = asdict(self) | {"preprocessing": json.loads(self.preprocessing.to_json())}
+        return {_PREFIX + name: json.dumps(value) for name, value in fields.items()}
+
+    @classmethod
+    def from_properties(cls, properties: dict[str, str], path: Path) -> "FileMetadata":
+        """Raises ExportError if `properties` are not those of a file that this tool exported."""
+        fields = {name.removeprefix(_PREFIX): value for name, value in properties.items() if name.startswith(_PREFIX)}
+        if not fields:
+            raise ExportError(
+                f"{path} was not exported by dat-deploy: it has no dat_deploy.* metadata. "
+                f"Export it with: dat-deploy export --variant VARIANT --output {path.name}"
+            )
+        try:
+            values = {name: json.loads(value) for name, value in fields.items()}
+            values["preprocessing"] = Preprocessing.from_json(fields["preprocessing"])
+            values["image_size"] = tuple(values["image_size"])
+            values["class_names"] = tuple(values["class_names"])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ExportError(
+                f"the dat_deploy.* metadata of {path} cannot be read ({error}); it was made by another version or "
+                f"edited. Export the file again."
+            ) from error
+
+
+def read_metadata(path: Path) -> FileMetadata:
+    """The metadata of an ONNX file.
+
+    Raises:
+        ExportError: if `path` is missing, is not an ONNX file, or was not exported by dat-deploy.
+    """
+    return FileMetadata.from_properties({p.key: p.value for p in _load(path).metadata_props}, path)
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        raise ExportError(
+            f"there is no file {path}. Export one with: dat-deploy export --variant tiny --output {path.name}"
+        )
+    try:
+        return onnx.load(path)
+    except Exception as error:  # protobuf's own exception types differ between its releases
+        raise ExportError(f"{path} is not an ONNX file, or it is truncated. Export it again.") from error

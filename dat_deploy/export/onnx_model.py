@@ -1,0 +1,202 @@
+"""PyTorch network -> ONNX graph whose deformable operators are nodes of domain dat_deploy, still without bodies."""
+
+import ast
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import onnxscript.optimizer
+import torch
+from onnxscript import opset18 as op
+
+from dat_deploy.errors import ExportError
+from dat_deploy.export.cleanup import constant_reshape_shapes, name_results
+
+from dat_deploy.model import DAT
+from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
+
+__all__ = ["IR_VERSION", "OPSET_VERSIONS", "check_opset", "onnx_from_model"]
+
+OPSET_VERSIONS = (17, 18, 19)
+IR_VERSION = 10
+
+_Value = ir.Value
+
+
+def onnx_from_model(model: DAT, *, batch: int | None = None, opset_version: int = 18) -> ir.Model:
+    """Capture `model` with torch.export; every operator is one node that carries all its attributes.
+
+    Args:
+        model: made with `fused=True`, in eval mode.
+        batch: the fixed batch, or None for a dynamic one.
+        opset_version: 17, 18 or 19.
+
+    Returns:
+        A graph with input `image` [batch, 3, H, W] and output `logits` [batch, classes], both float32. A node's name
+        starts with the module that made it: `stages.2.attns.1/deformable_attention`.
+
+    Raises:
+        ExportError: for another opset; TensorRT reads opset 20's GridSample wrongly, so none above 19 is made.
+    """
+    check_opset(opset_version)
+    height, width = model.variant.image_size
+    example = torch.zeros(batch or 2, 3, height, width)
+    with _quiet():
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            optimize=False,  # torch's own pass would rename what the passes below name
+            verbose=False,
+            opset_version=18,
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},),
+            custom_translation_table=_translations(),
+        )
+    assert program is not None
+    graph_model = program.model
+    graph_model.functions.clear()
+    onnxscript.optimizer.fold_constants(graph_model)
+    onnxscript.optimizer.remove_unused_nodes(graph_model)
+    _set_opset(graph_model, opset_version)
+    _name_after_modules(graph_model)
+    constant_reshape_shapes(graph_model)
+    onnxscript.optimizer.remove_unused_nodes(graph_model)
+    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
+    name_results(graph_model)
+    return graph_model
+
+
+def check_opset(opset_version: int) -> None:
+    """Raises ExportError unless `opset_version` is one of OPSET_VERSIONS."""
+    if opset_version not in OPSET_VERSIONS:
+        raise ExportError(
+            f"opset {opset_version} is not supported; it takes 17, 18 or 19. From opset 20 on, TensorRT up to 11.1 "
+            f"reads GridSample's 'linear' as nearest (NVIDIA/TensorRT#4646). Use --opset 18."
+        )
+
+
+def _operator(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...]) -> Callable[..., _Value]:
+    """A callable that adds one node of domain dat_deploy to the graph being built."""
+    schema = onnx.defs.OpSchema(
+        name,
+        DOMAIN_NAME,
+        DOMAIN_VERSION,
+        inputs=[onnx.defs.OpSchema.FormalParameter(label, "T") for label in inputs],
+        outputs=[onnx.defs.OpSchema.FormalParameter("output", "T")],
+        type_constraints=[("T", ["tensor(float)"], "")],
+        attributes=[
+            *(onnx.defs.OpSchema.Attribute(label, onnx.defs.OpSchema.AttrType.INT) for label in attributes),
+            *(onnx.defs.OpSchema.Attribute(label, onnx.defs.OpSchema.AttrType.STRING) for label in PLUGIN_ATTRIBUTES),
+        ],
+    )
+    operator = onnxscript.values.Op(DOMAIN, name, schema)
+
+    def add_node(*values: _Value, **settings: int) -> _Value:
+        return operator(*values, **settings, **PLUGIN_ATTRIBUTES)  # type: ignore[no-any-return]  # untyped library
+
+    return add_node
+
+
+def _translations() -> dict[Callable[..., object], Callable[..., object]]:
+    """What torch.onnx makes of each torch operator."""
+    sample = _operator("deformable_sample", ("value", "sampling_locations"), ())
+    attend = _operator(
+        "deformable_attention",
+        ("query", "key", "value", "sampling_locations", "relative_position_bias_table"),
+        ("num_heads", "half_pixel_queries"),
+    )
+    window = _operator(
+        "window_attention", ("qkv", "relative_position_bias_table"), ("num_heads", "window_size", "shift_size")
+    )
+
+    def deformable_sample(value: _Value, sampling_locations: _Value) -> _Value:
+        return sample(value, sampling_locations)
+
+    def deformable_attention(
+        query: _Value,
+        key: _Value,
+        value: _Value,
+        sampling_locations: _Value,
+        relative_position_bias_table: _Value,
+        num_heads: int,
+        half_pixel_queries: bool,
+    ) -> _Value:
+        return attend(
+            query,
+            key,
+            value,
+            sampling_locations,
+            relative_position_bias_table,
+            num_heads=num_heads,
+            half_pixel_queries=int(half_pixel_queries),
+        )
+
+    def window_attention(
+        qkv: _Value, relative_position_bias_table: _Value, num_heads: int, window_size: int, shift_size: int
+    ) -> _Value:
+        return window(
+            qkv, relative_position_bias_table, num_heads=num_heads, window_size=window_size, shift_size=shift_size
+        )
+
+    def gelu(x: _Value, approximate: str = "none") -> _Value:
+        """The order of factors that ONNX Runtime's and TensorRT's fusions look for; torch's own differs."""
+        assert approximate == "none"
+        return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, math.sqrt(2.0))), 1.0)), 0.5)  # type: ignore[no-any-return]  # untyped library
+
+    ops = torch.ops.dat_deploy
+    return {
+        torch.ops.aten.gelu.default: gelu,
+        ops.deformable_sample.default: deformable_sample,
+        ops.deformable_attention.default: deformable_attention,
+        ops.window_attention.default: window_attention,
+    }
+
+
+def _set_opset(model: ir.Model, opset_version: int) -> None:
+    """Opsets 17 to 19 mean the same for every node here but one: ReduceMean takes its axes as an input from 18 on."""
+    model.ir_version = IR_VERSION
+    model.opset_imports.clear()
+    model.opset_imports.update({"": opset_version, DOMAIN_NAME: DOMAIN_VERSION})
+    if opset_version >= 18:
+        return
+    for node in model.graph:
+        if node.op_type == "ReduceMean":
+            axes = node.inputs[1]
+            assert axes is not None
+            constant = ir.convenience.get_const_tensor(axes)
+            assert constant is not None
+            node.attributes["axes"] = ir.AttrInt64s("axes", constant.numpy().tolist())
+            node.resize_inputs(1)
+
+
+def _name_after_modules(model: ir.Model) -> None:
+    """`stages.2.attns.1/MatMul`, with a counter where a module has several."""
+    seen: dict[str, int] = {}
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+        module = scopes[-2] if len(scopes) > 1 else ""
+        name = f"{module}/{node.op_type}" if module else node.op_type
+        seen[name] = seen.get(name, 0) + 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        node.metadata_props.clear()  # torch's stack traces hold paths of this machine
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx warns of its own internals and of absent torchvision; nothing in it is for the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

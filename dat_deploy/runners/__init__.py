@@ -1,0 +1,130 @@
+"""Runtimes behind one interface: `open_runner("openvino:tiny.onnx")(images) -> logits`."""
+
+import difflib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dat_deploy.errors import DatDeployError, UnsupportedError
+from dat_deploy.runners.base import EngineDescription, Runner
+
+__all__ = ["RUNTIMES", "EngineDescription", "Runner", "Runtime", "open_runner", "parse_engine", "reasons_against"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A row of the table of runtimes.
+
+    Attributes:
+        target: what stands behind the colon of `RUNTIME:TARGET`.
+        package: that it needs; extra: of dat-deploy that installs it.
+    """
+
+    name: str
+    target: str
+    package: str
+    extra: str
+    meaning: str
+
+
+RUNTIMES = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime("pytorch", "VARIANT", "torch", "", "PyTorch, eager, fp32"),
+        Runtime("pytorch-compile", "VARIANT", "torch", "", "PyTorch, torch.compile, fp32"),
+        Runtime("onnxruntime", "FILE.onnx", "onnxruntime", "onnxruntime", "ONNX Runtime on the CPU, fp32"),
+        Runtime("onnxruntime-cuda", "FILE.onnx", "onnxruntime", "onnxruntime-gpu", "ONNX Runtime on CUDA, fp32"),
+        Runtime("openvino", "FILE.onnx", "openvino", "openvino", "OpenVINO on the CPU, fp32"),
+        Runtime("openvino-bf16", "FILE.onnx", "openvino", "openvino", "OpenVINO on the CPU, bf16"),
+    )
+}
+
+
+def parse_engine(engine: str) -> tuple[Runtime, str]:
+    """`[RUNTIME:]TARGET` -> the runtime and its target; a bare `FILE.onnx` runs on ONNX Runtime.
+
+    Raises:
+        DatDeployError: if there is no such runtime, or no way to tell one.
+    """
+    name, colon, target = engine.partition(":")
+    if not colon:
+        if engine.endswith(".onnx"):
+            return RUNTIMES["onnxruntime"], engine
+        raise DatDeployError(
+            f"cannot tell what runs '{engine}'; an engine is FILE.onnx or RUNTIME:TARGET, "
+            f"such as pytorch:tiny or openvino:tiny.onnx. Runtimes: {', '.join(RUNTIMES)}."
+        )
+    if name not in RUNTIMES:
+        near = difflib.get_close_matches(name, RUNTIMES, n=2)
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise DatDeployError(f"no runtime '{name}' in '{engine}'. {hint}Runtimes: {', '.join(RUNTIMES)}.")
+    if not target:
+        raise DatDeployError(f"'{engine}' names no target; write {name}:{RUNTIMES[name].target}")
+    return RUNTIMES[name], target
+
+
+def reasons_against(runtime: Runtime) -> list[str]:
+    """Why `runtime` cannot run here; empty if it can."""
+    if importlib.util.find_spec(runtime.package) is None:
+        return [f"package {runtime.package} is not installed: pip install 'dat-deploy[{runtime.extra}]'"]
+    if runtime.name == "onnxruntime-cuda":
+        import onnxruntime
+
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            return ["the installed onnxruntime has no CUDA: pip install 'dat-deploy[onnxruntime-gpu]'"]
+    if runtime.name == "openvino-bf16":
+        import openvino
+
+        if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            return ["this CPU has no bfloat16 instructions"]
+    return []
+
+
+def open_runner(
+    engine: str,
+    *,
+    checkpoint: Path | None = None,
+    image_size: tuple[int, int] | None = None,
+    threads: int | None = None,
+) -> Runner:
+    """Open `[RUNTIME:]TARGET`.
+
+    Args:
+        checkpoint, image_size: for `pytorch:VARIANT`; an exported file has its own.
+        threads: that one call may use; None for all that this process may run on.
+
+    Raises:
+        DatDeployError: if the engine cannot be opened; UnsupportedError if this environment lacks its runtime.
+    """
+    runtime, target = parse_engine(engine)
+    reasons = reasons_against(runtime)
+    if reasons:
+        raise UnsupportedError(f"{runtime.name} cannot run here: {'; '.join(reasons)}")
+    openers: dict[str, Callable[[], Runner]] = {
+        "pytorch": lambda: _pytorch(compiled=False),
+        "pytorch-compile": lambda: _pytorch(compiled=True),
+        "onnxruntime": lambda: _onnxruntime(cuda=False),
+        "onnxruntime-cuda": lambda: _onnxruntime(cuda=True),
+        "openvino": lambda: _openvino("fp32"),
+        "openvino-bf16": lambda: _openvino("bf16"),
+    }
+
+    def _pytorch(*, compiled: bool) -> Runner:
+        from dat_deploy.runners.pytorch_runner import PytorchRunner
+
+        return PytorchRunner(
+            target, engine, checkpoint=checkpoint, image_size=image_size, threads=threads, compiled=compiled
+        )
+
+    def _onnxruntime(*, cuda: bool) -> Runner:
+        from dat_deploy.runners.onnxruntime_runner import OnnxruntimeRunner
+
+        return OnnxruntimeRunner(Path(target), engine, threads=threads, cuda=cuda)
+
+    def _openvino(precision: str) -> Runner:
+        from dat_deploy.runners.openvino_runner import OpenvinoRunner
+
+        return OpenvinoRunner(Path(target), engine, threads=threads, precision=precision)
+
+    return openers[runtime.name]()

@@ -1,0 +1,111 @@
+"""The small interface behind which every runtime stands."""
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dat_deploy.errors import ShapeError, UnsupportedError
+from dat_deploy.preprocess import Preprocessing
+
+__all__ = ["EngineDescription", "Runner"]
+
+Images = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EngineDescription:
+    """What is being run; every benchmark row and validation report carries it.
+
+    Attributes:
+        name: the engine as the user named it: `tiny.onnx`, `openvino:tiny.onnx`, `pytorch:tiny`.
+        runtime: `pytorch`, `onnxruntime`, ... and its `runtime_version`.
+        device: `cpu` or the name of the GPU.
+        precision: of the matrix products: `fp32`, `bf16`.
+        image_size: (height, width) in pixels; batch: the fixed batch, or None if any batch goes.
+        lowering: of the ONNX file, or None.
+        threads: that one call computes with.
+        weights_sha256: which weights (see `FileMetadata`).
+    """
+
+    name: str
+    runtime: str
+    runtime_version: str
+    device: str
+    precision: str
+    variant: str
+    image_size: tuple[int, int]
+    batch: int | None
+    lowering: str | None
+    threads: int
+    weights_sha256: str
+    weights_source: str
+    preprocessing: Preprocessing
+
+
+class Runner(abc.ABC):
+    """An opened engine: images in, logits out. A context manager; closing it frees the engine."""
+
+    description: EngineDescription
+
+    def __call__(self, images_nchw: Images) -> NDArray[np.float32]:
+        """Logits [B, classes] float32 of normalised images [B, 3, H, W] float32.
+
+        Raises:
+            ShapeError: if the engine does not take that shape.
+        """
+        height, width = self.description.image_size
+        batch = self.description.batch
+        shape = images_nchw.shape
+        if len(shape) != 4 or shape[0] == 0 or shape[1:] != (3, height, width) or batch not in (None, shape[0]):
+            accepted = f"[{batch or 'any batch'}, 3, {height}, {width}]"
+            raise ShapeError(
+                f"{self.description.name}: input 'image' has shape {list(shape)}; it takes {accepted}. "
+                f"Export again with --batch or --image-size for another."
+            )
+        return self._run(np.ascontiguousarray(images_nchw, dtype=np.float32))
+
+    @abc.abstractmethod
+    def _run(self, images_nchw: Images) -> NDArray[np.float32]: ...
+
+    def run_graph(self, onnx_model: bytes, feeds: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+        """The first output of another, small ONNX graph on the same runtime, device and precision.
+
+        Raises:
+            UnsupportedError: if this runtime does not take ONNX graphs.
+        """
+        raise UnsupportedError(f"{self.description.runtime} does not run ONNX graphs.")
+
+    def close(self) -> None:
+        """Free the engine; calling it afterwards is an error."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def file_description(path: Path, name: str, **fields: object) -> EngineDescription:
+    """The description of an exported ONNX file, with what its runtime adds."""
+    from dat_deploy.export.metadata import read_metadata
+
+    metadata = read_metadata(path)
+    return EngineDescription(
+        name=name,
+        variant=metadata.variant,
+        image_size=metadata.image_size,
+        batch=metadata.batch,
+        lowering=metadata.lowering,
+        weights_sha256=metadata.weights_sha256,
+        weights_source=metadata.weights_source,
+        preprocessing=metadata.preprocessing,
+        **fields,  # type: ignore[arg-type]  # the caller's keywords, checked at run time by the dataclass
+    )

@@ -1,0 +1,72 @@
+"""ONNX Runtime, on the CPU or on CUDA."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from dat_deploy.errors import EngineBuildError, UnsupportedError
+from dat_deploy.runners.base import Images, Runner, file_description
+
+__all__ = ["OnnxruntimeRunner"]
+
+
+class OnnxruntimeRunner(Runner):
+    """An exported file on ONNX Runtime; float32."""
+
+    def __init__(self, path: Path, name: str, *, threads: int | None = None, cuda: bool = False) -> None:
+        self._providers = ["CPUExecutionProvider"]
+        if cuda:
+            if "CUDAExecutionProvider" not in ort.get_available_providers():
+                raise UnsupportedError(
+                    f"ONNX Runtime {ort.__version__} here has no CUDA; its providers are "
+                    f"{', '.join(ort.get_available_providers())}. On a machine with an NVIDIA GPU: "
+                    f"pip uninstall onnxruntime; pip install 'dat-deploy[onnxruntime-gpu]'"
+                )
+            self._providers.insert(0, "CUDAExecutionProvider")
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self.description = file_description(
+            path,
+            name,
+            runtime="onnxruntime-cuda" if cuda else "onnxruntime",
+            runtime_version=ort.__version__,
+            device="cuda" if cuda else "cpu",
+            precision="fp32",
+            threads=self._threads,
+        )
+        self._session = self._open(path)
+        if cuda and self._session.get_providers()[0] != "CUDAExecutionProvider":
+            raise UnsupportedError(
+                "ONNX Runtime fell back to the CPU although CUDA was asked for; see its message above."
+            )
+
+    def _open(self, model: Path | bytes) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        # the mask of a shifted window leaves probabilities of about 1e-44, which slow matrix products severalfold
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        try:
+            source = str(model) if isinstance(model, Path) else model
+            return ort.InferenceSession(source, options, providers=self._providers)
+        except Exception as error:  # ONNX Runtime's exceptions have no public base class
+            lowering = self.description.lowering
+            if lowering == "plugin":
+                raise EngineBuildError(
+                    f"{self.description.name} has lowering 'plugin': its operators have no body, so only TensorRT "
+                    f"with the plugins runs it. Export it with --lowering function."
+                ) from error
+            text = " ".join(str(error).split())
+            raise EngineBuildError(f"ONNX Runtime cannot open {self.description.name}: {text}") from error
+
+    def _run(self, images_nchw: Images) -> NDArray[np.float32]:
+        return self._session.run(["logits"], {"image": images_nchw})[0]  # type: ignore[no-any-return]  # untyped call
+
+    def run_graph(self, onnx_model: bytes, feeds: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+        return self._open(onnx_model).run(None, dict(feeds))[0]  # type: ignore[no-any-return]  # untyped call
+
+    def close(self) -> None:
+        del self._session
