@@ -1,0 +1,36 @@
+"""Vision transformers with deformable attention, from checkpoint to inference.
+
+Importing this loads neither torch nor a runtime. `dat_deploy.api` has a function for each command of the command line.
+"""
+
+from dat_deploy.errors import (
+    CheckpointError,
+    DatDeployError,
+    EngineBuildError,
+    ExportError,
+    ImageError,
+    OutputError,
+    RecordError,
+    ShapeError,
+    UnsupportedError,
+    VariantError,
+    VerificationError,
+)
+from dat_deploy.variants import VARIANTS, Variant, get_variant
+
+__all__ = [
+    "VARIANTS",
+    "CheckpointError",
+    "DatDeployError",
+    "EngineBuildError",
+    "ExportError",
+    "ImageError",
+    "OutputError",
+    "RecordError",
+    "ShapeError",
+    "UnsupportedError",
+    "Variant",
+    "VariantError",
+    "VerificationError",
+    "get_variant",
+]

@@ -133,28 +133,35 @@ def row_from_rounds(
 
     A turn without timed calls is warm-up; its untimed calls and its memory count.
     """
-    latencies_ms = [np.array(t.latencies_ns) / 1e6 for t in timings if t.latencies_ns]
-    every_ms = np.concatenate(latencies_ms)
-    medians_ms = np.array([np.median(turn) for turn in latencies_ms])
+    turns_ms = [np.array(t.latencies_ns) / 1e6 for t in timings if t.latencies_ns]
+    every_ms = np.concatenate(turns_ms)
+    medians_ms = np.array([np.median(turn_ms) for turn_ms in turns_ms])
     baseline_ms = np.array([np.median(t.latencies_ns) / 1e6 for t in baseline if t.latencies_ns])
     ratios = baseline_ms / medians_ms
-    p50, p90, p99 = (float(p) for p in np.percentile(every_ms, (50, 90, 99)))
+    p50, p90, p99 = np.percentile(every_ms, (50, 90, 99))
+    others_busy_s = sum(t.others_busy_s for t in timings if t.latencies_ns)
     return Row(
         engine=engine,
         batch=batch,
         calls=len(every_ms),
         untimed_calls=sum(t.untimed_calls for t in timings),
-        p50_ms=p50,
-        p90_ms=p90,
-        p99_ms=p99,
-        mean_ms=float(every_ms.mean()),
-        min_ms=float(every_ms.min()),
-        images_per_s=batch / p50 * 1e3,
-        speedup=Speedup(float(np.median(ratios)), float(ratios.min()), float(ratios.max())),
-        load_s=load_s,
-        peak_memory_mib=max(t.peak_memory_mib for t in timings),
-        round_p50_ms=tuple(float(median) for median in medians_ms),
+        p50_ms=_rounded(p50),
+        p90_ms=_rounded(p90),
+        p99_ms=_rounded(p99),
+        mean_ms=_rounded(every_ms.mean()),
+        min_ms=_rounded(every_ms.min()),
+        images_per_s=_rounded(batch / p50 * 1e3),
+        speedup=Speedup(_rounded(np.median(ratios)), _rounded(ratios.min()), _rounded(ratios.max())),
+        load_s=_rounded(load_s),
+        peak_memory_mib=_rounded(max(t.peak_memory_mib for t in timings)),
+        others_busy_cores=_rounded(others_busy_s / every_ms.sum() * 1e3),
+        round_p50_ms=tuple(map(_rounded, medians_ms)),
     )
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits: more than any clock gives, and a record that can be read."""
+    return float(f"{value:.6g}")
 
 
 def _labels(engines: Sequence[str]) -> list[str]:

@@ -105,6 +105,8 @@ class Row:
         images_per_s: batch / p50.
         load_s: from the start of importing the runtime to the opened engine; its first call is not in it.
         peak_memory_mib: resident, of the engine's process with its runtime, from its start to the end of this row.
+        others_busy_cores: that other processes kept busy during the timed calls, on average. Near 0 on a quiet
+            machine; engines differ much in how far they slow down when it is not.
         round_p50_ms: the median of each round, in order.
     """
 
@@ -121,10 +123,11 @@ class Row:
     speedup: Speedup
     load_s: float
     peak_memory_mib: float
+    others_busy_cores: float
     round_p50_ms: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """A whole run.
 
@@ -134,13 +137,13 @@ class Record:
         versions: by name, the runtimes among them.
     """
 
+    schema_version: int = SCHEMA_VERSION
     date: str
     commit: str | None
     settings: Settings
     hardware: Hardware
     versions: dict[str, str]
     rows: tuple[Row, ...]
-    schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
@@ -151,7 +154,7 @@ class Record:
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise RecordError(f"not a benchmark record: {error}. Write one with: dat-deploy bench --json FILE") from error
+            raise RecordError(f"not a benchmark record: {error}. Make one with: dat-deploy bench --json FILE") from None
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
             raise RecordError(
@@ -220,7 +223,7 @@ def compare(first: Record, second: Record) -> Comparison:
         fastest = min(a.round_p50_ms) / max(b.round_p50_ms)
         slowest = max(a.round_p50_ms) / min(b.round_p50_ms)
         rows.append(Change(a.engine, a.batch, a.p50_ms, b.p50_ms, Speedup(a.p50_ms / b.p50_ms, fastest, slowest)))
-    versions = [r.versions | {"commit": r.commit} for r in (first, second)]
+    versions: list[dict[str, Any]] = [r.versions | {"commit": r.commit} for r in (first, second)]
     return Comparison(rows, {name: (a, b) for name, a, b in _differences("", *versions)})
 
 
@@ -236,7 +239,7 @@ def _differences(prefix: str, a: dict[str, Any], b: dict[str, Any]) -> Iterator[
 def _typed(kind: Any, value: Any, where: str) -> Any:
     """`value`, fresh from JSON, as the annotated type `kind`: dataclasses, tuples, dicts, unions with None, scalars."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         names = [field.name for field in fields(kind)]
         if set(value) != set(names):

@@ -62,10 +62,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Timings:
-    """The answer to a `Turn`; the peak is of the worker's whole life so far."""
+    """The answer to a `Turn`.
+
+    Attributes:
+        others_busy_s: processor time that all other processes took, and a hypervisor stole, during the timed calls.
+        peak_memory_mib: resident, of the worker's whole life so far.
+    """
 
     untimed_calls: int
     latencies_ns: list[int]
+    others_busy_s: float
     peak_memory_mib: float
 
 
@@ -105,7 +111,10 @@ class _Engine:
         if self._images.shape != shape:
             self._images = np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32)
         untimed = self._latencies_ns(turn.untimed_calls, turn.untimed_seconds)
-        return Timings(len(untimed), self._latencies_ns(turn.calls, turn.seconds), _peak_memory_mib())
+        before = _machine_busy_s() - time.process_time()
+        timed = self._latencies_ns(turn.calls, turn.seconds)
+        others = _machine_busy_s() - time.process_time() - before
+        return Timings(len(untimed), timed, max(0.0, others), _peak_memory_mib())
 
     def _latencies_ns(self, calls: int, seconds: float) -> list[int]:
         latencies: list[int] = []
@@ -117,6 +126,14 @@ class _Engine:
             now = time.perf_counter_ns()
             latencies.append(now - started)
         return latencies
+
+
+def _machine_busy_s() -> float:
+    """Processor time since boot that was not idle, in steps of 10 ms."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _peak_memory_mib() -> float:

@@ -1,8 +1,8 @@
 """Checkpoint -> one self-contained ONNX file."""
 
+import dataclasses
 import importlib.metadata
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ExportReport:
     """What `export` wrote.
 
@@ -123,7 +123,7 @@ def relower(source: Path, output: Path, lowering: str, *, force: bool = False) -
     model = ir.load(source)
     operators = len(operator_nodes(model))
     model = lower(model, lowering)
-    metadata = FileMetadata(**(metadata.__dict__ | {"lowering": lowering}))
+    metadata = dataclasses.replace(metadata, lowering=lowering)
     _save(model, metadata, output, force=force)
     size = output.stat().st_size
     return ExportReport(output, metadata, size, len(model.graph), operators, time.monotonic() - started, ())
@@ -133,7 +133,6 @@ def _save(model: ir.Model, metadata: FileMetadata, output: Path, *, force: bool)
     model.producer_name = "dat-deploy"
     model.producer_version = metadata.version
     model.graph.name = f"dat_{metadata.variant.replace('-', '_')}"
-    model.metadata_props.clear()
     model.metadata_props.update(metadata.to_properties())
     with atomic_output(output, force=force) as temporary:
         ir.save(model, temporary)

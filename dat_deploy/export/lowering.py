@@ -9,7 +9,9 @@
 `lower` works on any file whose operators are still nodes, with or without bodies.
 """
 
+import json
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 
 import onnx
 import onnx.inliner
@@ -25,7 +27,15 @@ from dat_deploy.plugins.deformable_sample import onnx_function as deformable_sam
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
 from dat_deploy.plugins.window_attention import onnx_function as window_attention
 
-__all__ = ["LOWERINGS", "OPERATORS", "function_bodies", "lower", "operator_nodes"]
+__all__ = [
+    "LOWERINGS",
+    "OPERATORS",
+    "OperatorRecord",
+    "function_bodies",
+    "lower",
+    "operator_nodes",
+    "operator_records",
+]
 
 LOWERINGS = ("function", "plugin", "gather", "gridsample", "hat")
 
@@ -36,7 +46,29 @@ _MODULES = {
 }
 OPERATORS = tuple(_MODULES)
 
+_RECORDS = "dat_deploy.operators"  # property of a file
 _FOLD_LIMIT = 1 << 20  # elements; a larger constant is cheaper as the few nodes that make it
+
+
+@dataclass(frozen=True)
+class OperatorRecord:
+    """Where an operator stands in a file, whatever its lowering; every file lists its operators in its metadata.
+
+    Attributes:
+        name: `stages.2.attns.1/deformable_attention`.
+        inputs: parameter of the operator -> name of the tensor, without the bias table; output: likewise.
+    """
+
+    name: str
+    operator: str
+    attributes: dict[str, int]
+    inputs: dict[str, str]
+    output: str
+
+
+def operator_records(properties: dict[str, str]) -> list[OperatorRecord]:
+    """The operators that a file's metadata lists; none if it has no such list."""
+    return [OperatorRecord(**fields) for fields in json.loads(properties.get(_RECORDS, "[]"))]
 
 
 def operator_nodes(model: ir.Model) -> list[ir.Node]:
@@ -74,17 +106,51 @@ def lower(model: ir.Model, lowering: str) -> ir.Model:
             "the operators of this file are already inlined, so its lowering cannot change. "
             "Export it again with --lowering, or start from a file of lowering 'function' or 'plugin'."
         )
+    boundaries = [_Boundary.of(node) for node in nodes]
     model.functions.clear()
-    if lowering == "plugin":
-        return model
-    bodies = function_bodies(lowering, model.opset_imports[""])
-    if lowering == "function":
-        model.functions.update({body.identifier(): body for body in map(ir.from_proto, bodies)})
-        return model
-    return _inlined(model, nodes, {body.name: body for body in bodies})
+    if lowering != "plugin":
+        bodies = function_bodies(lowering, model.opset_imports[""])
+        if lowering == "function":
+            model.functions.update({body.identifier(): body for body in map(ir.from_proto, bodies)})
+        else:
+            _inline(model, nodes, {body.name: body for body in bodies})
+    model.metadata_props[_RECORDS] = json.dumps([asdict(boundary.record()) for boundary in boundaries])
+    return model
 
 
-def _inlined(model: ir.Model, nodes: list[ir.Node], bodies: dict[str, onnx.FunctionProto]) -> ir.Model:
+@dataclass(frozen=True)
+class _Boundary:
+    """The tensors around an operator while the graph changes: results get other names, but keep their reader."""
+
+    name: str
+    operator: str
+    attributes: dict[str, int]
+    inputs: dict[str, ir.Value]
+    reader: ir.Node
+    reader_index: int
+
+    @classmethod
+    def of(cls, node: ir.Node) -> "_Boundary":
+        parameters = _MODULES[node.op_type].BODIES["function"].to_function_proto().input
+        inputs = {
+            parameter: value
+            for parameter, value in zip(parameters, node.inputs, strict=True)
+            if value is not None and not value.is_initializer()
+        }
+        attributes = {
+            name: attribute.as_int() for name, attribute in node.attributes.items() if name not in PLUGIN_ATTRIBUTES
+        }
+        reader, index = next(iter(node.outputs[0].uses()))
+        return cls(str(node.name), node.op_type, attributes, inputs, reader, index)
+
+    def record(self) -> OperatorRecord:
+        output = self.reader.inputs[self.reader_index]
+        assert output is not None
+        inputs = {parameter: str(value.name) for parameter, value in self.inputs.items()}
+        return OperatorRecord(self.name, self.operator, self.attributes, inputs, str(output.name))
+
+
+def _inline(model: ir.Model, nodes: list[ir.Node], bodies: dict[str, onnx.FunctionProto]) -> None:
     """Each operator becomes its body, node names prefixed with the operator's, what is constant folded away."""
     for node in nodes:
         function = ir.from_proto(bodies[node.op_type])
@@ -103,7 +169,6 @@ def _inlined(model: ir.Model, nodes: list[ir.Node], bodies: dict[str, onnx.Funct
     ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     name_results(model)
     model.opset_imports.pop(DOMAIN_NAME, None)
-    return model
 
 
 def _flattened(body: onnxscript.OnnxFunction, helpers: Iterable[onnxscript.OnnxFunction]) -> onnx.FunctionProto:

@@ -1,7 +1,7 @@
 """What an exported file says about itself, in ONNX metadata_props."""
 
+import dataclasses
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import onnx
@@ -9,12 +9,12 @@ import onnx
 from dat_deploy.errors import ExportError
 from dat_deploy.preprocess import Preprocessing
 
-__all__ = ["FileMetadata", "read_metadata"]
+__all__ = ["FileMetadata", "load_onnx", "read_metadata"]
 
 _PREFIX = "dat_deploy."
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class FileMetadata:
     """Carried by every exported file; each field is one property, `dat_deploy.FIELD`, in JSON.
 
@@ -39,13 +39,14 @@ class FileMetadata:
     version: str
 
     def to_properties(self) -> dict[str, str]:
-        fields = asdict(self) | {"preprocessing": json.loads(self.preprocessing.to_json())}
+        fields = dataclasses.asdict(self) | {"preprocessing": json.loads(self.preprocessing.to_json())}
         return {_PREFIX + name: json.dumps(value) for name, value in fields.items()}
 
     @classmethod
     def from_properties(cls, properties: dict[str, str], path: Path) -> "FileMetadata":
         """Raises ExportError if `properties` are not those of a file that this tool exported."""
-        fields = {name.removeprefix(_PREFIX): value for name, value in properties.items() if name.startswith(_PREFIX)}
+        names = [field.name for field in dataclasses.fields(cls)]
+        fields = {name: properties[_PREFIX + name] for name in names if _PREFIX + name in properties}
         if not fields:
             raise ExportError(
                 f"{path} was not exported by dat-deploy: it has no dat_deploy.* metadata. "
@@ -70,10 +71,11 @@ def read_metadata(path: Path) -> FileMetadata:
     Raises:
         ExportError: if `path` is missing, is not an ONNX file, or was not exported by dat-deploy.
     """
-    return FileMetadata.from_properties({p.key: p.value for p in _load(path).metadata_props}, path)
+    return FileMetadata.from_properties({p.key: p.value for p in load_onnx(path).metadata_props}, path)
 
 
-def _load(path: Path) -> onnx.ModelProto:
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """Raises ExportError if `path` is missing or is not an ONNX file."""
     if not path.is_file():
         raise ExportError(
             f"there is no file {path}. Export one with: dat-deploy export --variant tiny --output {path.name}"

@@ -1,7 +1,7 @@
 """The small interface behind which every runtime stands."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from dat_deploy.errors import ShapeError, UnsupportedError
 from dat_deploy.preprocess import Preprocessing
 
-__all__ = ["EngineDescription", "Runner"]
+__all__ = ["EngineDescription", "Graph", "Images", "Runner", "file_description"]
 
 Images = NDArray[np.float32]
+Graph = Callable[[Mapping[str, NDArray[np.float32]]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Runner(abc.ABC):
     @abc.abstractmethod
     def _run(self, images_nchw: Images) -> NDArray[np.float32]: ...
 
-    def run_graph(self, onnx_model: bytes, feeds: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-        """The first output of another, small ONNX graph on the same runtime, device and precision.
+    def open_graph(self, onnx_model: bytes) -> Graph:
+        """Another, small ONNX graph on the same runtime, device and precision: inputs by name -> first output.
 
         Raises:
             UnsupportedError: if this runtime does not take ONNX graphs.

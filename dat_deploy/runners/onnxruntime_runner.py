@@ -1,7 +1,6 @@
 """ONNX Runtime, on the CPU or on CUDA."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from dat_deploy.errors import EngineBuildError, UnsupportedError
-from dat_deploy.runners.base import Images, Runner, file_description
+from dat_deploy.runners.base import Graph, Images, Runner, file_description
 
 __all__ = ["OnnxruntimeRunner"]
 
@@ -65,8 +64,9 @@ class OnnxruntimeRunner(Runner):
     def _run(self, images_nchw: Images) -> NDArray[np.float32]:
         return self._session.run(["logits"], {"image": images_nchw})[0]  # type: ignore[no-any-return]  # untyped call
 
-    def run_graph(self, onnx_model: bytes, feeds: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-        return self._open(onnx_model).run(None, dict(feeds))[0]  # type: ignore[no-any-return]  # untyped call
+    def open_graph(self, onnx_model: bytes) -> Graph:
+        session = self._open(onnx_model)
+        return lambda feeds: session.run(None, dict(feeds))[0]
 
     def close(self) -> None:
         del self._session

@@ -11,7 +11,8 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from dat_deploy.errors import EngineBuildError, UnsupportedError
-from dat_deploy.runners.base import Images, Runner, file_description
+from dat_deploy.export.metadata import load_onnx
+from dat_deploy.runners.base import Graph, Images, Runner, file_description
 
 __all__ = ["OpenvinoRunner"]
 
@@ -51,8 +52,7 @@ class OpenvinoRunner(Runner):
                 f"{name} has lowering 'plugin': its operators have no body, so only TensorRT with the plugins runs "
                 f"it. Export it with --lowering function."
             )
-        # OpenVINO's reader knows no model-local functions (2026.4), so they are inlined on the way in
-        self._model = onnx.inliner.inline_local_functions(onnx.load(path)).SerializeToString()
+        self._model = load_onnx(path)
         self._requests: dict[int, ov.InferRequest] = {}
         self._request(self.description.batch or 1)
 
@@ -63,9 +63,11 @@ class OpenvinoRunner(Runner):
             self._requests[batch] = self._open(self._model, {"image": [batch, 3, height, width]})
         return self._requests[batch]
 
-    def _open(self, onnx_model: bytes, shapes: Mapping[str, Sequence[int]]) -> ov.InferRequest:
+    def _open(self, model_proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> ov.InferRequest:
         try:
-            model = self._core.read_model(onnx_model)
+            # OpenVINO's reader knows no model-local functions (2026.4), so they are inlined on the way in
+            inlined = onnx.inliner.inline_local_functions(model_proto)
+            model = self._core.read_model(inlined.SerializeToString())
             model.reshape(dict(shapes))
             return self._core.compile_model(model, "CPU", self._settings).create_infer_request()
         except RuntimeError as error:
@@ -75,8 +77,13 @@ class OpenvinoRunner(Runner):
     def _run(self, images_nchw: Images) -> NDArray[np.float32]:
         return self._infer(self._request(len(images_nchw)), {"image": images_nchw})
 
-    def run_graph(self, onnx_model: bytes, feeds: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-        return self._infer(self._open(onnx_model, {name: value.shape for name, value in feeds.items()}), dict(feeds))
+    def open_graph(self, onnx_model: bytes) -> Graph:
+        model = onnx.load_from_string(onnx_model)
+
+        def run(feeds: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+            return self._infer(self._open(model, {name: value.shape for name, value in feeds.items()}), dict(feeds))
+
+        return run
 
     @staticmethod
     def _infer(request: ov.InferRequest, feeds: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -1,0 +1,29 @@
+"""One function for each command, with the command's name, and `load_model` and `open_runner` for work of your own.
+
+They are not in `dat_deploy` itself, because `dat_deploy.export` and others are packages there.
+"""
+
+from dat_deploy.benchmark import benchmark as bench
+from dat_deploy.benchmark import compare
+from dat_deploy.checkpoint import convert_checkpoint as convert
+from dat_deploy.checkpoint import load_model
+from dat_deploy.classify import classify
+from dat_deploy.doctor import doctor
+from dat_deploy.export import export, relower
+from dat_deploy.runners import open_runner
+from dat_deploy.validate import validate
+from dat_deploy.variants import VARIANTS as variants  # noqa: N811  # the command's name, not a constant's
+
+__all__ = [
+    "bench",
+    "classify",
+    "compare",
+    "convert",
+    "doctor",
+    "export",
+    "load_model",
+    "open_runner",
+    "relower",
+    "validate",
+    "variants",
+]

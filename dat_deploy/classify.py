@@ -1,0 +1,56 @@
+"""The most probable classes of image files, with any engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dat_deploy.labels import top_k
+from dat_deploy.preprocess import preprocess_files
+from dat_deploy.runners import EngineDescription, open_runner
+
+__all__ = ["Classification", "Prediction", "classify"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`probability` is from the softmax over all classes, 0 to 1."""
+
+    index: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Classification:
+    """`predictions` has a tuple for each image, most probable first."""
+
+    engine: EngineDescription
+    images: tuple[Path, ...]
+    predictions: tuple[tuple[Prediction, ...], ...]
+
+
+def classify(images: Sequence[Path], engine: str, *, checkpoint: Path | None = None, top: int = 5) -> Classification:
+    """Classify image files, preprocessed as the engine's network was evaluated.
+
+    Args:
+        engine: `[RUNTIME:]TARGET`, see `open_runner`.
+        checkpoint: for `pytorch:VARIANT`.
+        top: classes to return for each image.
+
+    Raises:
+        ImageError: if a file is not an image that can be read; nothing is classified then.
+    """
+    with open_runner(engine, checkpoint=checkpoint) as runner:
+        inputs = preprocess_files(images, runner.description.preprocessing)
+        size = runner.description.batch or 1
+        logits = []
+        for first in range(0, len(inputs), size):
+            part = inputs[first : first + size]
+            padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])  # a fixed batch's last call
+            logits.append(runner(padded)[: len(part)])
+        predictions = tuple(
+            tuple(Prediction(*entry) for entry in entries) for entries in top_k(np.concatenate(logits), top)
+        )
+        return Classification(runner.description, tuple(images), predictions)

@@ -1,0 +1,429 @@
+"""The command line: parse, one library call, print. Exit codes: 0 done, 1 user error, 2 wrong answer, 3 cannot here."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dat_deploy.errors import DatDeployError
+from dat_deploy.variants import VARIANTS, get_variant
+
+if TYPE_CHECKING:
+    from dat_deploy.benchmark import Record
+
+# Everything that loads torch, NumPy or a runtime is imported inside the command that needs it, so that --help is quick.
+
+app = typer.Typer(
+    name="dat-deploy",
+    help="Vision transformers with deformable attention (DAT, DAT++): from checkpoint to validated, fast inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug keeps Python's own traceback
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)  # tables in a pipe stay whole
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+VariantOption = Annotated[str, typer.Option("--variant", help=f"One of: {', '.join(VARIANTS)}.")]
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Official .pth or .safetensors file. Without it: random weights.")
+]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="FILE.onnx, or RUNTIME:TARGET such as openvino:FILE.onnx or pytorch:tiny.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace output files that exist.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
+
+
+@app.command()
+def variants(json_file: JsonOption = None, force: ForceOption = False) -> None:
+    """List the networks."""
+    table = Table("variant", "family", "image", box=None)
+    for heading in ("params", "GMACs", "top-1"):
+        table.add_column(heading, justify="right")
+    table.add_column("checked on")
+    for variant in VARIANTS.values():
+        table.add_row(
+            variant.name,
+            variant.family,
+            _size(variant.image_size),
+            f"{variant.parameters / 1e6:.1f}M",
+            f"{variant.gmacs:.1f}",
+            f"{variant.published_top1:.1f}%",
+            " ".join(variant.runtimes_checked),
+        )
+    out.print(table)
+    out.print("top-1: ImageNet-1K, as its authors report it. checked on: every lowering agreed with PyTorch there.")
+    _write_json([asdict(variant) for variant in VARIANTS.values()], json_file, force=force)
+    _next("dat-deploy export --variant tiny")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Official .pth file.")],
+    output: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Turn a checkpoint into a .safetensors file, which cannot hold code."""
+    from dat_deploy.checkpoint import convert_checkpoint
+
+    with err.status(f"reading {checkpoint.name}"):
+        variant, weights = convert_checkpoint(checkpoint, output, force=force)
+    out.print(f"{output}: variant {variant.name}, weights sha256 {weights.sha256[:12]}")
+    _notes(weights.notes)
+    _write_json({"variant": variant.name, "weights_sha256": weights.sha256}, json_file, force=force)
+    _next(f"dat-deploy export --variant {variant.name} --checkpoint {output}")
+
+
+@app.command()
+def export(
+    variant: VariantOption = "",
+    checkpoint: CheckpointOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: VARIANT.onnx.")] = None,
+    lowering: Annotated[
+        str, typer.Option("--lowering", help="function, plugin, gather, gridsample or hat; see the README.")
+    ] = "function",
+    batch: Annotated[str, typer.Option("--batch", help="dynamic, or a number.")] = "dynamic",
+    image_size: Annotated[str | None, typer.Option("--image-size", help="Such as 448 or 224x448 (height x width).")] = None,
+    opset: Annotated[int, typer.Option("--opset", help="17, 18 or 19.")] = 18,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Change the lowering of this exported file instead of exporting anew.")
+    ] = None,
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Write a network as one self-contained ONNX file."""
+    fixed_batch = None if batch == "dynamic" else _number(batch, "--batch", "a number, or 'dynamic'")
+    size = None if image_size is None else _image_size(image_size)
+    if source is None:
+        get_variant(variant)  # before torch is loaded
+        target = output or Path(f"{variant}.onnx")
+    else:
+        target = output or source.with_suffix(f".{lowering}.onnx")
+    from dat_deploy import export as library
+
+    with err.status(f"exporting {target.name}"):
+        if source is not None:
+            report = library.relower(source, target, lowering, force=force)
+        else:
+            report = library.export(
+                variant,
+                target,
+                checkpoint=checkpoint,
+                lowering=lowering,
+                batch=fixed_batch,
+                image_size=size,
+                opset_version=opset,
+                force=force,
+            )
+    metadata = report.metadata
+    out.print(
+        f"{report.path}: {metadata.variant} {_size(metadata.image_size)}, batch {metadata.batch or 'dynamic'}, "
+        f"lowering {metadata.lowering}, opset {metadata.opset_version}, {metadata.precision}, "
+        f"{report.operators} operators, {report.nodes} nodes, {report.size_bytes / 1e6:.0f} MB, {report.seconds:.0f} s"
+    )
+    out.print(f"weights: {metadata.weights_source}, sha256 {metadata.weights_sha256[:12]}")
+    _notes(report.notes)
+    _write_json(asdict(report), json_file, force=force)
+    if metadata.lowering == "plugin":
+        _next(f"dat-deploy export --from {report.path} --lowering function")
+    else:
+        _next(f"dat-deploy validate --engine {report.path}{_option('--checkpoint', checkpoint)}")
+
+
+@app.command()
+def validate(
+    engine: EngineOption,
+    checkpoint: CheckpointOption = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="A photograph; repeat it. Default: scikit-image's.")
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes to try.")] = "1,2,3,8",
+    tolerance: Annotated[
+        float | None, typer.Option("--tolerance", help="Largest error of a logit. Default: by precision.")
+    ] = None,
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Compare an engine with PyTorch; exit code 2 if it differs."""
+    sizes = _numbers(batch, "--batch")
+    from dat_deploy import validate as library
+
+    with err.status("opening") as status:
+        report = library.validate(
+            engine,
+            checkpoint=checkpoint,
+            images=image,
+            batches=sizes,
+            tolerance=tolerance,
+            progress=lambda name: status.update(name),
+        )
+    table = Table("check", box=None)
+    for heading in ("batch", "error", "allowed"):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    table.add_column("")
+    for check in report.checks:
+        verdict = {True: "ok", False: "FAILED", None: "not run"}[check.passed]
+        error = "" if check.error is None else f"{check.error:.2e}"
+        table.add_row(check.name, str(check.batch or ""), error, f"{check.tolerance:.2e}", verdict, check.detail)
+    out.print(table)
+    if json_file is not None:
+        report.write(json_file, force=force)
+    report.raise_if_failed()
+    out.print(report.verdict)
+    _next(f"dat-deploy bench --engine pytorch:{report.engine.variant} --engine {engine}{_option('--checkpoint', checkpoint)}")
+
+
+@app.command()
+def bench(
+    engine: Annotated[list[str], typer.Option("--engine", help="As in validate; repeat it, all run side by side.")],
+    checkpoint: CheckpointOption = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="The engine that ratios refer to. Default: the first.")
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes, such as 1,8,32.")] = "1",
+    image_size: Annotated[str | None, typer.Option("--image-size", help="For pytorch:VARIANT.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Turns of each engine.")] = 5,
+    seconds: Annotated[float, typer.Option("--seconds", help="Timed in each turn.")] = 1.0,
+    threads: Annotated[int | None, typer.Option("--threads", help="Of each engine. Default: all cores.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the result to this PNG file.")] = None,
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Time engines side by side, each in its own process, in turns."""
+    sizes = _numbers(batch, "--batch")
+    pixels = None if image_size is None else _image_size(image_size)
+    from dat_deploy import benchmark as library
+    from dat_deploy.files import check_output
+
+    for path in (plot, json_file):
+        if path is not None:
+            check_output(path, force=force)
+    with err.status("starting") as status:
+        record = library.benchmark(
+            engine,
+            batches=sizes,
+            rounds=rounds,
+            seconds=seconds,
+            threads=threads,
+            checkpoint=checkpoint,
+            image_size=pixels,
+            baseline=baseline,
+            progress=lambda done, total, doing: status.update(f"{doing} ({done}/{total})"),
+        )
+    _print_record(record)
+    if json_file is not None:
+        record.write(json_file, force=force)
+    if plot is not None:
+        library.plot(record, plot, force=force)
+        out.print(f"plot: {plot}")
+    if json_file is not None:
+        _next(f"dat-deploy compare {json_file} LATER.json")
+    else:
+        _next("dat-deploy bench ... --json record.json --plot record.png")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A record that bench --json wrote.")],
+    second: Annotated[Path, typer.Argument(help="Another, of the same settings on the same hardware.")],
+) -> None:
+    """Compare two benchmark records; refused if their settings differ."""
+    from dat_deploy.benchmark import Record
+    from dat_deploy.benchmark import compare as compare_records
+
+    comparison = compare_records(Record.read(first), Record.read(second))
+    table = Table("engine", box=None)
+    for heading in ("batch", "first ms", "second ms", "second / first", "range"):
+        table.add_column(heading, justify="right")
+    for row in comparison.rows:
+        ratio = row.latency_ratio
+        table.add_row(
+            row.engine,
+            str(row.batch),
+            f"{row.first_ms:.2f}",
+            f"{row.second_ms:.2f}",
+            f"{ratio.median:.3f}",
+            f"{ratio.lowest:.3f} to {ratio.highest:.3f}",
+        )
+    out.print(table)
+    for name, (old, new) in comparison.versions.items():
+        out.print(f"{name}: {old} and {new}")
+    _next("dat-deploy bench --help")
+
+
+@app.command()
+def classify(
+    image: Annotated[list[Path], typer.Argument(help="Image files.")],
+    engine: EngineOption,
+    checkpoint: CheckpointOption = None,
+    top: Annotated[int, typer.Option("--top", help="Classes to show.")] = 5,
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Name what is on images."""
+    from dat_deploy import classify as library
+
+    with err.status("classifying"):
+        result = library.classify(image, engine, checkpoint=checkpoint, top=top)
+    for path, predictions in zip(result.images, result.predictions, strict=True):
+        out.print(str(path), markup=False)
+        for prediction in predictions:
+            out.print(f"  {prediction.probability:7.2%}  {prediction.name}", markup=False)
+    if "random weights" in result.engine.weights_source:
+        out.print(f"note: the engine holds {result.engine.weights_source}, so these names mean nothing.")
+    _write_json(asdict(result), json_file, force=force)
+    _next(f"dat-deploy bench --engine {engine}")
+
+
+@app.command()
+def doctor(force: ForceOption = False, json_file: JsonOption = None) -> None:
+    """Print what a bug report needs, and what can run here."""
+    from dat_deploy import doctor as library
+
+    with err.status("looking"):
+        found = library.doctor()
+    hardware = found.hardware
+    table = Table(box=None, show_header=False)
+    for name, version in found.versions.items():
+        table.add_row(name, version)
+    for name, installed in found.packages.items():
+        table.add_row(name, installed or "not installed")
+    table.add_row("commit", found.commit or "not a checkout")
+    table.add_row("cpu", f"{hardware.cpu}, {hardware.cores} cores, {' '.join(hardware.cpu_flags)}")
+    table.add_row("memory", f"{hardware.memory_gib} GiB")
+    table.add_row("gpu", ", ".join(hardware.gpus) or "none")
+    for runtime, reasons in found.runtimes.items():
+        table.add_row(f"runs {runtime}", "; ".join(reasons) or "yes")
+    out.print(table, markup=False)
+    _write_json(asdict(found), json_file, force=force)
+    _next("dat-deploy demo")
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option("--directory", help="Where the files go; they are replaced.")] = Path("demo"),
+) -> None:
+    """Export tiny with random weights, validate it on photographs, time it against PyTorch. About two minutes."""
+    from dat_deploy.photographs import photographs
+
+    directory.mkdir(parents=True, exist_ok=True)
+    onnx_file = directory / "tiny.onnx"
+    record, plot = directory / "bench.json", directory / "bench.png"
+    report = directory / "validation.json"
+    _step(f"dat-deploy export --variant tiny --output {onnx_file}")
+    export(variant="tiny", output=onnx_file, force=True)
+    _step(f"dat-deploy validate --engine {onnx_file} --json {report}")
+    validate(engine=str(onnx_file), json_file=report, force=True)
+    engines = ["pytorch:tiny", str(onnx_file), f"openvino:{onnx_file}"]
+    _step(f"dat-deploy bench {' '.join(f'--engine {name}' for name in engines)} --json {record} --plot {plot}")
+    bench(engine=engines, json_file=record, plot=plot, force=True)
+    photograph = photographs(2)[1]
+    _step(f"dat-deploy classify {photograph.name} --engine {onnx_file}")
+    classify(image=[photograph], engine=str(onnx_file))
+    out.print(
+        f"\nAll of it worked; the files are in {directory}. With an official checkpoint (links in the README):\n"
+        f"  dat-deploy export --variant tiny --checkpoint dat_tiny_in1k_224.pth\n"
+        f"  dat-deploy classify PHOTOGRAPH.jpg --engine tiny.onnx"
+    )
+
+
+def main() -> None:
+    """Entry point: an expected failure is one line on stderr and its exit code; a bug keeps its traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except DatDeployError as error:
+        err.print(f"error: {error}", markup=False)
+        sys.exit(error.exit_code)
+    except SystemExit as stop:
+        # the parser of options exits with 2, which here means that an answer is wrong
+        sys.exit(1 if stop.code == 2 else stop.code)
+
+
+def _terminate(signal_number: int, _: FrameType | None) -> None:
+    sys.exit(128 + signal_number)  # unwinds, so that half-written files and workers go
+
+
+def _print_record(record: "Record") -> None:
+    table = Table("engine", "precision", box=None)
+    for heading in ("batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "ratio", "range"):
+        table.add_column(heading, justify="right")
+    for row in record.rows:
+        ratio = row.latency_ratio
+        table.add_row(
+            row.engine,
+            record.settings.engines[row.engine].precision,
+            str(row.batch),
+            f"{row.p50_ms:.2f}",
+            f"{row.p90_ms:.2f}",
+            f"{row.p99_ms:.2f}",
+            f"{row.images_per_s:.1f}",
+            f"{ratio.median:.3f}",
+            f"{ratio.lowest:.3f} to {ratio.highest:.3f}",
+        )
+    out.print(table)
+    hardware = record.hardware
+    out.print(
+        f"ratio: latency / latency of {record.settings.baseline}, round by round; below 1 is faster. "
+        f"{hardware.cpu}, {hardware.cores} cores."
+    )
+
+
+def _step(command: str) -> None:
+    out.print(f"\n$ {command}", markup=False)
+
+
+def _next(command: str) -> None:
+    out.print(f"next: {command}", markup=False)
+
+
+def _notes(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        out.print(f"note: {note}", markup=False)
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _option(name: str, value: Path | None) -> str:
+    return "" if value is None else f" {name} {value}"
+
+
+def _number(text: str, option: str, accepted: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise DatDeployError(f"{option} got '{text}'; it takes {accepted}.") from None
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    return [_number(part, option, "numbers such as 1,8,32") for part in text.split(",")]
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    sides = [_number(part, "--image-size", "a side such as 448, or HEIGHTxWIDTH") for part in text.lower().split("x")]
+    if len(sides) > 2:
+        raise DatDeployError(f"--image-size got '{text}'; it takes a side such as 448, or HEIGHTxWIDTH.")
+    return sides[0], sides[-1]
+
+
+def _write_json(content: object, path: Path | None, *, force: bool) -> None:
+    if path is None:
+        return
+    from dat_deploy.files import atomic_output
+
+    default: Callable[[Any], str] = str
+    with atomic_output(path, force=force) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, default=default) + "\n", encoding="utf-8")

@@ -1,0 +1,35 @@
+"""What a bug report needs: versions, hardware, and what can run here."""
+
+import importlib.metadata
+from dataclasses import dataclass
+
+from dat_deploy.benchmark.environment import commit, hardware, versions
+from dat_deploy.benchmark.record import Hardware
+from dat_deploy.runners import RUNTIMES, reasons_against
+
+__all__ = ["Diagnosis", "doctor"]
+
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "pillow")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """`packages` maps a name to its version, None if it is not installed; `runtimes` to why it cannot run, if so."""
+
+    hardware: Hardware
+    versions: dict[str, str]
+    packages: dict[str, str | None]
+    runtimes: dict[str, list[str]]
+    commit: str | None
+
+
+def doctor() -> Diagnosis:
+    """Look at this environment; nothing is changed."""
+    packages: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    runtimes = {name: reasons_against(runtime) for name, runtime in RUNTIMES.items()}
+    return Diagnosis(hardware(), versions(), packages, runtimes, commit())

@@ -1,0 +1,279 @@
+"""Is the engine's answer still PyTorch's? Photographs, stress inputs, batch slots and coordinates; one verdict."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from dat_deploy.errors import DatDeployError, ShapeError, VerificationError
+from dat_deploy.export.lowering import OperatorRecord, operator_records
+from dat_deploy.export.subgraph import operator_model
+from dat_deploy.files import atomic_output
+from dat_deploy.model import REFERENCE, Operators
+from dat_deploy.photographs import photographs
+from dat_deploy.preprocess import preprocess_files
+from dat_deploy.runners import EngineDescription, Runner, open_runner
+from dat_deploy.runners.pytorch_runner import PytorchRunner
+from dat_deploy.validate.stress import LOCATIONS, stress_images, stress_locations
+
+__all__ = ["BATCHES", "TOLERANCES", "Check", "ValidationReport", "default_tolerance", "validate"]
+
+BATCHES = (1, 2, 3, 8)
+
+# Largest error of any logit, as a share of the largest logit where that exceeds 1. float32 differs by the order of
+# summation alone, about 1e-6 here: 1e-4 leaves room for other CPUs and is far below what moves a prediction.
+# bfloat16 keeps 8 bits: 2^-8 a rounding, through tens of layers; 2^-5 is what 8 independent roundings may add up to.
+TOLERANCES = {"fp32": 1e-4, "bf16": 2**-5}
+
+Images = NDArray[np.float32]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the report.
+
+    Attributes:
+        batch: images in the call; None where there is no batch to speak of.
+        error: the largest absolute difference seen; None if the check could not run, `detail` then says why.
+        tolerance: what it may be.
+    """
+
+    name: str
+    batch: int | None
+    error: float | None
+    tolerance: float
+    detail: str
+
+    @property
+    def passed(self) -> bool | None:
+        """None if the check did not run."""
+        return None if self.error is None else self.error <= self.tolerance  # NaN is not <= anything
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    engine: EngineDescription
+    reference: EngineDescription
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in one sentence."""
+        failed = [check for check in self.checks if check.passed is False]
+        ran = [check for check in self.checks if check.passed is not None]
+        if not failed:
+            worst = max(check.error / check.tolerance for check in ran if check.error is not None)
+            return (
+                f"{self.engine.name} agrees with {self.reference.name}: {len(ran)} checks passed, the worst error is "
+                f"{worst:.1%} of what is allowed."
+            )
+        first = failed[0]
+        where = f" at batch {first.batch}" if first.batch else ""
+        return (
+            f"{self.engine.name} differs from {self.reference.name}: {len(failed)} of {len(ran)} checks failed, first "
+            f"'{first.name}'{where} with an error of {first.error:.3g} where {first.tolerance:.3g} is allowed."
+        )
+
+    def to_json(self) -> str:
+        fields: dict[str, Any] = asdict(self)
+        for check, row in zip(self.checks, fields["checks"], strict=True):
+            row["passed"] = check.passed
+            if check.error is not None and not math.isfinite(check.error):
+                row["error"] = str(check.error)  # JSON has no NaN
+        return json.dumps({"passed": self.passed, "verdict": self.verdict, **fields}, indent=2) + "\n"
+
+    def write(self, path: Path, *, force: bool = False) -> None:
+        with atomic_output(path, force=force) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    def raise_if_failed(self) -> None:
+        """Raises VerificationError with the verdict unless every check that ran has passed."""
+        if not self.passed:
+            raise VerificationError(self.verdict)
+
+
+def default_tolerance(precision: str) -> float:
+    return TOLERANCES[precision]
+
+
+def validate(
+    engine: str,
+    *,
+    checkpoint: Path | None = None,
+    images: Sequence[Path] | None = None,
+    batches: Sequence[int] = BATCHES,
+    tolerance: float | None = None,
+    progress: Progress = lambda _: None,
+) -> ValidationReport:
+    """Compare an engine with the eager PyTorch network that holds the same weights.
+
+    Args:
+        engine: `[RUNTIME:]TARGET`, see `open_runner`.
+        checkpoint: what the engine was exported from; without one, the seeded random weights.
+        images: photographs of your own; without any, those in scikit-image's wheel.
+        batches: batch sizes to try; an engine of a fixed batch is tried at that one.
+        tolerance: largest error of a logit, as a share of the largest logit where that exceeds 1.
+        progress: called with the name of each check before it runs.
+
+    Returns:
+        The report, passed or failed; `raise_if_failed` turns a failure into an error.
+
+    Raises:
+        DatDeployError: if the two sides do not hold the same weights, or either cannot be opened.
+    """
+    if not batches or min(batches) < 1:
+        raise ShapeError(f"batches {list(batches)} are not possible; give numbers from 1, such as 1,2,3,8.")
+    with open_runner(engine, checkpoint=checkpoint) as runner:
+        about = runner.description
+        reference = PytorchRunner(
+            about.variant, f"pytorch:{about.variant}", checkpoint=checkpoint, image_size=about.image_size
+        )
+        if reference.description.weights_sha256 != about.weights_sha256:
+            raise DatDeployError(
+                f"{about.name} holds the weights of {about.weights_source} (sha256 {about.weights_sha256[:12]}), the "
+                f"PyTorch side those of {reference.description.weights_source} "
+                f"({reference.description.weights_sha256[:12]}). Pass the same --checkpoint that it was exported with."
+            )
+        allowed = tolerance if tolerance is not None else default_tolerance(about.precision)
+        paths = list(images) if images else photographs(max(8, *batches) if max(batches) <= 13 else 13)
+        photos = preprocess_files(paths, about.preprocessing)
+        tried = [about.batch] if about.batch else sorted(set(batches))
+        checks: list[Check] = []
+        expected = _in_batches(reference, photos)
+        for batch in tried:
+            progress(f"photographs, batch {batch}")
+            checks.append(_compare_photographs(runner, photos, expected, batch, allowed))
+        for name, image in stress_images(about.image_size).items():
+            progress(f"stress image: {name}")
+            batch = about.batch or 1
+            wanted = reference(image)
+            got = runner(np.repeat(image, batch, axis=0))[:1]
+            checks.append(_check(f"stress image: {name}", batch, got, wanted, allowed, ""))
+        for batch in tried:
+            if batch > 1:
+                progress(f"slots, batch {batch}")
+                checks.extend(_check_slots(runner, photos, expected, batch, allowed))
+        checks.extend(_check_coordinates(runner, reference, engine, progress))
+        return ValidationReport(about, reference.description, tuple(checks))
+
+
+def _in_batches(runner: Runner, images: Images) -> NDArray[np.float32]:
+    return np.concatenate([runner(images[i : i + 1]) for i in range(len(images))])
+
+
+def _check(
+    name: str, batch: int | None, got: NDArray[Any], expected: NDArray[Any], tolerance: float, detail: str
+) -> Check:
+    error = float(np.abs(got.astype(np.float64) - expected).max())  # NaN if either has one
+    return Check(name, batch, error, tolerance * max(1.0, float(np.abs(expected).max())), detail)
+
+
+def _filled(images: Images, batch: int) -> Iterable[tuple[Images, list[int]]]:
+    """Batches of exactly `batch` images that together hold each image, and the index of the image in each slot."""
+    for first in range(0, len(images), batch):
+        slots = [(first + slot) % len(images) for slot in range(batch)]
+        yield images[slots], slots
+
+
+def _compare_photographs(
+    runner: Runner, photos: Images, expected: NDArray[np.float32], batch: int, tolerance: float
+) -> Check:
+    got = np.empty_like(expected)
+    for images, slots in _filled(photos, batch):
+        got[slots] = runner(images)
+    agreeing = int((got.argmax(axis=1) == expected.argmax(axis=1)).sum())
+    return _check("photographs", batch, got, expected, tolerance, f"top-1 agrees on {agreeing} of {len(photos)}")
+
+
+def _check_slots(
+    runner: Runner, photos: Images, expected: NDArray[np.float32], batch: int, tolerance: float
+) -> list[Check]:
+    """A runtime that mixes up the images of a batch passes every test on one image (NVIDIA/TensorRT#4813)."""
+    same = runner(np.repeat(photos[:1], batch, axis=0))
+    spread = float(np.abs(same - same[:1]).max())
+    repeated = _check(
+        "slots: one image in all", batch, same, expected[:1], tolerance, f"slots differ by at most {spread:.1e}"
+    )
+    indices = np.arange(batch) % len(photos)
+    order = np.roll(np.arange(batch)[::-1], 1)
+    forward = runner(photos[indices])
+    permuted = runner(photos[indices[order]])
+    moved = _check(
+        "slots: images permuted", batch, permuted, forward[order], tolerance, "against the same images in order"
+    )
+    return [repeated, moved]
+
+
+# Of a single operator with float32 inputs of unit variance; its float64 reference is exact beside this.
+OPERATOR_TOLERANCES = {"fp32": 1e-4, "bf16": 2**-4}
+
+
+def _check_coordinates(runner: Runner, reference: PytorchRunner, engine: str, progress: Progress) -> list[Check]:
+    """Each deformable operator of the file alone, at locations that a trained network seldom visits."""
+    tolerance = OPERATOR_TOLERANCES[runner.description.precision]
+    if not engine.endswith(".onnx"):
+        return [Check("coordinates", None, None, tolerance, "not run: only an ONNX file can be cut into operators")]
+    model = ir.load(Path(engine.rpartition(":")[2]))
+    records = [r for r in operator_records(model.metadata_props) if "sampling_locations" in r.inputs]
+    worst: dict[str, tuple[float, float, str]] = {}
+    for record in records:
+        progress(f"coordinates: {record.name}")
+        run = runner.open_graph(operator_model(model, record))
+        for kind in LOCATIONS:
+            inputs = _operator_inputs(record, reference, kind, runner.description.batch or 2)
+            got = run({name: value.numpy() for name, value in inputs.items()})
+            expected = _operator_reference(record, reference, inputs, REFERENCE)
+            check = _check("", None, got, expected, tolerance, "")
+            assert check.error is not None
+            share = check.error / check.tolerance
+            if kind not in worst or not share <= worst[kind][1] / worst[kind][0]:
+                worst[kind] = (check.tolerance, check.error, record.name)
+    return [
+        Check(f"coordinates: {kind}", None, error, allowed, f"{len(records)} operators, worst {name}")
+        for kind, (allowed, error, name) in worst.items()
+    ]
+
+
+def _operator_inputs(
+    record: OperatorRecord, reference: PytorchRunner, kind: str, batch: int
+) -> dict[str, torch.Tensor]:
+    stage = int(record.name.split(".")[1])
+    config = reference.model.variant.stages[stage]
+    height, width = reference.model.variant.feature_map(stage)
+    shapes = {
+        "deformable_sample": {"value": (batch, height, width, config.channels)},
+        "deformable_attention": {
+            "query": (batch, height, width, config.channels),
+            "key": (batch, height * width, config.channels),
+            "value": (batch, height * width, config.channels),
+        },
+    }[record.operator]
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    locations = (batch, config.offset_groups, height, width, 2)
+    inputs["sampling_locations"] = stress_locations(kind, locations, (height, width), seed=0)
+    return inputs
+
+
+def _operator_reference(
+    record: OperatorRecord, reference: PytorchRunner, inputs: dict[str, torch.Tensor], operators: Operators
+) -> NDArray[np.float64]:
+    """The operator in float64 PyTorch, with the bias table of its module."""
+    values = {name: value.double() for name, value in inputs.items()}
+    if record.operator == "deformable_attention":
+        module = reference.model.get_submodule(record.name.partition("/")[0])
+        values["relative_position_bias_table"] = module.get_parameter("relative_position_bias_table").double()
+    with torch.inference_mode():
+        return getattr(operators, record.operator)(**values, **record.attributes).numpy()  # type: ignore[no-any-return]  # untyped call
