@@ -1,7 +1,8 @@
 """Class names, and the best classes of a batch of logits.
 
 `data/imagenet_classes.txt` has a name a line in ILSVRC2012 order: the class's first WordNet 3.0 lemma (© Princeton
-University, WordNet licence); where that is not unique or misleads, another lemma or a hint in brackets: "crane (bird)".
+University, under `data/WORDNET_LICENSE.txt`); where that is not unique or misleads, another lemma or a hint in
+brackets: "crane (bird)".
 """
 
 import functools

@@ -116,7 +116,7 @@ class DeformableAttention(nn.Module):
         batch, height, width, channels = query.shape
         groups = self.offset_groups
         grouped = query.permute(0, 3, 1, 2).reshape(batch * groups, channels // groups, height, width)
-        offsets = self.conv_offset(grouped).float()  # B·G, Hk, Wk, 2
+        offsets: Tensor = self.conv_offset(grouped).float()  # B·G, Hk, Wk, 2
         _, sampled_height, sampled_width, _ = offsets.shape
         step = offsets.new_tensor([self.offset_range_factor / sampled_height, self.offset_range_factor / sampled_width])
         locations = offsets.tanh() * step + reference_points(sampled_height, sampled_width, offsets.device)

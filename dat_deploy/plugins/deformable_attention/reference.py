@@ -83,5 +83,5 @@ def deformable_attention(
     v = value.reshape(batch, -1, num_heads, head_dim).transpose(1, 2)
     bias = interpolated_bias(relative_position_bias_table, sampling_locations, height, width, half_pixel_queries)
     scores = (q * head_dim**-0.5) @ k.transpose(-2, -1) + bias.to(query.dtype)  # B, M, H·W, Ns
-    out = scores.softmax(dim=-1) @ v
+    out: Tensor = scores.softmax(dim=-1) @ v
     return out.transpose(1, 2).reshape(batch, height, width, channels)

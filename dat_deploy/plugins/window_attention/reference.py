@@ -62,7 +62,8 @@ def window_attention(
     if shift_size:
         qkv = qkv.roll((-shift_size, -shift_size), dims=(1, 2))
     windows = window_partition(qkv, window_size)  # B, nW, Ws², 3C
-    q, k, v = windows.unflatten(-1, (3, num_heads, head_dim)).permute(3, 0, 1, 4, 2, 5).unbind(0)  # B, nW, M, Ws², D
+    heads = windows.unflatten(-1, (3, num_heads, head_dim))  # type: ignore[no-untyped-call]  # torch gives it no types
+    q, k, v = heads.permute(3, 0, 1, 4, 2, 5).unbind(0)  # B, nW, M, Ws², D
     index = relative_position_index(window_size, qkv.device)
     bias = relative_position_bias_table.to(qkv.dtype)[index].permute(2, 0, 1)  # M, Ws², Ws²
     if shift_size:

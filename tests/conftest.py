@@ -1,0 +1,65 @@
+"""Shared fixtures: exported files and networks are made once for the whole run."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from dat_deploy.checkpoint import load_model
+from dat_deploy.export import LOWERINGS, export, relower
+from dat_deploy.model import DAT
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def deterministic_weights() -> ModuleType:
+    """tests/golden/deterministic_weights.py: fills a state dict by name and shape."""
+    spec = importlib.util.spec_from_file_location("deterministic_weights", GOLDEN / "deterministic_weights.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint(deterministic_weights: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An official-looking checkpoint of tiny, with the weights that tests/golden/tiny.npz was made with."""
+    manifest = json.loads((GOLDEN / "manifests" / "tiny.json").read_text())["state_dict"]
+    state = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in manifest.items()}
+    deterministic_weights.fill_(state)
+    parameters = {k: v for k, v in state.items() if not k.endswith(("relative_position_index", "attn_mask"))}
+    path = tmp_path_factory.mktemp("golden") / "dat_tiny_in1k_224.pth"
+    torch.save({"model": parameters, "epoch": 299}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """tiny with seeded random weights and a dynamic batch, once for each lowering."""
+    folder = tmp_path_factory.mktemp("onnx")
+    paths = {lowering: folder / f"tiny.{lowering}.onnx" for lowering in LOWERINGS}
+    export("tiny", paths["function"])
+    for lowering, path in paths.items():
+        if lowering != "function":
+            relower(paths["function"], path, lowering)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> DAT:
+    """The network whose weights the files of `tiny_onnx` hold."""
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="session")
+def noise() -> np.ndarray:
+    """Eight different normalised images [8, 3, 224, 224]."""
+    return np.random.default_rng(7).standard_normal((8, 3, 224, 224)).astype(np.float32)

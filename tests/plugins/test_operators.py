@@ -1,0 +1,214 @@
+"""Each ONNX body of each operator, on ONNX Runtime, against the float64 reference; and what the operators promise.
+
+The tolerance is derived: a body's error against float64 may be twice that of the float32 reference, plus one part in
+a million for the order of summation.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+from dat_deploy import plugins
+from dat_deploy.export.lowering import LOWERINGS, function_bodies
+from dat_deploy.model import REFERENCE, reference_points
+from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
+
+BODIES = [lowering for lowering in LOWERINGS if lowering != "plugin"]
+Inputs = dict[str, Tensor]
+
+
+def session(operator: str, lowering: str, inputs: Inputs, attributes: dict[str, int], opset: int = 18):
+    """The operator as one node with its body; the first axis is dynamic, as the batch of an exported file is."""
+    node = onnx.helper.make_node(
+        operator, list(inputs), ["out"], domain=DOMAIN_NAME, **attributes, **PLUGIN_ATTRIBUTES
+    )
+    shapes = {name: ["batch", *value.shape[1:]] for name, value in inputs.items()}
+    if "relative_position_bias_table" in inputs:
+        shapes["relative_position_bias_table"] = list(inputs["relative_position_bias_table"].shape)
+    graph = onnx.helper.make_graph(
+        [node],
+        "operator",
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+        [onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, None)],
+    )
+    model = onnx.helper.make_model(
+        graph,
+        functions=[body for body in function_bodies(lowering, opset) if body.name == operator],
+        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN_NAME, 1)],
+        ir_version=10,
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def assert_body_is_exact(operator: str, lowering: str, inputs: Inputs, attributes: dict[str, int], opset: int = 18):
+    reference: Callable[..., Tensor] = getattr(REFERENCE, operator)
+    exact = reference(**{name: value.double() for name, value in inputs.items()}, **attributes)
+    eager = reference(**inputs, **attributes)
+    (got,) = session(operator, lowering, inputs, attributes, opset).run(
+        None, {name: value.numpy() for name, value in inputs.items()}
+    )
+    allowed = 2 * (eager - exact).abs().max().item() + 1e-6 * (1 + exact.abs().max().item())
+    assert np.abs(got - exact.numpy()).max() <= allowed
+
+
+def locations(kind: str, shape: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+    """[..., 2] with sampling locations on pixels, half pixels, the border, outside, or where a network puts them."""
+    generator = torch.Generator().manual_seed(3)
+    if kind == "network":
+        offsets = torch.randn(*shape, 2, generator=generator).tanh() * 2 / torch.tensor(shape[-2:])
+        return reference_points(*shape[-2:]) + offsets
+    axes = []
+    for side in size:
+        index = torch.randint(-1, side, shape, generator=generator).float()
+        span = max(side - 1, 1)
+        axes.append(
+            {
+                "pixels": index.clamp(min=0) / span * 2 - 1,
+                "half pixels": (index + 0.5) / span * 2 - 1,
+                "border": torch.where(index > side / 2, 1.0, -1.0) + 1e-6 * index,
+                "outside": torch.rand(shape, generator=generator) * 6 - 3,
+            }[kind]
+        )
+    return torch.stack(axes, dim=-1)
+
+
+KINDS = ["network", "pixels", "half pixels", "border", "outside"]
+MAPS = [(1, 1), (1, 5), (3, 9), (7, 7), (8, 13)]
+
+
+@pytest.mark.parametrize("size", MAPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lowering", BODIES)
+def test_deformable_sample_body_is_exact(lowering, kind, size):
+    value = torch.randn(3, *size, 24)
+    points = locations(kind, (3, 2, 4, 5), size)
+    assert_body_is_exact("deformable_sample", lowering, {"value": value, "sampling_locations": points}, {})
+
+
+@pytest.mark.parametrize("half_pixel_queries", [1, 0], ids=["DAT", "DAT++"])
+@pytest.mark.parametrize("size", MAPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lowering", BODIES)
+def test_deformable_attention_body_is_exact(lowering, kind, size, half_pixel_queries):
+    height, width = size
+    heads, groups, head_dim, sampled = 4, 2, 8, (3, 2)
+    keys = sampled[0] * sampled[1]
+    inputs = {
+        "query": torch.randn(2, height, width, heads * head_dim),
+        "key": torch.randn(2, keys, heads * head_dim),
+        "value": torch.randn(2, keys, heads * head_dim),
+        "sampling_locations": locations(kind, (2, groups, *sampled), size),
+        "relative_position_bias_table": torch.randn(heads, 2 * height - 1, 2 * width - 1),
+    }
+    attributes = {"num_heads": heads, "half_pixel_queries": half_pixel_queries}
+    assert_body_is_exact("deformable_attention", lowering, inputs, attributes)
+
+
+WINDOWS = [(7, 7, 7, 0), (7, 7, 7, 4), (14, 21, 7, 0), (14, 21, 7, 4), (12, 24, 12, 6), (4, 2, 2, 1), (3, 6, 1, 0)]
+
+
+@pytest.mark.parametrize(("height", "width", "window_size", "shift_size"), WINDOWS)
+@pytest.mark.parametrize("lowering", BODIES)
+def test_window_attention_body_is_exact(lowering, height, width, window_size, shift_size):
+    heads = 2
+    inputs = {
+        "qkv": torch.randn(3, height, width, 3 * heads * 8),
+        "relative_position_bias_table": torch.randn((2 * window_size - 1) ** 2, heads),
+    }
+    attributes = {"num_heads": heads, "window_size": window_size, "shift_size": shift_size}
+    assert_body_is_exact("window_attention", lowering, inputs, attributes)
+
+
+@pytest.mark.parametrize("opset", [17, 19])
+@pytest.mark.parametrize("lowering", BODIES)
+def test_bodies_mean_the_same_in_opset(lowering, opset):
+    points = locations("network", (2, 2, 4, 4), (5, 6))
+    inputs = {"value": torch.randn(2, 5, 6, 16), "sampling_locations": points}
+    assert_body_is_exact("deformable_sample", lowering, inputs, {}, opset)
+    inputs = {"qkv": torch.randn(2, 4, 4, 48), "relative_position_bias_table": torch.randn(9, 2)}
+    assert_body_is_exact(
+        "window_attention", lowering, inputs, {"num_heads": 2, "window_size": 2, "shift_size": 1}, opset
+    )
+
+
+def test_sampling_at_the_pixels_gives_the_map_back():
+    value = torch.randn(2, 5, 7, 12, dtype=torch.float64)
+    y, x = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.linspace(-1, 1, 7, dtype=torch.float64)
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).expand(2, 3, 5, 7, 2)
+    torch.testing.assert_close(REFERENCE.deformable_sample(value, grid), value.reshape(2, 35, 12))
+
+
+def test_sampling_one_pixel_further_shifts_the_map_and_reads_zeros_outside():
+    value = torch.randn(1, 4, 6, 2, dtype=torch.float64)
+    y, x = torch.linspace(-1, 1, 4), torch.linspace(-1, 1, 6) + 2 / 5
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).double()[None, None]
+    sampled = REFERENCE.deformable_sample(value, grid).reshape(1, 4, 6, 2)
+    torch.testing.assert_close(sampled[:, :, :-1], value[:, :, 1:], atol=1e-6, rtol=0)
+    torch.testing.assert_close(sampled[:, :, -1], torch.zeros_like(value[:, :, -1]), atol=1e-6, rtol=0)
+
+
+def test_bilinear_read_is_the_sum_of_hat_functions_of_the_paper():
+    value = torch.randn(1, 3, 4, 1, dtype=torch.float64)
+    points = torch.rand(1, 1, 2, 5, 2, dtype=torch.float64) * 2.6 - 1.3
+    got = REFERENCE.deformable_sample(value, points).reshape(-1)
+    for k, (y, x) in enumerate(points.reshape(-1, 2).tolist()):
+        row, column = (y + 1) / 2 * 2, (x + 1) / 2 * 3
+        expected = sum(
+            max(0.0, 1 - abs(row - i)) * max(0.0, 1 - abs(column - j)) * value[0, i, j, 0].item()
+            for i in range(3)
+            for j in range(4)
+        )
+        assert got[k].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_channel_groups_read_at_their_own_locations():
+    value = torch.randn(1, 4, 4, 6)
+    points = torch.rand(1, 3, 2, 2, 2) * 2 - 1
+    together = REFERENCE.deformable_sample(value, points)
+    for group in range(3):
+        alone = REFERENCE.deformable_sample(value[..., 2 * group : 2 * group + 2], points[:, group : group + 1])
+        torch.testing.assert_close(together[..., 2 * group : 2 * group + 2], alone)
+
+
+def test_shifted_windows_do_not_see_across_the_border_that_the_roll_made():
+    """A change in the first row must not reach the last row, its neighbour only after the roll."""
+    qkv = torch.randn(1, 14, 14, 48, dtype=torch.float64)
+    table = torch.zeros(169, 2, dtype=torch.float64)
+    changed = qkv.clone()
+    changed[:, 0] += 1
+    before, after = (REFERENCE.window_attention(x, table, 2, 7, 4) for x in (qkv, changed))
+    torch.testing.assert_close(after[:, -4:], before[:, -4:], atol=1e-12, rtol=0)
+    assert (after[:, 0] - before[:, 0]).abs().min() > 0
+
+
+OPERATOR_SAMPLES = {
+    "deformable_sample": (torch.randn(2, 5, 6, 16), torch.rand(2, 2, 3, 3, 2) * 2 - 1),
+    "deformable_attention": (
+        *(torch.randn(2, 5, 6, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)),
+        *(torch.rand(2, 2, 3, 3, 2) * 2 - 1, torch.randn(4, 9, 11), 4, True),
+    ),
+    "window_attention": (torch.randn(2, 4, 6, 48), torch.randn(9, 2), 2, 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", OPERATOR_SAMPLES)
+def test_torch_operator_is_well_formed(name):
+    results = torch.library.opcheck(
+        getattr(torch.ops.dat_deploy, name).default,
+        OPERATOR_SAMPLES[name],
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", OPERATOR_SAMPLES)
+def test_torch_operator_computes_the_reference(name):
+    arguments = OPERATOR_SAMPLES[name]
+    torch.testing.assert_close(getattr(plugins, name)(*arguments), getattr(REFERENCE, name)(*arguments))

@@ -1,0 +1,88 @@
+"""The house keeps its order: imports go down only, and runtimes are imported where they are named."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import dat_deploy
+
+PACKAGE = Path(dat_deploy.__file__).parent
+
+# Lowest first; a module may import its own layer and what is before it.
+LAYERS = [
+    {"errors", "variants", "files", "preprocess", "labels", "photographs"},
+    {"plugins"},
+    {"untrusted", "model", "checkpoint"},
+    {"export"},
+    {"engine"},
+    {"runners"},
+    {"validate", "benchmark", "serving", "classify", "doctor"},
+    {"api", "cli"},
+]
+HOMES = {
+    "tensorrt": ("trt_plugin.py", "engine/", "tensorrt_runner.py"),
+    "triton": ("kernel.py",),
+    "onnxruntime": ("onnxruntime_runner.py", "runners/__init__.py"),
+    "openvino": ("openvino_runner.py", "runners/__init__.py"),
+    "matplotlib": ("plotting.py",),
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer(module: str) -> int | None:
+    parts = module.split(".")
+    if parts[0] != "dat_deploy" or len(parts) == 1:
+        return None
+    return next((i for i, names in enumerate(LAYERS) if parts[1] in names), None)
+
+
+def test_imports_go_down_only():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        relative = path.relative_to(PACKAGE)
+        own = layer(f"dat_deploy.{relative.with_suffix('').parts[0]}")
+        if own is None:
+            assert str(relative) == "__init__.py", f"{relative} has no layer"
+            continue
+        for module in imports(path):
+            other = layer(module)
+            if other is not None and other > own:
+                wrong.append(f"{relative} imports {module}")
+    assert not wrong
+
+
+def test_runtimes_are_imported_only_in_the_files_named_for_them():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        relative = str(path.relative_to(PACKAGE))
+        for module in imports(path):
+            homes = HOMES.get(module.split(".")[0])
+            if homes and not relative.endswith(tuple(h for h in homes if h.endswith(".py"))) and not any(
+                relative.startswith(h) for h in homes if h.endswith("/")
+            ):
+                wrong.append(f"{relative} imports {module}")
+    assert not wrong
+
+
+def test_importing_the_package_loads_neither_torch_nor_a_runtime():
+    code = "import dat_deploy, sys; print(sorted({'torch', 'onnx', 'numpy', 'openvino', 'tensorrt'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603  # fixed
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_exist():
+    import dat_deploy.api
+
+    for module in (dat_deploy, dat_deploy.api):
+        assert len(module.__all__) == len(set(module.__all__))
+        assert all(hasattr(module, name) for name in module.__all__)
