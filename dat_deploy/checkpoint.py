@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file as save_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from dat_deploy.errors import CheckpointError
@@ -139,7 +139,7 @@ def convert_checkpoint(path: Path, output: Path, *, force: bool = False) -> tupl
     weights = _weights_from_official(path, parameters, variant)
     metadata = {"format": "pt", "variant": variant.name, "source": path.name, "sha256": weights.sha256}
     with atomic_output(output, force=force) as temporary:
-        save_safetensors(parameters, temporary, metadata)
+        temporary.write_bytes(save_safetensors(parameters, metadata))  # save_file's errors are no OSError
     return variant, weights
 
 

@@ -1,6 +1,7 @@
 """The command line: parse, one library call, print. Exit codes: 0 done, 1 user error, 2 wrong answer, 3 cannot here."""
 
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -29,8 +30,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug keeps Python's own traceback
     rich_markup_mode=None,
 )
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)  # tables in a pipe stay whole
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Text is printed as it is: in rich's markup, a file called a[b]:x:.onnx would lose its [b] and gain an emoji.
+out = Console(
+    highlight=False,
+    soft_wrap=True,
+    markup=False,
+    emoji=False,
+    width=None if sys.stdout.isatty() else 160,  # tables in a pipe stay whole
+)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 VariantOption = Annotated[str, typer.Option("--variant", help=f"One of: {', '.join(VARIANTS)}.")]
 CheckpointOption = Annotated[
@@ -63,7 +71,7 @@ def variants(json_file: JsonOption = None, force: ForceOption = False) -> None:
     out.print(table)
     out.print("top-1: ImageNet-1K, as its authors report it. checked on: every lowering agreed with PyTorch there.")
     _write_json([asdict(variant) for variant in VARIANTS.values()], json_file, force=force)
-    _next("dat-deploy export --variant tiny")
+    _next("export", "--variant", "tiny")
 
 
 @app.command()
@@ -76,12 +84,13 @@ def convert(
     """Turn a checkpoint into a .safetensors file, which cannot hold code."""
     from dat_deploy.checkpoint import convert_checkpoint
 
+    _check_json(json_file, force=force)
     with err.status(f"reading {checkpoint.name}"):
         variant, weights = convert_checkpoint(checkpoint, output, force=force)
     out.print(f"{output}: variant {variant.name}, weights sha256 {weights.sha256[:12]}")
     _notes(weights.notes)
     _write_json({"variant": variant.name, "weights_sha256": weights.sha256}, json_file, force=force)
-    _next(f"dat-deploy export --variant {variant.name} --checkpoint {output}")
+    _next("export", "--variant", variant.name, "--checkpoint", output)
 
 
 @app.command()
@@ -93,7 +102,9 @@ def export(
         str, typer.Option("--lowering", help="function, plugin, gather, gridsample or hat; see the README.")
     ] = "function",
     batch: Annotated[str, typer.Option("--batch", help="dynamic, or a number.")] = "dynamic",
-    image_size: Annotated[str | None, typer.Option("--image-size", help="Such as 448 or 224x448 (height x width).")] = None,
+    image_size: Annotated[
+        str | None, typer.Option("--image-size", help="Such as 448 or 224x448 (height x width).")
+    ] = None,
     opset: Annotated[int, typer.Option("--opset", help="17, 18 or 19.")] = 18,
     source: Annotated[
         Path | None, typer.Option("--from", help="Change the lowering of this exported file instead of exporting anew.")
@@ -105,12 +116,20 @@ def export(
     fixed_batch = None if batch == "dynamic" else _number(batch, "--batch", "a number, or 'dynamic'")
     size = None if image_size is None else _image_size(image_size)
     if source is None:
+        if not variant:
+            raise DatDeployError(f"export takes --variant NAME or --from FILE. Variants: {', '.join(VARIANTS)}.")
         get_variant(variant)  # before torch is loaded
         target = output or Path(f"{variant}.onnx")
     else:
+        if variant or checkpoint or batch != "dynamic" or image_size or opset != 18:
+            raise DatDeployError(
+                "--from changes nothing but --lowering; --variant, --checkpoint, --batch, --image-size and --opset "
+                "need a new export, without --from."
+            )
         target = output or source.with_suffix(f".{lowering}.onnx")
     from dat_deploy import export as library
 
+    _check_json(json_file, force=force)
     with err.status(f"exporting {target.name}"):
         if source is not None:
             report = library.relower(source, target, lowering, force=force)
@@ -135,9 +154,9 @@ def export(
     _notes(report.notes)
     _write_json(asdict(report), json_file, force=force)
     if metadata.lowering == "plugin":
-        _next(f"dat-deploy export --from {report.path} --lowering function")
+        _next("export", "--from", report.path, "--lowering", "function")
     else:
-        _next(f"dat-deploy validate --engine {report.path}{_option('--checkpoint', checkpoint)}")
+        _next("validate", "--engine", report.path, *_option("--checkpoint", checkpoint))
 
 
 @app.command()
@@ -158,6 +177,7 @@ def validate(
     sizes = _numbers(batch, "--batch")
     from dat_deploy import validate as library
 
+    _check_json(json_file, force=force)
     with err.status("opening") as status:
         report = library.validate(
             engine,
@@ -181,7 +201,8 @@ def validate(
         report.write(json_file, force=force)
     report.raise_if_failed()
     out.print(report.verdict)
-    _next(f"dat-deploy bench --engine pytorch:{report.engine.variant} --engine {engine}{_option('--checkpoint', checkpoint)}")
+    engines = ("--engine", f"pytorch:{report.engine.variant}", "--engine", engine)
+    _next("bench", *engines, *_option("--checkpoint", checkpoint))
 
 
 @app.command()
@@ -203,6 +224,7 @@ def bench(
     """Time engines side by side, each in its own process, in turns."""
     sizes = _numbers(batch, "--batch")
     pixels = None if image_size is None else _image_size(image_size)
+    _check_pytorch_options(engine, checkpoint, image_size)
     from dat_deploy import benchmark as library
     from dat_deploy.files import check_output
 
@@ -222,21 +244,27 @@ def bench(
             progress=lambda done, total, doing: status.update(f"{doing} ({done}/{total})"),
         )
     _print_record(record)
+    busy = max(row.others_busy_cores for row in record.rows)
+    if busy > 0.1 * record.hardware.cores:
+        out.print(f"note: other processes kept up to {busy:.1f} cores busy meanwhile; repeat it on a quiet machine.")
     if json_file is not None:
         record.write(json_file, force=force)
     if plot is not None:
         library.plot(record, plot, force=force)
         out.print(f"plot: {plot}")
     if json_file is not None:
-        _next(f"dat-deploy compare {json_file} LATER.json")
+        _next("compare", json_file, "LATER.json")
     else:
-        _next("dat-deploy bench ... --json record.json --plot record.png")
+        engines = [word for name in engine for word in ("--engine", name)]
+        _next("bench", *engines, *_option("--checkpoint", checkpoint), "--json", "record.json", "--plot", "record.png")
 
 
 @app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="A record that bench --json wrote.")],
     second: Annotated[Path, typer.Argument(help="Another, of the same settings on the same hardware.")],
+    force: ForceOption = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Compare two benchmark records; refused if their settings differ."""
     from dat_deploy.benchmark import Record
@@ -259,7 +287,8 @@ def compare(
     out.print(table)
     for name, (old, new) in comparison.versions.items():
         out.print(f"{name}: {old} and {new}")
-    _next("dat-deploy bench --help")
+    _write_json(asdict(comparison), json_file, force=force)
+    _next("bench", "--help")
 
 
 @app.command()
@@ -272,18 +301,20 @@ def classify(
     json_file: JsonOption = None,
 ) -> None:
     """Name what is on images."""
+    _check_pytorch_options([engine], checkpoint, None)
     from dat_deploy import classify as library
 
+    _check_json(json_file, force=force)
     with err.status("classifying"):
         result = library.classify(image, engine, checkpoint=checkpoint, top=top)
     for path, predictions in zip(result.images, result.predictions, strict=True):
-        out.print(str(path), markup=False)
+        out.print(str(path))
         for prediction in predictions:
-            out.print(f"  {prediction.probability:7.2%}  {prediction.name}", markup=False)
+            out.print(f"  {prediction.probability:7.2%}  {prediction.name}")
     if "random weights" in result.engine.weights_source:
         out.print(f"note: the engine holds {result.engine.weights_source}, so these names mean nothing.")
     _write_json(asdict(result), json_file, force=force)
-    _next(f"dat-deploy bench --engine {engine}")
+    _next("bench", "--engine", engine, *_option("--checkpoint", checkpoint))
 
 
 @app.command()
@@ -305,14 +336,16 @@ def doctor(force: ForceOption = False, json_file: JsonOption = None) -> None:
     table.add_row("gpu", ", ".join(hardware.gpus) or "none")
     for runtime, reasons in found.runtimes.items():
         table.add_row(f"runs {runtime}", "; ".join(reasons) or "yes")
-    out.print(table, markup=False)
+    out.print(table)
     _write_json(asdict(found), json_file, force=force)
-    _next("dat-deploy demo")
+    _next("demo")
 
 
 @app.command()
 def demo(
-    directory: Annotated[Path, typer.Option("--directory", help="Where the files go; they are replaced.")] = Path("demo"),
+    directory: Annotated[Path, typer.Option("--directory", help="Where the files go; they are replaced.")] = Path(
+        "demo"
+    ),
 ) -> None:
     """Export tiny with random weights, validate it on photographs, time it against PyTorch. About two minutes."""
     from dat_deploy.photographs import photographs
@@ -338,21 +371,45 @@ def demo(
     )
 
 
+# Exit codes as a shell reports them; typer makes 130 of a KeyboardInterrupt.
+_SIGNALS = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}
+
+
 def main() -> None:
     """Entry point: an expected failure is one line on stderr and its exit code; a bug keeps its traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    received: list[int] = []
+
+    def unwind(signal_number: int, _: FrameType | None) -> None:
+        received.append(signal_number)
+        sys.exit(128 + signal_number)  # so that half-written files and workers go
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell has background jobs ignore SIGINT
+            signal.signal(number, unwind)
+    code: int | str | None = 0
+    try:
+        code = _run()
+    except Exception:
+        if not received:  # torch may lose our SystemExit while it imports, and then fail in another way
+            raise
+    if received:
+        code = 128 + received[0]
+    if code in _SIGNALS:
+        err.print(f"error: {_SIGNALS[code]}")
+    sys.exit(code)
+
+
+def _run() -> int | str | None:
+    """The exit code."""
     try:
         app()
     except DatDeployError as error:
-        err.print(f"error: {error}", markup=False)
-        sys.exit(error.exit_code)
+        err.print(f"error: {error}")
+        return error.exit_code
     except SystemExit as stop:
         # the parser of options exits with 2, which here means that an answer is wrong
-        sys.exit(1 if stop.code == 2 else stop.code)
-
-
-def _terminate(signal_number: int, _: FrameType | None) -> None:
-    sys.exit(128 + signal_number)  # unwinds, so that half-written files and workers go
+        return 1 if stop.code == 2 else stop.code
+    return 0
 
 
 def _print_record(record: "Record") -> None:
@@ -381,24 +438,32 @@ def _print_record(record: "Record") -> None:
 
 
 def _step(command: str) -> None:
-    out.print(f"\n$ {command}", markup=False)
+    out.print(f"\n$ {command}")
 
 
-def _next(command: str) -> None:
-    out.print(f"next: {command}", markup=False)
+def _next(*words: object) -> None:
+    out.print(f"next: dat-deploy {shlex.join(str(word) for word in words)}")
 
 
 def _notes(notes: tuple[str, ...]) -> None:
     for note in notes:
-        out.print(f"note: {note}", markup=False)
+        out.print(f"note: {note}")
 
 
 def _size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _option(name: str, value: Path | None) -> str:
-    return "" if value is None else f" {name} {value}"
+def _option(name: str, value: Path | None) -> tuple[str, ...]:
+    return () if value is None else (name, str(value))
+
+
+def _check_pytorch_options(engines: list[str], checkpoint: Path | None, image_size: str | None) -> None:
+    for option, value in (("--checkpoint", checkpoint), ("--image-size", image_size)):
+        if value is not None and not any(engine.startswith("pytorch") for engine in engines):
+            raise DatDeployError(
+                f"{option} is for pytorch:VARIANT, but {', '.join(engines)} holds its own; leave the option out."
+            )
 
 
 def _number(text: str, option: str, accepted: str) -> int:
@@ -417,6 +482,15 @@ def _image_size(text: str) -> tuple[int, int]:
     if len(sides) > 2:
         raise DatDeployError(f"--image-size got '{text}'; it takes a side such as 448, or HEIGHTxWIDTH.")
     return sides[0], sides[-1]
+
+
+def _check_json(path: Path | None, *, force: bool) -> None:
+    """Before long work."""
+    if path is None:
+        return
+    from dat_deploy.files import check_output
+
+    check_output(path, force=force)
 
 
 def _write_json(content: object, path: Path | None, *, force: bool) -> None:

@@ -1,6 +1,7 @@
 """Files are written whole or not at all."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from dat_deploy.errors import OutputError
 
 __all__ = ["atomic_output", "check_output"]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def check_output(path: Path, *, force: bool) -> None:
     """Refuse early, before long work, what `atomic_output` would refuse in the end.
@@ -17,15 +20,18 @@ def check_output(path: Path, *, force: bool) -> None:
     Raises:
         OutputError: if `path` exists and `force` is not set, or its folder is missing or not writable.
     """
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; give a file name, such as {path / 'output'}.")
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists; pass --force to replace it, or choose another --output.")
     folder = path.parent
-    if not folder.is_dir():
-        raise OutputError(f"folder {folder} does not exist; make it first: mkdir -p {folder}")
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; give a file name, such as {path / 'output'}.")
+        if path.exists() and not force:
+            raise _exists(path)
+        if not folder.is_dir():
+            raise OutputError(f"folder {folder} does not exist; make it first: mkdir -p {folder}")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise _translated(error, path) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"no permission to write in folder {folder}; choose another --output.")
+        raise OutputError(f"no permission to write in folder {folder}; choose another folder.")
 
 
 @contextlib.contextmanager
@@ -45,7 +51,7 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         if path.exists() and not force:  # made by another process meanwhile
-            raise OutputError(f"{path} exists; pass --force to replace it, or choose another --output.")
+            raise _exists(path)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
@@ -56,6 +62,11 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _exists(path: Path) -> OutputError:
+    return OutputError(f"{path} exists; pass --force to replace it, or choose another name.")
+
+
 def _translated(error: OSError, path: Path) -> OutputError:
     reason = error.strerror or str(error)
-    return OutputError(f"cannot write {path}: {reason}. Free some space or choose another --output.")
+    advice = "free some space or choose another folder" if error.errno in _FULL else "choose another name or folder"
+    return OutputError(f"cannot write {path}: {reason}; {advice}.")

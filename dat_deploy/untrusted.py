@@ -1,19 +1,19 @@
 """Tensors from a file that a stranger made: `.pth` or `.safetensors`. Nothing in it is executed.
 
-A `.pth` is a pickle, and a pickle is a program. Whoever made the file chose every byte of it. It must not run code,
-reach another file, have memory set aside that its own size does not justify, nor print control characters to the
-terminal; what is refused, is refused with a `CheckpointError`. Four layers, each relying on none of the others:
+A `.pth` is a pickle, and a pickle is a program; whoever made the file chose every byte of it. It must not run code,
+reach another file, have more memory set aside than its size justifies, or send control characters to the terminal.
+Every refusal is a `CheckpointError`. Four layers:
 
-1. The container: a regular file, told by its first bytes. An archive must be as torch.save writes it: not compressed,
-   each member once, inside its folder, none larger than the file, the checksums right.
-2. The pickle is disassembled, and not run. Every Python object that it names must be among `ALLOWED_GLOBALS`, and no
+1. The container. A regular file, its kind told by its first bytes (or the ending `.safetensors`). An archive must be as
+   torch.save writes it: not compressed, each name once and inside the folder, sizes within the file's, checksums right.
+2. The pickle is disassembled, not run. Every Python object that it names must be one of `ALLOWED_GLOBALS`, and no
    storage may claim more bytes than the file holds.
-3. torch's restricted unpickler (`weights_only=True`) does the loading. The configuration that training scripts add,
-   a yacs `CfgNode`, becomes an `OrderedDict` and is dropped.
+3. torch's restricted unpickler (`weights_only=True`) loads it; it would refuse code even if layer 2 let it through.
+   The configuration that training scripts add, a yacs `CfgNode`, becomes an `OrderedDict` and is dropped.
 4. What comes out must be names and tensors, nothing else.
 
-Not covered: weights that are wrong on purpose, files that change while they are read, and errors in the native code of
-torch and safetensors.
+Not covered: weights that are wrong on purpose, a file that changes while it is read, processor time, and errors in the
+native code of torch and safetensors.
 """
 
 import io
@@ -77,10 +77,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error
 
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
+    if isinstance(content, dict):
+        content = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds an object of type '{type(content).__name__}', not a state dict.")
     if not any(isinstance(value, Tensor) for value in content.values()):
@@ -91,8 +89,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 f"{path} has the entry {_quote(name)} of type '{type(value).__name__}' among its tensors; "
                 "a state dict has names and tensors only."
             )
-    prefixed = all(name.startswith("module.") for name in content)
-    return {name.removeprefix("module.") if prefixed else name: tensor.detach() for name, tensor in content.items()}
+    prefix = "module." if all(name.startswith("module.") for name in content) else ""  # DataParallel adds it
+    return {name.removeprefix(prefix): tensor.detach() for name, tensor in content.items()}
 
 
 def _read_content(path: Path, file: BinaryIO, size_bytes: int) -> object:

@@ -79,6 +79,9 @@ class FakeRunner(Runner):
         _log(os.getpid(), self.behaviour, len(images_nchw), started, time.perf_counter_ns())
         return np.zeros((len(images_nchw), 1000), dtype=np.float32)
 
+    def close(self) -> None:
+        pass
+
 
 def open_fake(engine: str, **_options: Any) -> FakeRunner:
     _log(os.getpid(), "opened")
@@ -206,7 +209,7 @@ def test_engines_may_be_of_different_variants_and_settings_say_which(bench: Benc
     found = bench("small", "fast", baseline="pytorch:fast")
     assert [e.variant for e in found.settings.engines.values()] == ["small", "tiny"]
     assert found.settings.baseline == "pytorch:fast"
-    assert found.rows[1].speedup.lowest == found.rows[1].speedup.highest == 1
+    assert found.rows[1].latency_ratio.lowest == found.rows[1].latency_ratio.highest == 1
     assert found.versions["fake"] == "1.0"
 
 
@@ -225,25 +228,25 @@ def test_percentiles_are_over_all_timed_calls_of_all_rounds() -> None:
     assert row.others_busy_cores == 0, "the warm-up counts"
 
 
-def test_speedup_is_paired_by_round_so_that_drift_cancels() -> None:
+def test_latency_ratio_is_paired_by_round_so_that_drift_cancels() -> None:
     slow, fast = [[8.0] * 3, [16.0] * 2, [32.0]], [[4.0] * 3, [8.0] * 9, [16.0] * 9]
     row = row_from_rounds("fast", 1, timings(*fast), timings(*slow), 0)
-    assert (row.speedup.median, row.speedup.lowest, row.speedup.highest) == (2, 2, 2)
+    assert (row.latency_ratio.median, row.latency_ratio.lowest, row.latency_ratio.highest) == (0.5, 0.5, 0.5)
     pooled = np.median(np.concatenate(slow)) / np.median(np.concatenate(fast))
     assert pooled == 1.5, "pooled medians would be wrong here"
 
 
-def test_speedup_says_how_far_the_rounds_differ() -> None:
+def test_latency_ratio_says_how_far_the_rounds_differ() -> None:
     row = row_from_rounds("e", 1, timings([4.0], [5.0], [10.0]), timings([8.0], [8.0], [8.0]), 0)
-    assert (row.speedup.median, row.speedup.lowest, row.speedup.highest) == (1.6, 0.8, 2)
+    assert (row.latency_ratio.median, row.latency_ratio.lowest, row.latency_ratio.highest) == (0.625, 0.5, 1.25)
 
 
-def test_speedup_of_engines_that_really_drift(bench: Bench) -> None:
+def test_latency_ratio_of_engines_that_really_drift(bench: Bench) -> None:
     found = bench("drifting-slow", "drifting", rounds=4, calls=6)
     slow, fast = found.rows
     for row in (slow, fast):
         assert row.round_p50_ms[-1] > 1.3 * row.round_p50_ms[0]
-    assert 1.3 < fast.speedup.median < 2.3
+    assert 0.45 < fast.latency_ratio.median < 0.77
 
 
 # workers that fail
@@ -446,7 +449,8 @@ def test_compare_gives_a_ratio_a_row_and_the_versions_that_differ() -> None:
     comparison = compare(first, second)
     assert [(c.engine, c.batch) for c in comparison.rows] == [(r.engine, r.batch) for r in first.rows]
     assert [(c.first_ms, c.second_ms) for c in comparison.rows] == [(10, 5), (5, 2.5), (80, 40), (40, 20)]
-    assert all((c.speedup.lowest, c.speedup.median, c.speedup.highest) == (2, 2, 2) for c in comparison.rows)
+    ratios = [c.latency_ratio for c in comparison.rows]
+    assert all((ratio.lowest, ratio.median, ratio.highest) == (0.5, 0.5, 0.5) for ratio in ratios)
     assert comparison.versions == {"onnxruntime": ("1.31.1", "1.32.0"), "new": (None, "1")}
 
 

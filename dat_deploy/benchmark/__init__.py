@@ -7,10 +7,10 @@ from dat_deploy.benchmark.record import (
     Comparison,
     EngineSettings,
     Hardware,
+    LatencyRatio,
     Record,
     Row,
     Settings,
-    Speedup,
     compare,
 )
 
@@ -19,10 +19,10 @@ __all__ = [
     "Comparison",
     "EngineSettings",
     "Hardware",
+    "LatencyRatio",
     "Record",
     "Row",
     "Settings",
-    "Speedup",
     "benchmark",
     "compare",
     "plot",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dat_deploy.benchmark import environment
-from dat_deploy.benchmark.record import EngineSettings, Record, Row, Settings, Speedup
+from dat_deploy.benchmark.record import EngineSettings, LatencyRatio, Record, Row, Settings
 from dat_deploy.benchmark.worker import SEED, EngineProcess, Opened, Opening, Timings, Turn
 from dat_deploy.errors import DatDeployError, ShapeError
 from dat_deploy.runners import EngineDescription, parse_engine
@@ -41,12 +41,12 @@ def benchmark(
 ) -> Record:
     """Time engines side by side, each in its own process, one working at a time, in turns: A B C, A B C, ...
 
-    The turns are interleaved so that a machine that drifts slows all engines alike; the speedups, taken round by
+    The turns are interleaved so that a machine that drifts slows all engines alike; the ratios, taken round by
     round, are then still right where the latencies are not.
 
     Args:
         engines: as `open_runner` takes them; their variants and image sizes may differ. An engine named twice is
-            measured twice, which shows how much of a speedup is noise.
+            measured twice, which shows how much of a ratio is noise.
         batches: each is measured for all engines before the next; ascending, whatever the order here.
         rounds, seconds, calls, warmup_calls: see `Settings`.
         threads, checkpoint, image_size: see `open_runner`.
@@ -137,7 +137,7 @@ def row_from_rounds(
     every_ms = np.concatenate(turns_ms)
     medians_ms = np.array([np.median(turn_ms) for turn_ms in turns_ms])
     baseline_ms = np.array([np.median(t.latencies_ns) / 1e6 for t in baseline if t.latencies_ns])
-    ratios = baseline_ms / medians_ms
+    ratios = medians_ms / baseline_ms
     p50, p90, p99 = np.percentile(every_ms, (50, 90, 99))
     others_busy_s = sum(t.others_busy_s for t in timings if t.latencies_ns)
     return Row(
@@ -151,7 +151,7 @@ def row_from_rounds(
         mean_ms=_rounded(every_ms.mean()),
         min_ms=_rounded(every_ms.min()),
         images_per_s=_rounded(batch / p50 * 1e3),
-        speedup=Speedup(_rounded(np.median(ratios)), _rounded(ratios.min()), _rounded(ratios.max())),
+        latency_ratio=LatencyRatio(_rounded(np.median(ratios)), _rounded(ratios.min()), _rounded(ratios.max())),
         load_s=_rounded(load_s),
         peak_memory_mib=_rounded(max(t.peak_memory_mib for t in timings)),
         others_busy_cores=_rounded(others_busy_s / every_ms.sum() * 1e3),

@@ -63,9 +63,9 @@ def _latency_bars(axes: "Axes", rows: Sequence[Row], baseline: str) -> None:
         axes.plot([row.p99_ms], [position], color=_INK, marker="|", markersize=13)
         label = f"{_number(row.p50_ms)} ms"
         if len(rows) > 1:
-            speedup = row.speedup
-            spread = f"  ({speedup.lowest:.2f}–{speedup.highest:.2f})"
-            label += "   baseline" if row.engine == baseline else f"   {speedup.median:.2f}×{spread}"
+            ratio = row.latency_ratio
+            spread = f"  ({ratio.lowest:.2f}–{ratio.highest:.2f})"
+            label += "   baseline" if row.engine == baseline else f"   {ratio.median:.2f}×{spread}"
         axes.annotate(
             label,
             (row.p99_ms, position),
@@ -127,7 +127,7 @@ def _small_print(record: Record) -> str:
     calls = f"{most} timed calls" if fewest == most else f"{fewest} to {most} timed calls"
     how = f"{calls} a row in {settings.rounds} interleaved rounds, each engine in its own process"
     if len(settings.engines) > 1 and len(settings.batches) == 1:
-        how += f"; ×: times as fast as {_shortened(settings.baseline)}, median of the rounds (lowest–highest)"
+        how += f"; ×: latency relative to {_shortened(settings.baseline)}, median of the rounds (lowest–highest)"
     commit = f", commit {record.commit[:10]}{'-dirty' * record.commit.endswith('-dirty')}" if record.commit else ""
     lines = (
         ", ".join([*hardware.gpus, hardware.cpu, f"{hardware.cores} cores", *flags, f"{hardware.memory_gib} GiB"]),

@@ -17,10 +17,10 @@ __all__ = [
     "Comparison",
     "EngineSettings",
     "Hardware",
+    "LatencyRatio",
     "Record",
     "Row",
     "Settings",
-    "Speedup",
     "compare",
 ]
 
@@ -84,8 +84,8 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Speedup:
-    """The baseline's latency divided by this one's, from medians of the same round: above 1 is faster.
+class LatencyRatio:
+    """This engine's latency divided by the baseline's, from medians of the same round: below 1 is faster.
 
     Attributes:
         median: over the rounds, as are lowest and highest.
@@ -120,7 +120,7 @@ class Row:
     mean_ms: float
     min_ms: float
     images_per_s: float
-    speedup: Speedup
+    latency_ratio: LatencyRatio
     load_s: float
     peak_memory_mib: float
     others_busy_cores: float
@@ -184,7 +184,7 @@ class Change:
     """One engine at one batch in two records, first and second.
 
     Attributes:
-        speedup: first p50 / second p50, above 1 where the second is faster; lowest and highest are from the slowest
+        latency_ratio: second p50 / first p50, below 1 where the second is faster; lowest and highest are from the slowest
             and fastest rounds of either, as nothing pairs the rounds of two runs. A range that holds 1 shows no change.
     """
 
@@ -192,7 +192,7 @@ class Change:
     batch: int
     first_ms: float
     second_ms: float
-    speedup: Speedup
+    latency_ratio: LatencyRatio
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,9 @@ def compare(first: Record, second: Record) -> Comparison:
         )
     rows = []
     for a, b in zip(first.rows, second.rows, strict=True):
-        fastest = min(a.round_p50_ms) / max(b.round_p50_ms)
-        slowest = max(a.round_p50_ms) / min(b.round_p50_ms)
-        rows.append(Change(a.engine, a.batch, a.p50_ms, b.p50_ms, Speedup(a.p50_ms / b.p50_ms, fastest, slowest)))
+        lowest = min(b.round_p50_ms) / max(a.round_p50_ms)
+        highest = max(b.round_p50_ms) / min(a.round_p50_ms)
+        rows.append(Change(a.engine, a.batch, a.p50_ms, b.p50_ms, LatencyRatio(b.p50_ms / a.p50_ms, lowest, highest)))
     versions: list[dict[str, Any]] = [r.versions | {"commit": r.commit} for r in (first, second)]
     return Comparison(rows, {name: (a, b) for name, a, b in _differences("", *versions)})
 

@@ -10,10 +10,10 @@ import onnx_ir as ir
 from dat_deploy.checkpoint import load_weights, model_from_weights
 from dat_deploy.errors import ExportError
 from dat_deploy.export.lowering import LOWERINGS, lower, operator_nodes
-from dat_deploy.export.metadata import FileMetadata, read_metadata
 from dat_deploy.export.onnx_model import OPSET_VERSIONS, check_opset, onnx_from_model
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.labels import class_names
+from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.preprocess import Preprocessing
 from dat_deploy.variants import get_variant
 

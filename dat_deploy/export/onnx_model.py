@@ -173,6 +173,7 @@ def _set_opset(model: ir.Model, opset_version: int) -> None:
             constant = ir.convenience.get_const_tensor(axes)
             assert constant is not None
             node.attributes["axes"] = ir.AttrInt64s("axes", constant.numpy().tolist())
+            node.attributes.pop("noop_with_empty_axes", None)  # of opset 18 too
             node.resize_inputs(1)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dat_deploy.errors import ShapeError, UnsupportedError
+from dat_deploy.metadata import read_metadata
 from dat_deploy.preprocess import Preprocessing
 
 __all__ = ["EngineDescription", "Graph", "Images", "Runner", "file_description"]
@@ -82,8 +83,9 @@ class Runner(abc.ABC):
         """
         raise UnsupportedError(f"{self.description.runtime} does not run ONNX graphs.")
 
+    @abc.abstractmethod
     def close(self) -> None:
-        """Free the engine; calling it afterwards is an error."""
+        """Free the engine; running it afterwards is an error."""
 
     def __enter__(self) -> Self:
         return self
@@ -96,8 +98,6 @@ class Runner(abc.ABC):
 
 def file_description(path: Path, name: str, **fields: object) -> EngineDescription:
     """The description of an exported ONNX file, with what its runtime adds."""
-    from dat_deploy.export.metadata import read_metadata
-
     metadata = read_metadata(path)
     return EngineDescription(
         name=name,

@@ -11,7 +11,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from dat_deploy.errors import EngineBuildError, UnsupportedError
-from dat_deploy.export.metadata import load_onnx
+from dat_deploy.metadata import load_onnx
 from dat_deploy.runners.base import Graph, Images, Runner, file_description
 
 __all__ = ["OpenvinoRunner"]

@@ -58,3 +58,6 @@ class PytorchRunner(Runner):
     @torch.inference_mode()
     def _run(self, images_nchw: Images) -> NDArray[np.float32]:
         return self._forward(torch.from_numpy(images_nchw)).numpy()  # type: ignore[no-any-return]  # untyped call
+
+    def close(self) -> None:
+        del self.model, self._forward

@@ -1,0 +1,85 @@
+"""The CPU table of the README: every lowering and runtime beside eager PyTorch, in one run.
+
+    python benchmarks/cpu.py [--variant tiny] [--batch 1] [--rounds 7]
+
+Writes benchmarks/results/cpu/DATE-VARIANT.json and .png, and prints the table in Markdown. Quiet machines only: the
+record says how busy other processes kept it.
+"""
+
+import argparse
+import datetime
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from dat_deploy.benchmark import Record, benchmark, plot
+from dat_deploy.export import LOWERINGS, export, relower
+from dat_deploy.runners import RUNTIMES, reasons_against
+
+RESULTS = Path(__file__).parent / "results" / "cpu"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="tiny")
+    parser.add_argument("--batch", default="1", help="one or several, such as 1,8")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder, console.status("exporting") as status:
+        files = {lowering: Path(folder, f"{lowering}.onnx") for lowering in LOWERINGS if lowering != "plugin"}
+        export(arguments.variant, files["function"])
+        for lowering, path in files.items():
+            if lowering != "function":
+                relower(files["function"], path, lowering)
+        engines = [f"pytorch:{arguments.variant}"]
+        engines += [f"onnxruntime:{path}" for path in files.values()]
+        engines += [f"{name}:{files['function']}" for name in ("openvino", "openvino-bf16") if _runs(name)]
+        record = benchmark(
+            engines,
+            batches=[int(size) for size in arguments.batch.split(",")],
+            rounds=arguments.rounds,
+            progress=lambda done, total, doing: status.update(f"{doing} ({done}/{total})"),
+        )
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    stem = RESULTS / f"{datetime.date.today()}-{arguments.variant}"
+    record.write(stem.with_suffix(".json"), force=True)
+    plot(record, stem.with_suffix(".png"), force=True)
+    print(_markdown(record))
+
+
+def _runs(runtime: str) -> bool:
+    return not reasons_against(RUNTIMES[runtime])
+
+
+def _markdown(record: Record) -> str:
+    lines = [
+        "| engine | batch | p50 ms | p90 ms | p99 ms | images/s | latency / PyTorch eager |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record.rows:
+        ratio = row.latency_ratio
+        cells = (
+            row.engine,
+            row.batch,
+            f"{row.p50_ms:.1f}",
+            f"{row.p90_ms:.1f}",
+            f"{row.p99_ms:.1f}",
+            f"{row.images_per_s:.1f}",
+            f"{ratio.median:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f})",
+        )
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    busy = max(row.others_busy_cores for row in record.rows)
+    hardware, versions = record.hardware, record.versions
+    lines += [
+        "",
+        f"{hardware.cpu}, {hardware.cores} cores, {' '.join(hardware.cpu_flags)}; others kept at most {busy:.2f} cores "
+        f"busy. {', '.join(f'{name} {version}' for name, version in versions.items() if name != 'os')}; "
+        f"commit {record.commit}, {record.date}.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Files that `export` writes: batches, sizes, opsets, weights, metadata; and that nothing partial is left behind."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from dat_deploy.checkpoint import load_model
+from dat_deploy.errors import DatDeployError, ExportError, OutputError, ShapeError
+from dat_deploy.export import LOWERINGS, OPSET_VERSIONS, export, relower
+from dat_deploy.labels import imagenet_class_names
+from dat_deploy.metadata import FileMetadata, read_metadata
+from dat_deploy.preprocess import Preprocessing
+from dat_deploy.runners import open_runner
+from dat_deploy.variants import VARIANTS, get_variant
+
+INLINED = ("gather", "gridsample", "hat")
+
+
+def logits(path: Path, images: np.ndarray) -> np.ndarray:
+    with open_runner(str(path)) as runner:
+        return runner(images)
+
+
+def pytorch_logits(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model(torch.from_numpy(images)).numpy()
+
+
+def test_metadata_says_what_the_file_is(tiny_onnx):
+    metadata = read_metadata(tiny_onnx["hat"])
+    assert metadata == FileMetadata(
+        variant="tiny",
+        image_size=(224, 224),
+        batch=None,
+        lowering="hat",
+        precision="fp32",
+        opset_version=18,
+        preprocessing=Preprocessing.from_variant(get_variant("tiny")),
+        class_names=imagenet_class_names(),
+        weights_sha256=metadata.weights_sha256,
+        weights_source="seeded random weights (seed 0)",
+        version=metadata.version,
+    )
+    assert len(metadata.weights_sha256) == 64
+
+
+def test_file_holds_no_path_or_stack_trace_of_the_machine(tiny_onnx):
+    for path in tiny_onnx.values():
+        proto = onnx.load(path)
+        proto.graph.ClearField("initializer")
+        text = proto.SerializeToString()
+        assert b".py" not in text
+        assert str(Path.home()).encode() + b"/" not in text
+
+
+@pytest.mark.parametrize("opset", OPSET_VERSIONS)
+def test_every_opset_gives_the_same_logits(opset, tmp_path, tiny_model, noise):
+    path = tmp_path / "tiny.onnx"
+    export("tiny", path, opset_version=opset)
+    expected = pytorch_logits(tiny_model, noise[:2])
+    assert read_metadata(path).opset_version == opset
+    for lowering in ("function", "gridsample"):
+        if lowering != "function":
+            relower(path, tmp_path / "lowered.onnx", lowering)
+            path = tmp_path / "lowered.onnx"
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+        assert {entry.domain: entry.version for entry in model.opset_import}[""] == opset
+        np.testing.assert_allclose(logits(path, noise[:2]), expected, rtol=0, atol=1e-4)
+
+
+def test_opset_20_is_refused_with_its_reason(tmp_path):
+    with pytest.raises(ExportError) as error:
+        export("tiny", tmp_path / "tiny.onnx", opset_version=20)
+    assert str(error.value) == (
+        "opset 20 is not supported; it takes 17, 18 or 19. From opset 20 on, TensorRT up to 11.1 reads GridSample's "
+        "'linear' as nearest (NVIDIA/TensorRT#4646). Use --opset 18."
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lowering", ["function", "gather"])
+def test_fixed_batch_is_in_the_file_and_gives_the_same_logits(lowering, tmp_path, tiny_model, noise):
+    path = tmp_path / "tiny.onnx"
+    export("tiny", path, batch=2, lowering=lowering)
+    graph = onnx.load(path, load_external_data=False).graph
+    assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [2, 3, 224, 224]
+    np.testing.assert_allclose(logits(path, noise[:2]), pytorch_logits(tiny_model, noise[:2]), rtol=0, atol=1e-4)
+    with pytest.raises(ShapeError) as error:
+        logits(path, noise[:3])
+    assert str(error.value) == (
+        f"{path}: input 'image' has shape [3, 3, 224, 224]; it takes [2, 3, 224, 224]. "
+        f"Export again with --batch or --image-size for another."
+    )
+
+
+def test_rectangular_image_gives_the_logits_of_pytorch(tmp_path):
+    path = tmp_path / "tiny.onnx"
+    export("tiny", path, image_size=(224, 448), lowering="hat")
+    images = np.random.default_rng(0).standard_normal((2, 3, 224, 448)).astype(np.float32)
+    expected = pytorch_logits(load_model("tiny", image_size=(224, 448)), images)
+    np.testing.assert_allclose(logits(path, images), expected, rtol=0, atol=1e-4)
+
+
+def test_checkpoint_at_another_size_is_resized_and_says_so(tmp_path, golden_checkpoint):
+    path = tmp_path / "tiny.onnx"
+    report = export("tiny", path, image_size=(448, 224), checkpoint=golden_checkpoint)
+    assert report.notes == (
+        "stage 2: bias tables resized from 27x27 to 55x27 (bicubic)",
+        "stage 3: bias tables resized from 13x13 to 27x13 (bicubic)",
+    )
+    images = np.random.default_rng(0).standard_normal((1, 3, 448, 224)).astype(np.float32)
+    expected = pytorch_logits(load_model("tiny", golden_checkpoint, image_size=(448, 224)), images)
+    np.testing.assert_allclose(logits(path, images), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize("lowering", [name for name in LOWERINGS if name != "plugin"])
+def test_tiny_agrees_with_pytorch_at_every_batch_in_every_slot(lowering, batch, tiny_onnx, tiny_model, noise):
+    expected = pytorch_logits(tiny_model, noise)
+    order = np.random.default_rng(batch).permutation(8)[:batch]
+    with open_runner(str(tiny_onnx[lowering])) as runner:
+        np.testing.assert_allclose(runner(noise[order]), expected[order], rtol=0, atol=1e-4)
+        same = runner(np.repeat(noise[:1], batch, axis=0))
+    np.testing.assert_allclose(same, np.repeat(expected[:1], batch, axis=0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "tiny"])
+def test_every_lowering_of_the_larger_variants_agrees_with_pytorch(variant, tmp_path):
+    height, width = VARIANTS[variant].image_size
+    images = np.random.default_rng(1).standard_normal((3, 3, height, width)).astype(np.float32)
+    expected = pytorch_logits(load_model(variant), images)
+    plugin = tmp_path / "plugin.onnx"
+    export(variant, plugin, lowering="plugin")
+    for lowering in LOWERINGS:
+        if lowering == "plugin":
+            continue
+        path = tmp_path / "lowered.onnx"
+        relower(plugin, path, lowering, force=True)
+        for engine in (str(path), f"openvino:{path}"):
+            with open_runner(engine) as runner:
+                for batch in (1, 2, 3):
+                    order = np.roll(np.arange(3), batch)[:batch]
+                    np.testing.assert_allclose(runner(images[order]), expected[order], rtol=0, atol=1e-4)
+
+
+def test_weights_of_the_checkpoint_are_in_the_file(tmp_path, golden_checkpoint, deterministic_weights):
+    path = tmp_path / "tiny.onnx"
+    export("tiny", path, checkpoint=golden_checkpoint)
+    assert read_metadata(path).weights_source == golden_checkpoint.name
+    golden = np.load(Path(__file__).parents[1] / "golden" / "tiny.npz")
+    images = deterministic_weights.images((224, 224)).numpy()
+    np.testing.assert_allclose(logits(path, images), golden["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("option", [{"batch": 0}, {"lowering": "best"}, {"opset_version": 16}, {"image_size": (0, 224)}])
+def test_impossible_option_leaves_nothing(option, tmp_path):
+    with pytest.raises(DatDeployError):
+        export("tiny", tmp_path / "tiny.onnx", **option)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_file_is_kept_unless_forced(tmp_path):
+    path = tmp_path / "tiny.onnx"
+    path.write_text("mine")
+    with pytest.raises(OutputError) as error:
+        export("tiny", path)
+    assert str(error.value) == f"{path} exists; pass --force to replace it, or choose another name."
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["^C", "full"])
+def test_export_that_stops_while_writing_leaves_nothing(failure, tiny_onnx, tmp_path, monkeypatch):
+    def half_a_file(_: ir.Model, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(ir, "save", half_a_file)
+    with pytest.raises((KeyboardInterrupt, OutputError)) as error:
+        relower(tiny_onnx["plugin"], tmp_path / "tiny.onnx", "hat")
+    if isinstance(error.value, OutputError):
+        assert str(error.value) == (
+            f"cannot write {tmp_path / 'tiny.onnx'}: No space left on device; "
+            f"free some space or choose another folder."
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_of_another_tool_is_refused(tmp_path):
+    path = tmp_path / "other.onnx"
+    onnx.save(onnx.parser.parse_model('<ir_version: 10, opset_import: ["": 18]> g (float[1] x) => (float[1] y) { y = Relu(x) }'), path)
+    with pytest.raises(ExportError) as error:
+        read_metadata(path)
+    assert str(error.value) == (
+        f"{path} was not exported by dat-deploy: it has no dat_deploy.* metadata. "
+        f"Export it with: dat-deploy export --variant VARIANT --output other.onnx"
+    )
+
+
+def test_edited_metadata_is_refused(tiny_onnx, tmp_path):
+    model = onnx.load(tiny_onnx["plugin"])
+    del model.graph.initializer[:]
+    for entry in model.metadata_props:
+        if entry.key == "dat_deploy.image_size":
+            entry.value = json.dumps(None)
+    onnx.save(model, tmp_path / "edited.onnx")
+    with pytest.raises(ExportError, match="cannot be read"):
+        read_metadata(tmp_path / "edited.onnx")

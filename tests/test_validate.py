@@ -1,0 +1,135 @@
+"""validate passes what is right and fails what is wrong, at the check that is meant for the fault."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import dat_deploy.validate as library
+from dat_deploy.errors import DatDeployError, UnsupportedError, VerificationError
+from dat_deploy.runners import Runner, open_runner
+from dat_deploy.validate import TOLERANCES, validate
+
+
+def failed(report: library.ValidationReport) -> set[str]:
+    return {check.name for check in report.checks if check.passed is False}
+
+
+@pytest.fixture(scope="module")
+def report(tiny_onnx: dict[str, Path]) -> library.ValidationReport:
+    return validate(str(tiny_onnx["function"]))
+
+
+def test_right_file_passes_every_check(report):
+    assert report.passed
+    assert [(check.name, check.batch) for check in report.checks] == [
+        *((("photographs", batch)) for batch in (1, 2, 3, 8)),
+        *((f"stress image: {name}", 1) for name in ("zero", "bright", "checkerboard", "noise")),
+        *((name, b) for b in (2, 3, 8) for name in ("slots: one image in all", "slots: images permuted")),
+        *((f"coordinates: {kind}", None) for kind in ("pixels", "half pixels", "border", "outside")),
+    ]
+    assert all(check.error is not None and check.error < 1e-5 for check in report.checks)
+
+
+def test_report_is_json_that_says_the_verdict(report):
+    content = json.loads(report.to_json())
+    assert content["passed"] is True
+    assert content["verdict"] == report.verdict
+    assert content["engine"]["weights_sha256"] == content["reference"]["weights_sha256"]
+    assert [row["passed"] for row in content["checks"]] == [True] * len(report.checks)
+
+
+def tampered(source: Path, target: Path, change: str) -> str:
+    """A copy of a `hat` file with one fault in the deformable path of stages.2.attns.1."""
+    model = onnx.load(source)
+    block = "stages.2.attns.1"
+    if change == "x and y swapped":  # the two outputs of the Split that takes locations apart change places
+        (node,) = (n for n in model.graph.node if n.name == f"{block}/deformable_sample/Split")
+        first, second = node.output
+        node.output[0], node.output[1] = second, first
+    else:
+        (node,) = (n for n in model.graph.node if n.name == f"{block}.proj_out/MatMul")
+        (weight,) = (t for t in model.graph.initializer if t.name == node.input[1])
+        values = numpy_helper.to_array(weight).copy()
+        values[0, 0] = np.nan if change == "NaN" else values[0, 0] + 3
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, target)
+    return str(target)
+
+
+@pytest.mark.parametrize("change", ["x and y swapped", "one weight off", "NaN"])
+def test_fault_in_the_file_is_caught(change, tiny_onnx, tmp_path):
+    report = validate(tampered(tiny_onnx["hat"], tmp_path / "wrong.onnx", change), batches=[1])
+    assert not report.passed
+    assert "photographs" in failed(report)
+    assert ("coordinates: pixels" in failed(report)) == (change == "x and y swapped")
+    with pytest.raises(VerificationError) as error:
+        report.raise_if_failed()
+    assert str(error.value) == report.verdict
+    assert f"wrong.onnx differs from pytorch:tiny: {len(failed(report))} of 9 checks failed, first 'photographs' at batch 1 with an error of " in str(error.value)  # noqa: E501
+    assert json.loads(report.to_json())["passed"] is False
+
+
+class _MixesSlots(Runner):
+    """Right for one image, but gives the images of a batch each other's answers."""
+
+    def __init__(self, inner: Runner) -> None:
+        self.inner = inner
+        self.description = inner.description
+
+    def _run(self, images_nchw):
+        return np.roll(self.inner(images_nchw), 1, axis=0)
+
+    def open_graph(self, onnx_model):
+        return self.inner.open_graph(onnx_model)
+
+    def close(self):
+        self.inner.close()
+
+
+def test_runtime_that_mixes_up_slots_is_caught_only_by_batches(tiny_onnx, monkeypatch):
+    monkeypatch.setattr(library, "open_runner", lambda *a, **k: _MixesSlots(open_runner(*a, **k)))
+    assert validate(str(tiny_onnx["function"]), batches=[1]).passed
+    report = validate(str(tiny_onnx["function"]), batches=[1, 2])
+    assert failed(report) == {"photographs", "slots: images permuted"}
+
+
+def test_tolerance_can_be_set(tiny_onnx):
+    assert not validate(str(tiny_onnx["function"]), batches=[1], tolerance=1e-9).passed
+
+
+def test_bfloat16_passes_its_own_tolerance_and_not_that_of_float32(tiny_onnx):
+    try:
+        report = validate(f"openvino-bf16:{tiny_onnx['function']}", batches=[1, 2])
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    assert report.passed
+    worst = max(check.error for check in report.checks if check.name == "photographs")
+    assert worst > 10 * TOLERANCES["fp32"]
+
+
+def test_pytorch_itself_has_no_operators_to_cut_out(tiny_onnx):
+    report = validate("pytorch:tiny", batches=[1])
+    assert report.passed
+    assert [(c.name, c.passed, c.detail) for c in report.checks][-1] == (
+        "coordinates",
+        None,
+        "only an ONNX file can be cut into operators",
+    )
+
+
+def test_other_weights_are_an_error_not_a_failed_check(tiny_onnx, golden_checkpoint):
+    with pytest.raises(DatDeployError) as error:
+        validate(str(tiny_onnx["function"]), checkpoint=golden_checkpoint)
+    assert type(error.value) is DatDeployError
+    assert "holds the weights of seeded random weights (seed 0)" in str(error.value)
+    assert "the PyTorch side those of dat_tiny_in1k_224.pth" in str(error.value)
+    assert str(error.value).endswith("Pass the same --checkpoint that it was exported with.")
+
+
+def test_impossible_batches_are_refused(tiny_onnx):
+    with pytest.raises(DatDeployError, match="give numbers from 1"):
+        validate(str(tiny_onnx["function"]), batches=[0, 1])
