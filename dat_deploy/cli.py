@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -361,8 +362,8 @@ def demo(
     engines = ["pytorch:tiny", str(onnx_file), f"openvino:{onnx_file}"]
     _step(f"dat-deploy bench {' '.join(f'--engine {name}' for name in engines)} --json {record} --plot {plot}")
     bench(engine=engines, json_file=record, plot=plot, force=True)
-    photograph = photographs(2)[1]
-    _step(f"dat-deploy classify {photograph.name} --engine {onnx_file}")
+    photograph = Path(shutil.copy(photographs(2)[1], directory))
+    _step(f"dat-deploy classify {photograph} --engine {onnx_file}")
     classify(image=[photograph], engine=str(onnx_file))
     out.print(
         f"\nAll of it worked; the files are in {directory}. With an official checkpoint (links in the README):\n"
@@ -402,7 +403,7 @@ def main() -> None:
 def _run() -> int | str | None:
     """The exit code."""
     try:
-        app()
+        app(prog_name="dat-deploy")
     except DatDeployError as error:
         err.print(f"error: {error}")
         return error.exit_code

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ def check_output(path: Path, *, force: bool) -> None:
         if path.exists() and not force:
             raise _exists(path)
         if not folder.is_dir():
-            raise OutputError(f"folder {folder} does not exist; make it first: mkdir -p {folder}")
+            raise OutputError(f"folder {folder} does not exist; make it first: mkdir -p {shlex.quote(str(folder))}")
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise _translated(error, path) from error
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -6,6 +6,7 @@ beyond those around the convolutions. Source: arXiv 2201.00520, §3; names follo
 (`stages.2.attns.1`), which `checkpoint.py` maps onto these.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,8 +53,7 @@ class Mlp(nn.Module):
         self.linear2 = nn.Linear(channels * ratio, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.linear2(self.act(self.linear1(x)))
-        return x
+        return self.linear2(self.act(self.linear1(x)))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
 
 class WindowAttention(nn.Module):
@@ -213,7 +213,7 @@ class DAT(nn.Module):
         self.stages = nn.ModuleList(
             Stage(stage, variant.feature_map(i), variant.mlp_ratio, operators) for i, stage in enumerate(variant.stages)
         )
-        self.down_projs = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.down_projs = nn.ModuleList(Downsample(a, b) for a, b in itertools.pairwise(widths))
         self.cls_norm = nn.LayerNorm(widths[-1])
         self.cls_head = nn.Linear(widths[-1], variant.classes)
 

@@ -33,6 +33,7 @@ from dat_deploy.errors import CheckpointError
 __all__ = ["plain_text", "read_tensors"]
 
 PICKLE_LIMIT_BYTES = 16 * 2**20  # the pickle of `base` with its optimizer's state has about 0.2 MB
+TUPLE_LIMIT = 1000  # objects in a tuple and the tuples in it, each time it is met; a shape has five
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file that torch < 1.6 wrote
 STORAGE_ITEM_BYTES = {
     "torch.BFloat16Storage": 2,
@@ -164,13 +165,13 @@ def _inspect_zip(path: Path, archive: zipfile.ZipFile, size_bytes: int) -> None:
 def _inspect_legacy(path: Path, file: BinaryIO, size_bytes: int) -> None:
     """Legacy files are five pickles in a row (magic, version, system, object, storage keys), then the raw storages."""
     stream = io.BytesIO(file.read(PICKLE_LIMIT_BYTES))
-    claimed: dict[str, int] = {}
+    claimed: set[tuple[str, int]] = set()  # a storage that is claimed twice, with two sizes, counts twice
     for i in range(5):
         value, storages = _inspect_pickle(path, stream)
         if i == 0 and value != LEGACY_MAGIC:
             raise CheckpointError(f"{path} is a plain pickle, not a checkpoint that torch.save wrote.")
         claimed.update(storages)
-    claimed_bytes = sum(claimed.values())
+    claimed_bytes = sum(storage_bytes for _, storage_bytes in claimed)
     if claimed_bytes > size_bytes:
         raise CheckpointError(
             f"refused to load {path}: it claims {claimed_bytes} bytes of storage, and the file has {size_bytes}."
@@ -181,6 +182,12 @@ class _Global(str):
     """The full name of a Python object that a pickle asks for, where the object itself would be on the stack."""
 
     __slots__ = ()
+
+
+class _Tuple(tuple[object, ...]):
+    """A tuple that knows how many objects it is when written out; tuples may share their members."""
+
+    size: int
 
 
 def _inspect_pickle(path: Path, stream: io.BytesIO) -> tuple[object, list[tuple[str, int]]]:
@@ -224,11 +231,11 @@ def _inspect_pickle(path: Path, stream: io.BytesIO) -> tuple[object, list[tuple[
                 case "GET" | "BINGET" | "LONG_BINGET":
                     stack.append(memo[argument])
                 case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    stack.append(tuple(popped))
+                    stack.append(_small_tuple(popped))
                 case "GLOBAL" | "INST":
                     stack.append(_allowed_global(path, *str(argument).split(" ", 1)))
                 case "STACK_GLOBAL":
-                    stack.append(_allowed_global(path, *popped))
+                    stack.append(_allowed_global(path, *(part if isinstance(part, str) else None for part in popped)))
                 case "EXT1" | "EXT2" | "EXT4":
                     _allowed_global(path, "copyreg extension", argument)
                 case "BINPERSID":
@@ -247,6 +254,15 @@ def _inspect_pickle(path: Path, stream: io.BytesIO) -> tuple[object, list[tuple[
             f"{path} has pickle protocol {protocol}; only torch.save's own, 2, can be read without running code."
         )
     return popped[0], storages
+
+
+def _small_tuple(items: list[object]) -> _Tuple:
+    """Python hashes and prints tuples by recursion: a few bytes can make that endless, or overflow the stack."""
+    result = _Tuple(items)
+    result.size = 1 + sum(item.size if isinstance(item, _Tuple) else 1 for item in items)
+    if result.size > TUPLE_LIMIT:
+        raise ValueError("a tuple of too many objects")
+    return result
 
 
 def _allowed_global(path: Path, module: object, attribute: object) -> _Global:

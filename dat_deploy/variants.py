@@ -97,9 +97,7 @@ class Variant:
         if height <= 0 or width <= 0 or height % step or width % step:
             nearest = " or ".join(
                 f"{h}x{w}"
-                for h, w in sorted(
-                    {(_down(height, step), _down(width, step)), (_up(height, step), _up(width, step))}
-                )
+                for h, w in sorted({(_down(height, step), _down(width, step)), (_up(height, step), _up(width, step))})
             )
             raise ShapeError(
                 f"image size {height}x{width} does not fit variant '{self.name}': its windows tile only sides that "
@@ -118,9 +116,17 @@ def _up(side: int, step: int) -> int:
 
 
 def _dat(
-    name: str, size: int, resize: int, window: int, channels: int, depth: int, parameters: int, gmacs: float, top1: float
+    name: str,
+    size: int,
+    resize: int,
+    window: int,
+    channels: int,
+    depth: int,
+    parameters: int,
+    gmacs: float,
+    top1: float,
 ) -> Variant:
-    """A row of the first paper: heads of 32 channels, offset groups of 128, deformable blocks in the last two stages."""
+    """A row of the first paper: heads of 32 channels, groups of 128, deformable blocks in the last two stages."""
     specs = ("LS", "LS", "LD" * (depth // 2), "LD")
     stages = []
     for i, (blocks, kernel) in enumerate(zip(specs, (9, 7, 5, 3), strict=True)):

@@ -106,8 +106,8 @@ def test_a_folder_is_refused_even_with_force(force: bool, tmp_path: Path) -> Non
 
 
 def test_a_missing_folder_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
-    path = tmp_path / "missing" / "tiny.onnx"
-    assert refusal(path) == (f"folder {tmp_path}/missing does not exist; make it first: mkdir -p {tmp_path}/missing")
+    folder = tmp_path / "not there"
+    assert refusal(folder / "tiny.onnx") == f"folder {folder} does not exist; make it first: mkdir -p '{folder}'"
 
 
 def test_a_folder_without_write_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

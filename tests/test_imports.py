@@ -67,15 +67,19 @@ def test_runtimes_are_imported_only_in_the_files_named_for_them():
         relative = str(path.relative_to(PACKAGE))
         for module in imports(path):
             homes = HOMES.get(module.split(".")[0])
-            if homes and not relative.endswith(tuple(h for h in homes if h.endswith(".py"))) and not any(
-                relative.startswith(h) for h in homes if h.endswith("/")
+            if (
+                homes
+                and not relative.endswith(tuple(h for h in homes if h.endswith(".py")))
+                and not any(relative.startswith(h) for h in homes if h.endswith("/"))
             ):
                 wrong.append(f"{relative} imports {module}")
     assert not wrong
 
 
 def test_importing_the_package_loads_neither_torch_nor_a_runtime():
-    code = "import dat_deploy, sys; print(sorted({'torch', 'onnx', 'numpy', 'openvino', 'tensorrt'} & set(sys.modules)))"
+    code = (
+        "import dat_deploy, sys; print(sorted({'torch', 'onnx', 'numpy', 'openvino', 'tensorrt'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603  # fixed
     assert done.stdout.strip() == "[]"
 

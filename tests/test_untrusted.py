@@ -200,6 +200,7 @@ def test_the_payloads_do_run_when_python_unpickles_them(payload: str, tmp_path: 
         (b"\x80\x02X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93.", "os.system"),  # STACK_GLOBAL
         (b"\x80\x02X\x06\x00\x00\x00system2X\x02\x00\x00\x00os\x93.", "None.os"),  # a name that is computed
         (b"\x80\x02\x82\x05.", "copyreg extension.5"),
+        (b"\x80\x02K\x01\x85X\x06\x00\x00\x00system\x93.", "None.system"),  # a name that is no string
         (b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R.", "builtins.bytearray"),  # 64 GiB
         (b"\x80\x02ctorch._utils\n_rebuild_sparse_tensor\n.", "torch._utils._rebuild_sparse_tensor"),
     ],
@@ -222,6 +223,10 @@ def test_every_way_to_name_an_object_is_seen(pickled: bytes, name: str, tmp_path
         b"\x80\x02X\xff\xff\xff\x7fabc.",  # a string of 2 GiB in a file of 15 bytes
         b"\x80\x02N",  # no end
         b"\x80\x02X\x01\x00\x00\x00aQ.",  # a reference to something that is no storage
+        # tuples as a key, so deep that hashing them overflows the stack of Python itself
+        pytest.param(b"\x80\x02}K\x01" + b"\x85" * 200_000 + b"K\x01s.", id="deep_tuples"),
+        # tuples that share their members: a trillion numbers when written out
+        pytest.param(b"\x80\x02K\x01" + b"q\x00h\x00\x86" * 40 + b".", id="shared_tuples"),
     ],
 )
 def test_a_malformed_pickle_is_refused(pickled: bytes, tmp_path: Path) -> None:
@@ -291,6 +296,17 @@ def test_a_legacy_storage_that_claims_more_than_the_file_holds_is_refused(tmp_pa
     path.write_bytes(data.replace(b"K\x03Nt", b"J\xff\xff\xff\x7fNt"))
     assert refusal(path) == (
         f"refused to load {path}: it claims 8589934588 bytes of storage, and the file has {path.stat().st_size}."
+    )
+
+
+def test_a_legacy_storage_that_is_claimed_with_two_sizes_counts_with_both(tmp_path: Path) -> None:
+    path, x = tmp_path / "evil.pth", torch.ones(3)
+    torch.save({"a": x, "b": x[:2]}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    assert data.count(b"K\x03Nt") == 2
+    path.write_bytes(data.replace(b"K\x03Nt", b"J\xff\xff\xff\x7fNt", 1))  # torch sets aside what the first one says
+    assert refusal(path) == (
+        f"refused to load {path}: it claims 8589934600 bytes of storage, and the file has {path.stat().st_size}."
     )
 
 

@@ -52,7 +52,7 @@ def remove_identity_slices(model: ir.Model) -> bool:
 
 
 def name_results(model: ir.Model) -> bool:
-    """Results are called like the node that makes them; constants that no module owns, like the node that reads them."""
+    """Results are called like the node that makes them; constants of no module, like the node that reads them."""
     modified = False
     outputs = set(model.graph.outputs)
     for node in model.graph:

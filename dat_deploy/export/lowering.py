@@ -19,6 +19,7 @@ import onnx.shape_inference
 import onnx_ir as ir
 import onnxscript
 import onnxscript.optimizer
+from onnx_ir.passes import common as passes
 
 from dat_deploy.errors import ExportError
 from dat_deploy.export.cleanup import name_results, remove_identity_slices
@@ -111,7 +112,7 @@ def lower(model: ir.Model, lowering: str) -> ir.Model:
     if lowering != "plugin":
         bodies = function_bodies(lowering, model.opset_imports[""])
         if lowering == "function":
-            model.functions.update({body.identifier(): body for body in map(ir.from_proto, bodies)})
+            model.functions.update({body.identifier(): body for body in map(ir.serde.deserialize_function, bodies)})
         else:
             _inline(model, nodes, {body.name: body for body in bodies})
     model.metadata_props[_RECORDS] = json.dumps([asdict(boundary.record()) for boundary in boundaries])
@@ -153,20 +154,20 @@ class _Boundary:
 def _inline(model: ir.Model, nodes: list[ir.Node], bodies: dict[str, onnx.FunctionProto]) -> None:
     """Each operator becomes its body, node names prefixed with the operator's, what is constant folded away."""
     for node in nodes:
-        function = ir.from_proto(bodies[node.op_type])
+        function = ir.serde.deserialize_function(bodies[node.op_type])
         function.name = str(node.name)
         for inner in function:
             inner.name = f"{node.name}/{inner.op_type}"
         model.functions[function.identifier()] = function
         node.op_type = function.name
-    ir.passes.common.InlinePass()(model)
-    ir.passes.common.ShapeInferencePass()(model)
+    passes.InlinePass()(model)
+    passes.ShapeInferencePass()(model)
     onnxscript.optimizer.fold_constants(
         model, onnx_shape_inference=True, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
     )
     remove_identity_slices(model)
     onnxscript.optimizer.remove_unused_nodes(model)
-    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     name_results(model)
     model.opset_imports.pop(DOMAIN_NAME, None)
 
@@ -185,5 +186,6 @@ def _flattened(body: onnxscript.OnnxFunction, helpers: Iterable[onnxscript.OnnxF
         opset_imports=opsets,
     )
     inlined = onnx.inliner.inline_selected_functions(model, [(DOMAIN_NAME, proto.name)], exclude=True)
+    flat: onnx.FunctionProto
     (flat,) = (function for function in inlined.functions if function.name == proto.name)
     return flat

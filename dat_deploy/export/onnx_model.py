@@ -12,11 +12,11 @@ import onnx_ir as ir
 import onnxscript
 import onnxscript.optimizer
 import torch
+from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 
 from dat_deploy.errors import ExportError
 from dat_deploy.export.cleanup import constant_reshape_shapes, name_results
-
 from dat_deploy.model import DAT
 from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
 
@@ -68,7 +68,7 @@ def onnx_from_model(model: DAT, *, batch: int | None = None, opset_version: int 
     _name_after_modules(graph_model)
     constant_reshape_shapes(graph_model)
     onnxscript.optimizer.remove_unused_nodes(graph_model)
-    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
     name_results(graph_model)
     return graph_model
 

@@ -1,6 +1,5 @@
 """Cut one operator out of an exported file, whatever its lowering, as a small ONNX model of its own."""
 
-import onnx
 import onnx_ir as ir
 
 from dat_deploy.export.lowering import OperatorRecord
@@ -23,6 +22,5 @@ def operator_model(model: ir.Model, record: OperatorRecord) -> bytes:
         value.name = names[str(value.name)]
     part = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
     part.opset_imports.update(model.opset_imports)
-    proto = ir.to_proto(part)
-    assert isinstance(proto, onnx.ModelProto)
-    return proto.SerializeToString()
+    serialized: bytes = ir.to_proto(part).SerializeToString()
+    return serialized

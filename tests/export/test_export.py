@@ -159,7 +159,9 @@ def test_weights_of_the_checkpoint_are_in_the_file(tmp_path, golden_checkpoint, 
     np.testing.assert_allclose(logits(path, images), golden["logits"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("option", [{"batch": 0}, {"lowering": "best"}, {"opset_version": 16}, {"image_size": (0, 224)}])
+@pytest.mark.parametrize(
+    "option", [{"batch": 0}, {"lowering": "best"}, {"opset_version": 16}, {"image_size": (0, 224)}]
+)
 def test_impossible_option_leaves_nothing(option, tmp_path):
     with pytest.raises(DatDeployError):
         export("tiny", tmp_path / "tiny.onnx", **option)
@@ -186,15 +188,19 @@ def test_export_that_stops_while_writing_leaves_nothing(failure, tiny_onnx, tmp_
         relower(tiny_onnx["plugin"], tmp_path / "tiny.onnx", "hat")
     if isinstance(error.value, OutputError):
         assert str(error.value) == (
-            f"cannot write {tmp_path / 'tiny.onnx'}: No space left on device; "
-            f"free some space or choose another folder."
+            f"cannot write {tmp_path / 'tiny.onnx'}: No space left on device; free some space or choose another folder."
         )
     assert not list(tmp_path.iterdir())
 
 
 def test_file_of_another_tool_is_refused(tmp_path):
     path = tmp_path / "other.onnx"
-    onnx.save(onnx.parser.parse_model('<ir_version: 10, opset_import: ["": 18]> g (float[1] x) => (float[1] y) { y = Relu(x) }'), path)
+    onnx.save(
+        onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["": 18]> g (float[1] x) => (float[1] y) { y = Relu(x) }'
+        ),
+        path,
+    )
     with pytest.raises(ExportError) as error:
         read_metadata(path)
     assert str(error.value) == (

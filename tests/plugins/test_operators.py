@@ -24,9 +24,7 @@ Inputs = dict[str, Tensor]
 
 def session(operator: str, lowering: str, inputs: Inputs, attributes: dict[str, int], opset: int = 18):
     """The operator as one node with its body; the first axis is dynamic, as the batch of an exported file is."""
-    node = onnx.helper.make_node(
-        operator, list(inputs), ["out"], domain=DOMAIN_NAME, **attributes, **PLUGIN_ATTRIBUTES
-    )
+    node = onnx.helper.make_node(operator, list(inputs), ["out"], domain=DOMAIN_NAME, **attributes, **PLUGIN_ATTRIBUTES)
     shapes = {name: ["batch", *value.shape[1:]] for name, value in inputs.items()}
     if "relative_position_bias_table" in inputs:
         shapes["relative_position_bias_table"] = list(inputs["relative_position_bias_table"].shape)

@@ -20,7 +20,9 @@ def query_coordinates(size, table_size, half_pixel_queries: int):
     half = op.Cast(half_pixel, to=1)
     count = op.Squeeze(size)
     index = op.Cast(op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1)), to=1)
-    span = op.Max(op.Cast(op.Add(op.Sub(count, op.Constant(value_int=1)), half_pixel), to=1), op.Constant(value_float=1.0))
+    span = op.Max(
+        op.Cast(op.Add(op.Sub(count, op.Constant(value_int=1)), half_pixel), to=1), op.Constant(value_float=1.0)
+    )
     coordinate = (index + half * 0.5) / span * 2.0 - 1.0
     last = op.Cast(table_size - 1, to=1)
     return (coordinate * 0.5 + 1.0) * 0.5 * last
@@ -118,7 +120,6 @@ def bias_gather(query, sampling_locations, relative_position_bias_table, half_pi
     A table padded with zeros stands for what lies outside; one border before and two after hold every neighbour of a
     coordinate clipped to one pixel outside.
     """
-    zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     minus = op.Constant(value_ints=[-1])
     image = op.Gather(query, op.Constant(value_int=0), axis=0)
@@ -160,7 +161,9 @@ def bias_gather(query, sampling_locations, relative_position_bias_table, half_pi
     group_first = op.Reshape(group_first, op.Concat(groups, one, one, axis=0))
     row_index = (op.Cast(row, to=7) + 1) * stride + group_first  # B, G, H, Ns
     column_index = op.Cast(column, to=7) + 1
-    index = op.Unsqueeze(row_index, op.Constant(value_ints=[3])) + op.Unsqueeze(column_index, op.Constant(value_ints=[2]))
+    index = op.Unsqueeze(row_index, op.Constant(value_ints=[3])) + op.Unsqueeze(
+        column_index, op.Constant(value_ints=[2])
+    )
     weight_y = op.Unsqueeze(fraction_y, op.Constant(value_ints=[3, 5]))  # B, G, H, 1, Ns, 1
     weight_x = op.Unsqueeze(fraction_x, op.Constant(value_ints=[2, 5]))  # B, G, 1, W, Ns, 1
     above_left = op.Gather(tables, index, axis=0)  # B, G, H, W, Ns, M/G

@@ -48,7 +48,9 @@ def window_bias(qkv, relative_position_bias_table, window_size: int, shift_size:
     region_y = op.Reshape(region_y * 3, op.Concat(rows, one, side, one, axis=0))
     region_x = op.Reshape(region_x, op.Concat(one, columns, one, side, axis=0))
     region = op.Reshape(region_y + region_x, op.Concat(rows * columns, area, axis=0))
-    together = op.Equal(op.Unsqueeze(region, op.Constant(value_ints=[1])), op.Unsqueeze(region, op.Constant(value_ints=[2])))
+    together = op.Equal(
+        op.Unsqueeze(region, op.Constant(value_ints=[1])), op.Unsqueeze(region, op.Constant(value_ints=[2]))
+    )
     mask = op.Where(together, op.Constant(value_float=0.0), op.Constant(value_float=-100.0))  # nW or 1, Ws², Ws²
     return op.Unsqueeze(mask, one) + bias
 

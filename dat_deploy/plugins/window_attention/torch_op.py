@@ -16,8 +16,6 @@ def window_attention(
 
 
 @window_attention.register_fake
-def _(
-    qkv: Tensor, relative_position_bias_table: Tensor, num_heads: int, window_size: int, shift_size: int
-) -> Tensor:
+def _(qkv: Tensor, relative_position_bias_table: Tensor, num_heads: int, window_size: int, shift_size: int) -> Tensor:
     batch, height, width, channels3 = qkv.shape
     return qkv.new_empty(batch, height, width, channels3 // 3)
