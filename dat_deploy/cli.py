@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dat_deploy.errors import DatDeployError
+from dat_deploy.errors import DatDeployError, OutputError
 from dat_deploy.variants import VARIANTS, get_variant
 
 if TYPE_CHECKING:
@@ -351,7 +351,10 @@ def demo(
     """Export tiny with random weights, validate it on photographs, time it against PyTorch. About two minutes."""
     from dat_deploy.photographs import photographs
 
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make folder {directory}: {error.strerror}; choose another --directory.") from error
     onnx_file = directory / "tiny.onnx"
     record, plot = directory / "bench.json", directory / "bench.png"
     report = directory / "validation.json"

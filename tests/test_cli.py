@@ -274,6 +274,10 @@ MISTAKES = {
         ["classify", str(COFFEE), "--engine", "{mini}", "--top", "0"],
         "top_k got k = 0; it takes 1 or more. Ask for at least one class.",
     ),
+    "demo in a file": (
+        ["demo", "--directory", "{folder}/notes.txt"],
+        "cannot make folder {folder}/notes.txt: File exists; choose another --directory.",
+    ),
     "missing record": (
         ["compare", "{folder}/a.json", "{folder}/b.json"],
         "cannot read {folder}/a.json: No such file or directory. Check the path.",

@@ -185,7 +185,8 @@ class Change:
 
     Attributes:
         latency_ratio: second p50 / first p50, below 1 where the second is faster; lowest and highest are from the
-            slowest and fastest rounds of either, as nothing pairs the rounds of two runs. A range that holds 1 shows no change.
+            slowest and fastest rounds of either, as nothing pairs the rounds of two runs. A range that holds 1 shows no
+            change.
     """
 
     engine: str
