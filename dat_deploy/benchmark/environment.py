@@ -1,7 +1,6 @@
 """What a measurement was taken on: hardware, versions, commit. No host name, no path."""
 
 import importlib.metadata
-import os
 import platform
 import re
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import dat_deploy
 from dat_deploy.benchmark.record import Hardware
+from dat_deploy.runners.base import available_cores
 
 __all__ = ["commit", "hardware", "versions"]
 
@@ -29,7 +29,7 @@ def hardware() -> Hardware:
     return Hardware(
         cpu=model.group(1).strip() if model else platform.machine(),
         cpu_flags=tuple(flag for flag in _CPU_FLAGS if flag in present),
-        cores=len(os.sched_getaffinity(0)),
+        cores=available_cores(),
         memory_gib=round(int(memory.group(1)) / 2**20) if memory else 0,
         gpus=tuple(_nvidia_smi("name")),
     )

@@ -1,6 +1,7 @@
 """The small interface behind which every runtime stands."""
 
 import abc
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from dat_deploy.errors import ShapeError, UnsupportedError
 from dat_deploy.metadata import read_metadata
 from dat_deploy.preprocess import Preprocessing
 
-__all__ = ["EngineDescription", "Graph", "Images", "Runner", "file_description"]
+__all__ = ["EngineDescription", "Graph", "Images", "Runner", "available_cores", "file_description"]
 
 Images = NDArray[np.float32]
 Graph = Callable[[Mapping[str, NDArray[np.float32]]], NDArray[np.float32]]
@@ -94,6 +95,13 @@ class Runner(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def file_description(path: Path, name: str, **fields: object) -> EngineDescription:

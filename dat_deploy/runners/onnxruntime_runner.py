@@ -1,6 +1,5 @@
 """ONNX Runtime, on the CPU or on CUDA."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from dat_deploy.errors import EngineBuildError, UnsupportedError
-from dat_deploy.runners.base import Graph, Images, Runner, file_description
+from dat_deploy.runners.base import Graph, Images, Runner, available_cores, file_description
 
 __all__ = ["OnnxruntimeRunner"]
 
@@ -26,7 +25,7 @@ class OnnxruntimeRunner(Runner):
                     f"pip uninstall onnxruntime; pip install 'dat-deploy[onnxruntime-gpu]'"
                 )
             self._providers.insert(0, "CUDAExecutionProvider")
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or available_cores()
         self.description = file_description(
             path,
             name,

@@ -1,6 +1,5 @@
 """OpenVINO on the CPU, in float32 or bfloat16."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from dat_deploy.errors import EngineBuildError, UnsupportedError
 from dat_deploy.metadata import load_onnx
-from dat_deploy.runners.base import Graph, Images, Runner, file_description
+from dat_deploy.runners.base import Graph, Images, Runner, available_cores, file_description
 
 __all__ = ["OpenvinoRunner"]
 
@@ -27,7 +26,7 @@ class OpenvinoRunner(Runner):
 
     def __init__(self, path: Path, name: str, *, threads: int | None = None, precision: str = "fp32") -> None:
         self._core = ov.Core()
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or available_cores()
         if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise UnsupportedError(
                 f"this CPU ({self._core.get_property('CPU', 'FULL_DEVICE_NAME')}) has no bfloat16 instructions; "
