@@ -143,9 +143,10 @@ def test_every_lowering_of_the_larger_variants_agrees_with_pytorch(variant, tmp_
             continue
         path = tmp_path / "lowered.onnx"
         relower(plugin, path, lowering, force=True)
-        for engine in (str(path), f"openvino:{path}"):
+        # OpenVINO compiles each batch anew, half a minute of it in all
+        for engine, batches in ((str(path), (1, 2, 3)), (f"openvino:{path}", (1, 3))):
             with open_runner(engine) as runner:
-                for batch in (1, 2, 3):
+                for batch in batches:
                     order = np.roll(np.arange(3), batch)[:batch]
                     np.testing.assert_allclose(runner(images[order]), expected[order], rtol=0, atol=1e-4)
 
