@@ -6,7 +6,8 @@
     ├── ShapeError                an image or batch size that does not fit
     ├── ImageError                an image that cannot be decoded, or is too large to decode
     ├── ExportError               the ONNX file cannot be made as asked
-    ├── EngineBuildError          an engine cannot be built as asked
+    ├── EngineBuildError          an engine cannot be built or opened as asked
+    ├── EngineRunError            an opened engine failed on its input
     ├── OutputError               a file cannot be written
     ├── RecordError               benchmark records that cannot be compared
     ├── VerificationError         exit code 2: the answer is wrong
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "DatDeployError",
     "EngineBuildError",
+    "EngineRunError",
     "ExportError",
     "ImageError",
     "OutputError",
@@ -58,6 +60,10 @@ class ExportError(DatDeployError):
 
 class EngineBuildError(DatDeployError):
     """An engine that cannot be built as asked."""
+
+
+class EngineRunError(DatDeployError):
+    """An opened engine that fails on its input."""
 
 
 class OutputError(DatDeployError):

@@ -36,6 +36,10 @@ def test_command_is_one_that_the_command_line_takes(line):
     assert {word for word in words if word.startswith("--")} <= options
 
 
+def test_no_number_is_left_to_be_filled_in():
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", README)
+
+
 def test_first_two_commands_are_make_demo_and_make_test():
     assert [line for line in commands() if not line.startswith("dat-deploy")][:2] == ["make demo", "make test"]
 

@@ -32,6 +32,25 @@ def test_openvino_in_bfloat16_computes_in_bfloat16(tiny_onnx, noise, expected):
     assert 1e-3 < error < 2**-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("lowering", ["function", "gather", "gridsample", "hat"])
+def test_nan_stays_in_its_own_slot_of_the_batch(lowering, tiny_onnx, noise, expected):
+    spoiled = noise[:3].copy()
+    spoiled[1, :, 100, 100] = np.nan
+    with open_runner(str(tiny_onnx[lowering])) as runner:
+        logits = runner(spoiled)
+    assert np.isnan(logits[1]).all()
+    np.testing.assert_allclose(logits[[0, 2]], expected[[0, 2]], rtol=0, atol=1e-4)
+
+
+def test_raw_pixels_are_refused(tiny_onnx):
+    with open_runner(str(tiny_onnx["function"])) as runner, pytest.raises(ShapeError) as error:
+        runner(np.zeros((1, 3, 224, 224), dtype=np.uint8))
+    assert str(error.value) == (
+        f"{tiny_onnx['function']}: input 'image' has type uint8; it takes normalised float32. "
+        f"Use dat_deploy.preprocess."
+    )
+
+
 def test_pytorch_runner_is_the_network(noise, expected):
     with open_runner("pytorch:tiny") as runner:
         np.testing.assert_array_equal(runner(noise[:1]), open_runner("pytorch:tiny")(noise[:1]))

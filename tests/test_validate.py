@@ -11,7 +11,7 @@ from onnx import numpy_helper
 import dat_deploy.validate as library
 from dat_deploy.errors import DatDeployError, UnsupportedError, VerificationError
 from dat_deploy.runners import Runner, open_runner
-from dat_deploy.validate import TOLERANCES, validate
+from dat_deploy.validate import FP32_TOLERANCE, validate
 
 
 def failed(report: library.ValidationReport) -> set[str]:
@@ -43,7 +43,7 @@ def test_report_is_json_that_says_the_verdict(report):
 
 
 def tampered(source: Path, target: Path, change: str) -> str:
-    """A copy of a `hat` file with one fault in the deformable path of stages.2.attns.1."""
+    """A copy of a file with one fault in the deformable path of stages.2.attns.1."""
     model = onnx.load(source)
     block = "stages.2.attns.1"
     if change == "x and y swapped":  # the two outputs of the Split that takes locations apart change places
@@ -60,9 +60,16 @@ def tampered(source: Path, target: Path, change: str) -> str:
     return str(target)
 
 
-@pytest.mark.parametrize("change", ["x and y swapped", "one weight off", "NaN"])
-def test_fault_in_the_file_is_caught(change, tiny_onnx, tmp_path):
-    report = validate(tampered(tiny_onnx["hat"], tmp_path / "wrong.onnx", change), batches=[1])
+@pytest.mark.parametrize(
+    ("lowering", "change"),
+    [
+        ("hat", "x and y swapped"),
+        ("function", "one weight off"),
+        *((lowering, "NaN") for lowering in ("function", "gather", "gridsample", "hat")),
+    ],
+)
+def test_fault_in_the_file_is_caught(lowering, change, tiny_onnx, tmp_path):
+    report = validate(tampered(tiny_onnx[lowering], tmp_path / "wrong.onnx", change), batches=[1])
     assert not report.passed
     assert "photographs" in failed(report)
     assert ("coordinates: pixels" in failed(report)) == (change == "x and y swapped")
@@ -98,6 +105,17 @@ def test_runtime_that_mixes_up_slots_is_caught_only_by_batches(tiny_onnx, monkey
     assert failed(report) == {"photographs", "slots: images permuted"}
 
 
+def test_file_that_lost_its_list_of_operators_says_that_coordinates_were_not_checked(tiny_onnx, tmp_path):
+    model = onnx.load(tiny_onnx["hat"])
+    kept = [entry for entry in model.metadata_props if entry.key != "dat_deploy.operators"]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    onnx.save(model, tmp_path / "bare.onnx")
+    check = validate(str(tmp_path / "bare.onnx"), batches=[1]).checks[-1]
+    assert (check.name, check.passed) == ("coordinates", None)
+    assert check.detail == "the file's metadata no longer lists its operators"
+
+
 def test_tolerance_can_be_set(tiny_onnx):
     assert not validate(str(tiny_onnx["function"]), batches=[1], tolerance=1e-9).passed
 
@@ -109,7 +127,7 @@ def test_bfloat16_passes_its_own_tolerance_and_not_that_of_float32(tiny_onnx):
         pytest.skip(str(error))
     assert report.passed
     worst = max(check.error for check in report.checks if check.name == "photographs")
-    assert worst > 10 * TOLERANCES["fp32"]
+    assert worst > 10 * FP32_TOLERANCE
 
 
 def test_pytorch_itself_has_no_operators_to_cut_out(tiny_onnx):

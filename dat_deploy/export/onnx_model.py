@@ -25,6 +25,7 @@ __all__ = ["IR_VERSION", "OPSET_VERSIONS", "check_opset", "onnx_from_model"]
 OPSET_VERSIONS = (17, 18, 19)
 IR_VERSION = 10
 
+_SCOPES = "pkg.torch.onnx.name_scopes"  # torch's own property of a node: the modules around it, outermost first
 _Value = ir.Value
 
 
@@ -180,8 +181,13 @@ def _set_opset(model: ir.Model, opset_version: int) -> None:
 def _name_after_modules(model: ir.Model) -> None:
     """`stages.2.attns.1/MatMul`, with a counter where a module has several."""
     seen: dict[str, int] = {}
+    if not any(_SCOPES in node.metadata_props for node in model.graph):
+        raise ExportError(
+            f"torch {torch.__version__} no longer says which module made a node, so nodes cannot be named after "
+            f"modules. Use a torch that dat-deploy was tested with: pip install torch==2.13.0"
+        )
     for node in model.graph:
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
         module = scopes[-2] if len(scopes) > 1 else ""
         name = f"{module}/{node.op_type}" if module else node.op_type
         seen[name] = seen.get(name, 0) + 1

@@ -2,7 +2,6 @@
 
 import difflib
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,30 +100,21 @@ def open_runner(
     reasons = reasons_against(runtime)
     if reasons:
         raise UnsupportedError(f"{runtime.name} cannot run here: {'; '.join(reasons)}")
-    openers: dict[str, Callable[[], Runner]] = {
-        "pytorch": lambda: _pytorch(compiled=False),
-        "pytorch-compile": lambda: _pytorch(compiled=True),
-        "onnxruntime": lambda: _onnxruntime(cuda=False),
-        "onnxruntime-cuda": lambda: _onnxruntime(cuda=True),
-        "openvino": lambda: _openvino("fp32"),
-        "openvino-bf16": lambda: _openvino("bf16"),
-    }
+    match runtime.package:
+        case "torch":
+            from dat_deploy.runners.pytorch_runner import PytorchRunner
 
-    def _pytorch(*, compiled: bool) -> Runner:
-        from dat_deploy.runners.pytorch_runner import PytorchRunner
+            compiled = runtime.name == "pytorch-compile"
+            return PytorchRunner(
+                target, engine, checkpoint=checkpoint, image_size=image_size, threads=threads, compiled=compiled
+            )
+        case "onnxruntime":
+            from dat_deploy.runners.onnxruntime_runner import OnnxruntimeRunner
 
-        return PytorchRunner(
-            target, engine, checkpoint=checkpoint, image_size=image_size, threads=threads, compiled=compiled
-        )
+            return OnnxruntimeRunner(Path(target), engine, threads=threads, cuda=runtime.name == "onnxruntime-cuda")
+        case "openvino":
+            from dat_deploy.runners.openvino_runner import OpenvinoRunner
 
-    def _onnxruntime(*, cuda: bool) -> Runner:
-        from dat_deploy.runners.onnxruntime_runner import OnnxruntimeRunner
-
-        return OnnxruntimeRunner(Path(target), engine, threads=threads, cuda=cuda)
-
-    def _openvino(precision: str) -> Runner:
-        from dat_deploy.runners.openvino_runner import OpenvinoRunner
-
-        return OpenvinoRunner(Path(target), engine, threads=threads, precision=precision)
-
-    return openers[runtime.name]()
+            precision = "bf16" if runtime.name == "openvino-bf16" else "fp32"
+            return OpenvinoRunner(Path(target), engine, threads=threads, precision=precision)
+    raise AssertionError(f"{runtime.name} has no runner")

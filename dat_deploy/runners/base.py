@@ -4,18 +4,17 @@ import abc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dat_deploy.errors import ShapeError, UnsupportedError
-from dat_deploy.metadata import read_metadata
+from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
+from dat_deploy.metadata import FileMetadata
 from dat_deploy.preprocess import Preprocessing
 
-__all__ = ["EngineDescription", "Graph", "Images", "Runner", "available_cores", "file_description"]
+__all__ = ["EngineDescription", "Graph", "Images", "Runner", "available_cores", "describe", "no_plugin_here"]
 
 Images = NDArray[np.float32]
 Graph = Callable[[Mapping[str, NDArray[np.float32]]], NDArray[np.float32]]
@@ -28,7 +27,7 @@ class EngineDescription:
     Attributes:
         name: the engine as the user named it: `tiny.onnx`, `openvino:tiny.onnx`, `pytorch:tiny`.
         runtime: `pytorch`, `onnxruntime`, ... and its `runtime_version`.
-        device: `cpu` or the name of the GPU.
+        device: `cpu` or `cuda`.
         precision: of the matrix products: `fp32`, `bf16`.
         image_size: (height, width) in pixels; batch: the fixed batch, or None if any batch goes.
         lowering: of the ONNX file, or None.
@@ -60,8 +59,13 @@ class Runner(abc.ABC):
         """Logits [B, classes] float32 of normalised images [B, 3, H, W] float32.
 
         Raises:
-            ShapeError: if the engine does not take that shape.
+            ShapeError: if the engine does not take that shape, or the images are not floating-point numbers.
         """
+        if not np.issubdtype(images_nchw.dtype, np.floating):
+            raise ShapeError(
+                f"{self.description.name}: input 'image' has type {images_nchw.dtype}; it takes normalised float32. "
+                f"Use dat_deploy.preprocess."
+            )
         height, width = self.description.image_size
         batch = self.description.batch
         shape = images_nchw.shape
@@ -104,17 +108,37 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def file_description(path: Path, name: str, **fields: object) -> EngineDescription:
-    """The description of an exported ONNX file, with what its runtime adds."""
-    metadata = read_metadata(path)
+def describe(
+    metadata: FileMetadata,
+    name: str,
+    *,
+    runtime: str,
+    runtime_version: str,
+    device: str,
+    precision: str,
+    threads: int,
+) -> EngineDescription:
+    """An exported file's description of itself, with what its runtime adds."""
     return EngineDescription(
         name=name,
+        runtime=runtime,
+        runtime_version=runtime_version,
+        device=device,
+        precision=precision,
         variant=metadata.variant,
         image_size=metadata.image_size,
         batch=metadata.batch,
         lowering=metadata.lowering,
+        threads=threads,
         weights_sha256=metadata.weights_sha256,
         weights_source=metadata.weights_source,
         preprocessing=metadata.preprocessing,
-        **fields,  # type: ignore[arg-type]  # the caller's keywords, checked at run time by the dataclass
+    )
+
+
+def no_plugin_here(name: str) -> EngineBuildError:
+    """Why a runtime without the plugins cannot open a file of lowering `plugin`."""
+    return EngineBuildError(
+        f"{name} has lowering 'plugin': its operators have no body, so only TensorRT with the plugins runs it. "
+        f"Export it with --lowering function."
     )

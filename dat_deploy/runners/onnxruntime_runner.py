@@ -1,13 +1,15 @@
 """ONNX Runtime, on the CPU or on CUDA."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from dat_deploy.errors import EngineBuildError, UnsupportedError
-from dat_deploy.runners.base import Graph, Images, Runner, available_cores, file_description
+from dat_deploy.errors import EngineBuildError, EngineRunError, UnsupportedError
+from dat_deploy.metadata import FileMetadata, read_metadata
+from dat_deploy.runners.base import Graph, Images, Runner, available_cores, describe, no_plugin_here
 
 __all__ = ["OnnxruntimeRunner"]
 
@@ -26,22 +28,24 @@ class OnnxruntimeRunner(Runner):
                 )
             self._providers.insert(0, "CUDAExecutionProvider")
         self._threads = threads or available_cores()
-        self.description = file_description(
-            path,
+        self._session = self._open(path, name)
+        if cuda and self._session.get_providers()[0] != "CUDAExecutionProvider":
+            raise UnsupportedError(
+                "ONNX Runtime fell back to the CPU although CUDA was asked for; its CUDA and cuDNN libraries are "
+                "missing or too old. Compare their versions with ONNX Runtime's requirements."
+            )
+        metadata = FileMetadata.from_properties(self._session.get_modelmeta().custom_metadata_map, path)
+        self.description = describe(
+            metadata,
             name,
             runtime="onnxruntime-cuda" if cuda else "onnxruntime",
             runtime_version=ort.__version__,
             device="cuda" if cuda else "cpu",
-            precision="fp32",
+            precision=metadata.precision,
             threads=self._threads,
         )
-        self._session = self._open(path)
-        if cuda and self._session.get_providers()[0] != "CUDAExecutionProvider":
-            raise UnsupportedError(
-                "ONNX Runtime fell back to the CPU although CUDA was asked for; see its message above."
-            )
 
-    def _open(self, model: Path | bytes) -> ort.InferenceSession:
+    def _open(self, model: Path | bytes, name: str) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
@@ -51,21 +55,24 @@ class OnnxruntimeRunner(Runner):
             source = str(model) if isinstance(model, Path) else model
             return ort.InferenceSession(source, options, providers=self._providers)
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
-            lowering = self.description.lowering
-            if lowering == "plugin":
-                raise EngineBuildError(
-                    f"{self.description.name} has lowering 'plugin': its operators have no body, so only TensorRT "
-                    f"with the plugins runs it. Export it with --lowering function."
-                ) from error
+            if isinstance(model, Path) and read_metadata(model).lowering == "plugin":
+                raise no_plugin_here(name) from error
             text = " ".join(str(error).split())
-            raise EngineBuildError(f"ONNX Runtime cannot open {self.description.name}: {text}") from error
+            raise EngineBuildError(f"ONNX Runtime cannot open {name}: {text}") from error
 
     def _run(self, images_nchw: Images) -> NDArray[np.float32]:
-        return self._session.run(["logits"], {"image": images_nchw})[0]  # type: ignore[no-any-return]  # untyped call
+        return self._call(self._session, {"image": images_nchw})
 
     def open_graph(self, onnx_model: bytes) -> Graph:
-        session = self._open(onnx_model)
-        return lambda feeds: session.run(None, dict(feeds))[0]
+        session = self._open(onnx_model, f"a part of {self.description.name}")
+        return lambda feeds: self._call(session, feeds)
+
+    def _call(self, session: ort.InferenceSession, feeds: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+        try:
+            return session.run(None, dict(feeds))[0]  # type: ignore[no-any-return]  # untyped call
+        except Exception as error:  # ONNX Runtime's exceptions have no public base class
+            text = " ".join(str(error).split())
+            raise EngineRunError(f"ONNX Runtime failed while running {self.description.name}: {text}") from error
 
     def close(self) -> None:
         del self._session

@@ -9,9 +9,9 @@ import onnx.inliner
 import openvino as ov
 from numpy.typing import NDArray
 
-from dat_deploy.errors import EngineBuildError, UnsupportedError
-from dat_deploy.metadata import load_onnx
-from dat_deploy.runners.base import Graph, Images, Runner, available_cores, file_description
+from dat_deploy.errors import EngineBuildError, EngineRunError, UnsupportedError
+from dat_deploy.metadata import FileMetadata, load_onnx
+from dat_deploy.runners.base import Graph, Images, Runner, available_cores, describe, no_plugin_here
 
 __all__ = ["OpenvinoRunner"]
 
@@ -37,8 +37,12 @@ class OpenvinoRunner(Runner):
             "INFERENCE_NUM_THREADS": self._threads,
             "PERFORMANCE_HINT": "LATENCY",
         }
-        self.description = file_description(
-            path,
+        self._model = load_onnx(path)
+        metadata = FileMetadata.from_properties({p.key: p.value for p in self._model.metadata_props}, path)
+        if metadata.lowering == "plugin":
+            raise no_plugin_here(name)
+        self.description = describe(
+            metadata,
             name,
             runtime="openvino",
             runtime_version=ov.__version__,
@@ -46,12 +50,6 @@ class OpenvinoRunner(Runner):
             precision=precision,
             threads=self._threads,
         )
-        if self.description.lowering == "plugin":
-            raise EngineBuildError(
-                f"{name} has lowering 'plugin': its operators have no body, so only TensorRT with the plugins runs "
-                f"it. Export it with --lowering function."
-            )
-        self._model = load_onnx(path)
         self._requests: dict[int, ov.InferRequest] = {}
         self._request(self.description.batch or 1)
 
@@ -84,10 +82,14 @@ class OpenvinoRunner(Runner):
 
         return run
 
-    @staticmethod
-    def _infer(request: ov.InferRequest, feeds: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-        results = request.infer(feeds, share_inputs=True)
+    def _infer(self, request: ov.InferRequest, feeds: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+        try:
+            results = request.infer(feeds, share_inputs=True)
+        except RuntimeError as error:
+            text = " ".join(str(error).split())
+            raise EngineRunError(f"OpenVINO failed while running {self.description.name}: {text}") from error
         return np.array(results[request.model_outputs[0]], dtype=np.float32)
 
     def close(self) -> None:
         self._requests.clear()
+        del self._model

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from dat_deploy.checkpoint import load_weights, model_from_weights
 from dat_deploy.preprocess import Preprocessing
-from dat_deploy.runners.base import EngineDescription, Images, Runner
+from dat_deploy.runners.base import EngineDescription, Images, Runner, available_cores
 from dat_deploy.variants import get_variant
 
 __all__ = ["PytorchRunner"]
@@ -35,8 +35,7 @@ class PytorchRunner(Runner):
         if image_size is not None:
             configuration = configuration.with_image_size(*image_size)
         weights = load_weights(configuration, checkpoint)
-        if threads is not None:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or available_cores())
         self.model = model_from_weights(weights, configuration)
         self._forward = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.description = EngineDescription(

@@ -47,12 +47,13 @@ def stress_locations(kind: str, shape: tuple[int, ...], feature_map: tuple[int, 
     generator = torch.Generator().manual_seed(seed)
     axes = []
     for size in feature_map:
+        last = max(size - 1, 1)
         if kind == "pixels":
             index = torch.randint(0, size, shape[:-1], generator=generator)
-            axes.append(index / (size - 1) * 2 - 1)
+            axes.append(index / last * 2 - 1)
         elif kind == "half pixels":
             index = torch.randint(-1, size, shape[:-1], generator=generator)
-            axes.append((index + 0.5) / (size - 1) * 2 - 1)
+            axes.append((index + 0.5) / last * 2 - 1)
         elif kind == "border":
             hair = torch.tensor([0.0, 1e-6, -1e-6, 1e-3, -1e-3])[torch.randint(0, 5, shape[:-1], generator=generator)]
             side = torch.randint(0, 2, shape[:-1], generator=generator) * 2.0 - 1.0

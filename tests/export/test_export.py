@@ -64,10 +64,10 @@ def test_every_opset_gives_the_same_logits(opset, tmp_path, tiny_model, noise):
     export("tiny", path, opset_version=opset)
     expected = pytorch_logits(tiny_model, noise[:2])
     assert read_metadata(path).opset_version == opset
-    for lowering in ("function", "gridsample"):
+    for lowering in ("function", *INLINED):
         if lowering != "function":
-            relower(path, tmp_path / "lowered.onnx", lowering)
-            path = tmp_path / "lowered.onnx"
+            relower(tmp_path / "tiny.onnx", tmp_path / f"{lowering}.onnx", lowering)
+            path = tmp_path / f"{lowering}.onnx"
         model = onnx.load(path)
         onnx.checker.check_model(model, full_check=True)
         assert {entry.domain: entry.version for entry in model.opset_import}[""] == opset
@@ -84,17 +84,21 @@ def test_opset_20_is_refused_with_its_reason(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("lowering", ["function", "gather"])
-def test_fixed_batch_is_in_the_file_and_gives_the_same_logits(lowering, tmp_path, tiny_model, noise):
-    path = tmp_path / "tiny.onnx"
-    export("tiny", path, batch=2, lowering=lowering)
-    graph = onnx.load(path, load_external_data=False).graph
-    assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [2, 3, 224, 224]
-    np.testing.assert_allclose(logits(path, noise[:2]), pytorch_logits(tiny_model, noise[:2]), rtol=0, atol=1e-4)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fixed_batch_is_in_the_file_and_gives_the_same_logits(batch, tmp_path, tiny_model, noise):
+    export("tiny", tmp_path / "function.onnx", batch=batch)
+    expected = pytorch_logits(tiny_model, noise[:batch])
+    for lowering in ("function", *INLINED):
+        path = tmp_path / f"{lowering}.onnx"
+        if lowering != "function":
+            relower(tmp_path / "function.onnx", path, lowering)
+        graph = onnx.load(path).graph
+        assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [batch, 3, 224, 224]
+        np.testing.assert_allclose(logits(path, noise[:batch]), expected, rtol=0, atol=1e-4)
     with pytest.raises(ShapeError) as error:
-        logits(path, noise[:3])
+        logits(path, noise[:2])
     assert str(error.value) == (
-        f"{path}: input 'image' has shape [3, 3, 224, 224]; it takes [2, 3, 224, 224]. "
+        f"{path}: input 'image' has shape [2, 3, 224, 224]; it takes [{batch}, 3, 224, 224]. "
         f"Export again with --batch or --image-size for another."
     )
 
@@ -130,25 +134,39 @@ def test_tiny_agrees_with_pytorch_at_every_batch_in_every_slot(lowering, batch, 
     np.testing.assert_allclose(same, np.repeat(expected[:1], batch, axis=0), rtol=0, atol=1e-4)
 
 
+def assert_agrees_at_every_batch_in_every_slot(
+    engine: str, images: np.ndarray, expected: np.ndarray, batches: tuple[int, ...]
+) -> None:
+    with open_runner(engine) as runner:
+        for batch in batches:
+            order = np.arange(batch)[::-1] % len(images)
+            np.testing.assert_allclose(runner(images[order]), expected[order], rtol=0, atol=1e-4)
+            same = runner(np.repeat(images[:1], batch, axis=0))
+            np.testing.assert_allclose(same, np.repeat(expected[:1], batch, axis=0), rtol=0, atol=1e-4)
+
+
+def test_small_agrees_with_pytorch_at_the_smallest_and_largest_batch(tmp_path, noise):
+    expected = pytorch_logits(load_model("small"), noise)
+    export("small", tmp_path / "function.onnx")
+    relower(tmp_path / "function.onnx", tmp_path / "hat.onnx", "hat")
+    for lowering in ("function", "hat"):
+        assert_agrees_at_every_batch_in_every_slot(str(tmp_path / f"{lowering}.onnx"), noise, expected, (1, 8))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "tiny"])
 def test_every_lowering_of_the_larger_variants_agrees_with_pytorch(variant, tmp_path):
     height, width = VARIANTS[variant].image_size
-    images = np.random.default_rng(1).standard_normal((3, 3, height, width)).astype(np.float32)
+    images = np.random.default_rng(1).standard_normal((4, 3, height, width)).astype(np.float32)
     expected = pytorch_logits(load_model(variant), images)
     plugin = tmp_path / "plugin.onnx"
     export(variant, plugin, lowering="plugin")
-    for lowering in LOWERINGS:
-        if lowering == "plugin":
-            continue
+    for lowering in ("function", *INLINED):
         path = tmp_path / "lowered.onnx"
         relower(plugin, path, lowering, force=True)
+        assert_agrees_at_every_batch_in_every_slot(str(path), images, expected, (1, 2, 3, 8))
         # OpenVINO compiles each batch anew, half a minute of it in all
-        for engine, batches in ((str(path), (1, 2, 3)), (f"openvino:{path}", (1, 3))):
-            with open_runner(engine) as runner:
-                for batch in batches:
-                    order = np.roll(np.arange(3), batch)[:batch]
-                    np.testing.assert_allclose(runner(images[order]), expected[order], rtol=0, atol=1e-4)
+        assert_agrees_at_every_batch_in_every_slot(f"openvino:{path}", images, expected, (1, 3))
 
 
 def test_weights_of_the_checkpoint_are_in_the_file(tmp_path, golden_checkpoint, deterministic_weights):

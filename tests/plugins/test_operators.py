@@ -130,6 +130,15 @@ def test_bodies_mean_the_same_in_opset(lowering, opset):
     points = locations("network", (2, 2, 4, 4), (5, 6))
     inputs = {"value": torch.randn(2, 5, 6, 16), "sampling_locations": points}
     assert_body_is_exact("deformable_sample", lowering, inputs, {}, opset)
+    inputs = {
+        "query": torch.randn(2, 5, 6, 16),
+        "key": torch.randn(2, 16, 16),
+        "value": torch.randn(2, 16, 16),
+        "sampling_locations": points,
+        "relative_position_bias_table": torch.randn(4, 9, 11),
+    }
+    attributes = {"num_heads": 4, "half_pixel_queries": 1}
+    assert_body_is_exact("deformable_attention", lowering, inputs, attributes, opset)
     inputs = {"qkv": torch.randn(2, 4, 4, 48), "relative_position_bias_table": torch.randn(9, 2)}
     assert_body_is_exact(
         "window_attention", lowering, inputs, {"num_heads": 2, "window_size": 2, "shift_size": 1}, opset

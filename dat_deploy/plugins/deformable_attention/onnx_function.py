@@ -159,11 +159,12 @@ def bias_gather(query, sampling_locations, relative_position_bias_table, half_pi
     area = (table_height + 3) * stride
     group_first = op.Range(op.Constant(value_int=0), op.Squeeze(groups), op.Constant(value_int=1)) * area
     group_first = op.Reshape(group_first, op.Concat(groups, one, one, axis=0))
-    row_index = (op.Cast(row, to=7) + 1) * stride + group_first  # B, G, H, Ns
-    column_index = op.Cast(column, to=7) + 1
-    index = op.Unsqueeze(row_index, op.Constant(value_ints=[3])) + op.Unsqueeze(
-        column_index, op.Constant(value_ints=[2])
-    )
+    # clipped again as integers: NaN has no index, and must spoil its own image alone
+    padded_row = op.Clip(op.Cast(row, to=7) + 1, op.Constant(value_int=0), op.Squeeze(table_height) + 1)
+    padded_column = op.Clip(op.Cast(column, to=7) + 1, op.Constant(value_int=0), op.Squeeze(table_width) + 1)
+    by_column = op.Constant(value_ints=[3])
+    by_row = op.Constant(value_ints=[2])
+    index = op.Unsqueeze(padded_row * stride + group_first, by_column) + op.Unsqueeze(padded_column, by_row)
     weight_y = op.Unsqueeze(fraction_y, op.Constant(value_ints=[3, 5]))  # B, G, H, 1, Ns, 1
     weight_x = op.Unsqueeze(fraction_x, op.Constant(value_ints=[2, 5]))  # B, G, 1, W, Ns, 1
     above_left = op.Gather(tables, index, axis=0)  # B, G, H, W, Ns, M/G
@@ -193,6 +194,9 @@ def attention(query, key, value, bias, num_heads: int):
     scores = op.MatMul(q, k) / op.Sqrt(op.Cast(head_dim, to=1)) + bias
     out = op.Transpose(op.MatMul(op.Softmax(scores, axis=-1), v), perm=[0, 2, 1, 3])  # B, H·W, M, D
     return op.Reshape(out, op.Concat(minus, plane, channels, axis=0))
+
+
+# onnxscript takes no function as an argument, so the operator is written once for each way to read the bias.
 
 
 @onnxscript.script(DOMAIN, default_opset=op)

@@ -66,9 +66,12 @@ def deformable_sample_gather(
     padded = op.Pad(value, op.Constant(value_ints=[0, 1, 1, 0, 0, 2, 2, 0]))
     pixels = op.Reshape(padded, op.Concat(zero, minus, groups, channels / groups, axis=0))  # B, pixels, G, C/G
     stride = width + 3
-    first = (op.Cast(row, to=7) + 1) * stride + op.Cast(column, to=7) + 1  # B, Ns, G, 1
+    # clipped again as integers: NaN has no index, and must spoil its own image alone
+    padded_row = op.Clip(op.Cast(row, to=7) + 1, op.Constant(value_int=0), op.Squeeze(height) + 1)
+    padded_column = op.Clip(op.Cast(column, to=7) + 1, op.Constant(value_int=0), op.Squeeze(width) + 1)
+    first = padded_row * stride + padded_column  # B, Ns, G, 1
     group = op.Range(op.Constant(value_int=0), op.Squeeze(groups), op.Constant(value_int=1))
-    group = op.Reshape(group, op.Concat(one, groups, one, axis=0)) + op.Cast(weight_y * 0.0, to=7)  # B, Ns, G, 1
+    group = op.Expand(op.Reshape(group, op.Concat(one, groups, one, axis=0)), op.Shape(first))  # B, Ns, G, 1
     above_left = op.GatherND(pixels, op.Concat(first, group, axis=-1), batch_dims=1)  # B, Ns, G, C/G
     above_right = op.GatherND(pixels, op.Concat(first + 1, group, axis=-1), batch_dims=1)
     below_left = op.GatherND(pixels, op.Concat(first + stride, group, axis=-1), batch_dims=1)
