@@ -169,7 +169,8 @@ def validate(
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes to try.")] = "1,2,3,8",
     tolerance: Annotated[
-        float | None, typer.Option("--tolerance", help="Largest error of a logit. Default: 1e-4; bf16: twice that of eager PyTorch.")
+        float | None,
+        typer.Option("--tolerance", help="Largest error of a logit. Default: 1e-4; bf16: twice that of eager PyTorch."),
     ] = None,
     force: ForceOption = False,
     json_file: JsonOption = None,
