@@ -230,6 +230,8 @@ def bench(
     from dat_deploy import benchmark as library
     from dat_deploy.files import check_output
 
+    if plot is not None:
+        library.check_plot(plot)
     for path in (plot, json_file):
         if path is not None:
             check_output(path, force=force)
@@ -464,8 +466,10 @@ def _option(name: str, value: Path | None) -> tuple[str, ...]:
 
 
 def _check_pytorch_options(engines: list[str], checkpoint: Path | None, image_size: str | None) -> None:
+    from dat_deploy.runners import parse_engine
+
     for option, value in (("--checkpoint", checkpoint), ("--image-size", image_size)):
-        if value is not None and not any(engine.startswith("pytorch") for engine in engines):
+        if value is not None and not any(parse_engine(engine)[0].package == "torch" for engine in engines):
             raise DatDeployError(
                 f"{option} is for pytorch:VARIANT, but {', '.join(engines)} holds its own; leave the option out."
             )

@@ -3,8 +3,8 @@
 import contextlib
 import errno
 import os
+import secrets
 import shlex
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,24 +43,33 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
         OutputError: as `check_output`, and when the disk is full or the write is refused.
     """
     check_output(path, force=force)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask
     except OSError as error:
         raise _translated(error, path) from error
-    temporary = Path(name)
     try:
         yield temporary
-        if path.exists() and not force:  # made by another process meanwhile
-            raise _exists(path)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
-        temporary.replace(path)
+        if force:
+            temporary.replace(path)
+        else:
+            _move_to_new(temporary, path)
     except OSError as error:
         raise _translated(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _move_to_new(temporary: Path, path: Path) -> None:
+    """As `replace`, but a file that another process made meanwhile stays."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise _exists(path) from None
+        temporary.replace(path)
 
 
 def _exists(path: Path) -> OutputError:

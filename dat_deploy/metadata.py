@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 
 import onnx
 
-from dat_deploy.errors import ExportError
+from dat_deploy.errors import DatDeployError, ExportError
 from dat_deploy.preprocess import Preprocessing
+from dat_deploy.typed_json import typed
 
 __all__ = ["FileMetadata", "load_onnx", "read_metadata"]
 
@@ -39,8 +41,7 @@ class FileMetadata:
     version: str
 
     def to_properties(self) -> dict[str, str]:
-        fields = dataclasses.asdict(self) | {"preprocessing": json.loads(self.preprocessing.to_json())}
-        return {_PREFIX + name: json.dumps(value) for name, value in fields.items()}
+        return {_PREFIX + name: json.dumps(value) for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_properties(cls, properties: dict[str, str], path: Path) -> "FileMetadata":
@@ -53,12 +54,8 @@ class FileMetadata:
                 f"Export it with: dat-deploy export --variant VARIANT --output {path.name}"
             )
         try:
-            values = {name: json.loads(value) for name, value in fields.items()}
-            values["preprocessing"] = Preprocessing.from_json(fields["preprocessing"])
-            values["image_size"] = tuple(values["image_size"])
-            values["class_names"] = tuple(values["class_names"])
-            return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
+            return typing.cast(FileMetadata, typed(cls, {n: json.loads(v) for n, v in fields.items()}, "metadata"))
+        except (ValueError, DatDeployError) as error:
             raise ExportError(
                 f"the dat_deploy.* metadata of {path} cannot be read ({error}); it was made by another version or "
                 f"edited. Export the file again."

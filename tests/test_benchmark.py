@@ -495,7 +495,7 @@ def test_plot_says_what_to_install_and_what_to_name_the_file(tmp_path: Path, mon
         plot(record(), tmp_path / "plot.svg")
     expected = f"{tmp_path / 'plot.svg'} does not end in .png, and plots are PNG; write {tmp_path / 'plot.png'}"
     assert str(wrong.value) == expected
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError) as missing:
         plot(record(), tmp_path / "plot.png")
     assert str(missing.value) == "plots need matplotlib: pip install 'dat-deploy[plot]'"

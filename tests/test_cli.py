@@ -818,6 +818,17 @@ def test_bench_prints_a_row_for_each_batch_and_writes_record_and_plot(record: Pa
         plot.verify()
 
 
+def test_a_plot_that_cannot_be_drawn_is_refused_before_the_measurement(
+    run: Run, mini_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dat_deploy.benchmark.benchmark", lambda *_a, **_k: pytest.fail("it was measured"))
+    outcome = run("bench", "--engine", mini_onnx, "--plot", tmp_path / "bench.svg")
+    assert outcome.code == 1
+    assert outcome.err == (
+        f"error: {tmp_path / 'bench.svg'} does not end in .png, and plots are PNG; write {tmp_path / 'bench.png'}\n"
+    )
+
+
 def test_compare_prints_a_row_for_each_batch(record: Path, run: Run, tmp_path: Path) -> None:
     outcome = run("compare", record, record, "--json", tmp_path / "compared.json")
     assert outcome.next_words == ["bench", "--help"]

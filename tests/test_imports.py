@@ -11,7 +11,7 @@ PACKAGE = Path(dat_deploy.__file__).parent
 
 # Lowest first; a module may import its own layer and what is before it.
 LAYERS = [
-    {"errors", "variants", "files", "preprocess", "labels", "photographs", "metadata"},
+    {"errors", "variants", "files", "preprocess", "labels", "photographs", "metadata", "typed_json"},
     {"plugins"},
     {"untrusted", "model", "checkpoint"},
     {"export"},

@@ -1,7 +1,7 @@
 """How fast engines are, side by side, in a record that can be kept and compared."""
 
 from dat_deploy.benchmark.measure import benchmark
-from dat_deploy.benchmark.plotting import plot
+from dat_deploy.benchmark.plotting import check_plot, plot
 from dat_deploy.benchmark.record import (
     Change,
     Comparison,
@@ -24,6 +24,7 @@ __all__ = [
     "Row",
     "Settings",
     "benchmark",
+    "check_plot",
     "compare",
     "plot",
 ]

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import difflib
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from dat_deploy.benchmark import environment
 from dat_deploy.benchmark.record import EngineSettings, LatencyRatio, Record, Row, Settings
 from dat_deploy.benchmark.worker import SEED, EngineProcess, Opened, Opening, Timings, Turn
-from dat_deploy.errors import DatDeployError, ShapeError
+from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError
 from dat_deploy.runners import EngineDescription, parse_engine
 
 __all__ = ["benchmark", "row_from_rounds"]
@@ -58,6 +59,8 @@ def benchmark(
         DatDeployError: if an argument does not fit, or an engine fails, crashes or hangs; failures of `open_runner`
             keep their class. No process is left.
     """
+    if sys.platform != "linux":
+        raise UnsupportedError(f"bench measures on Linux alone, where it reads /proc; this is {sys.platform}.")
     batches = sorted(set(batches))
     labels = _labels(engines)
     reference = labels[0] if baseline is None else _baseline_label(baseline, engines, labels)

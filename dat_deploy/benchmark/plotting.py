@@ -1,5 +1,6 @@
 """A record as a picture."""
 
+import importlib.util
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,27 +13,35 @@ from dat_deploy.files import atomic_output
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot"]
+__all__ = ["check_plot", "plot"]
 
 _INK, _FAINT, _GRID = "#1f2933", "#6b7680", "#dde2e6"
 _COLOURS = ("#2f6f9f", "#d9822b", "#3c8d5a", "#b5485d", "#7a5ea8", "#8c6d46", "#4aa3a2", "#5f6b76")
 _BASELINE_COLOUR = "#9aa5ae"
 
 
+def check_plot(path: Path) -> None:
+    """Refuse before a long measurement what `plot` would refuse after it.
+
+    Raises:
+        UnsupportedError: if matplotlib is not installed.
+        OutputError: if `path` does not end in .png.
+    """
+    if path.suffix.lower() != ".png":
+        raise OutputError(f"{path} does not end in .png, and plots are PNG; write {path.with_suffix('.png')}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UnsupportedError("plots need matplotlib: pip install 'dat-deploy[plot]'")
+
+
 def plot(record: Record, path: Path, *, force: bool = False) -> None:
     """Write `record` as a PNG: latency as bars for one batch, throughput as lines for several.
 
     Raises:
-        UnsupportedError: if matplotlib is not installed.
-        OutputError: if `path` does not end in .png; and as `atomic_output`.
+        UnsupportedError, OutputError: as `check_plot` and `atomic_output`.
     """
-    if path.suffix.lower() != ".png":
-        raise OutputError(f"{path} does not end in .png, and plots are PNG; write {path.with_suffix('.png')}")
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ModuleNotFoundError as error:
-        raise UnsupportedError("plots need matplotlib: pip install 'dat-deploy[plot]'") from error
+    check_plot(path)
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     is_sweep = len(record.settings.batches) > 1
     height = 4.8 if is_sweep else 2.0 + 0.6 * len(record.rows)

@@ -1,15 +1,15 @@
 """What a benchmark found, as data: kept in JSON, and compared only with what was measured alike."""
 
 import json
-import types
 import typing
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dat_deploy.errors import RecordError
 from dat_deploy.files import atomic_output
+from dat_deploy.typed_json import typed
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -161,7 +161,10 @@ class Record:
                 f"not a benchmark record of this version: schema_version is {version!r} and must be "
                 f"{SCHEMA_VERSION}. Measure again with: dat-deploy bench --json FILE"
             )
-        return typing.cast(Record, _typed(cls, values, "record"))
+        try:
+            return typing.cast(Record, typed(cls, values, "record"))
+        except ValueError as error:
+            raise RecordError(f"not a benchmark record: {error}. Measure again.") from None
 
     @classmethod
     def read(cls, path: Path) -> "Record":
@@ -235,28 +238,3 @@ def _differences(prefix: str, a: dict[str, Any], b: dict[str, Any]) -> Iterator[
             yield from _differences(f"{prefix}{key}.", left, right)
         elif left != right:
             yield prefix + key, left, right
-
-
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    """`value`, fresh from JSON, as the annotated type `kind`: dataclasses, tuples, dicts, unions with None, scalars."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        names = [field.name for field in fields(kind)]
-        if set(value) != set(names):
-            wrong = ", ".join(sorted(set(value) ^ set(names)))
-            raise RecordError(f"not a benchmark record: {where} lacks, or should not have: {wrong}. Measure again.")
-        return kind(**{name: _typed(hints[name], value[name], f"{where}.{name}") for name in names})
-    if origin is tuple and isinstance(value, list):
-        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(kinds) == len(value):
-            return tuple(_typed(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    elif origin is dict and isinstance(value, dict):
-        return {key: _typed(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
-    elif origin is types.UnionType:
-        return None if value is None else _typed(arguments[0], value, where)
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif type(value) is kind:
-        return value
-    raise RecordError(f"not a benchmark record: {where} is {value!r:.60} and should be {kind}. Measure again.")

@@ -15,10 +15,12 @@ def constant_reshape_shapes(model: ir.Model) -> bool:
         shape = node.inputs[1].producer()
         if shape is None or shape.op_type != "Concat":
             continue
-        parts = [ir.convenience.get_const_tensor(value) if value is not None else None for value in shape.inputs]
-        known = [None if part is None else part.numpy().tolist() for part in parts]
+        known = [_integers(value) for value in shape.inputs]
         if known.count(None) != 1 or any(part is not None and (0 in part or -1 in part) for part in known):
             continue
+        computed = shape.inputs[known.index(None)]
+        if computed is None or computed.shape is None or computed.shape != [1]:
+            continue  # more than one size
         sizes = [size for part in known for size in (part if part is not None else [-1])]
         constant = ir.Value(name=f"{node.name}/shape", const_value=ir.tensor(np.array(sizes, dtype=np.int64)))
         constant.dtype, constant.shape = ir.DataType.INT64, ir.Shape([len(sizes)])
@@ -33,21 +35,23 @@ def remove_identity_slices(model: ir.Model) -> bool:
     """Drop Slices that keep everything and Concat inputs that are empty: what a roll by nothing leaves behind."""
     modified = False
     for node in list(model.graph):
+        replacement = None
         if node.op_type == "Slice" and _keeps_everything(node):
-            ir.convenience.replace_all_uses_with(node.outputs[0], _data(node))
+            replacement = node.inputs[0]
         elif node.op_type == "Concat":
             kept = [value for value in node.inputs if value is not None and not _is_empty(value)]
-            if len(kept) == len(node.inputs):
+            if not kept or len(kept) == len(node.inputs):
                 continue
             if len(kept) == 1:
-                ir.convenience.replace_all_uses_with(node.outputs[0], kept[0], replace_graph_outputs=True)
+                replacement = kept[0]
             else:
                 node.resize_inputs(len(kept))
                 for index, value in enumerate(kept):
                     node.replace_input_with(index, value)
-        else:
-            continue
-        modified = True
+                modified = True
+        if replacement is not None and not node.outputs[0].is_graph_output():
+            ir.convenience.replace_all_uses_with(node.outputs[0], replacement)
+            modified = True
     return modified
 
 
@@ -69,23 +73,23 @@ def name_results(model: ir.Model) -> bool:
     return modified
 
 
-def _data(node: ir.Node) -> ir.Value:
-    value = node.inputs[0]
-    assert value is not None
-    return value
+def _integers(value: ir.Value | None) -> list[int] | None:
+    """The elements of a constant, flat; None for what is computed or absent."""
+    constant = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if constant is None else constant.numpy().flatten().tolist()
 
 
 def _slice_range(node: ir.Node) -> tuple[int, int, int] | None:
-    """(size, start, end) of a Slice of step 1 along one axis of known size; negative bounds resolved."""
-    constants = [ir.convenience.get_const_tensor(value) for value in node.inputs[1:] if value is not None]
-    shape = _data(node).shape
-    if len(constants) != 3 or shape is None or any(constant is None or constant.size != 1 for constant in constants):
+    """(size, start, end) of a Slice of step 1 along one axis of known size, bounds resolved; None for any other."""
+    data, *bounds = node.inputs
+    shape = None if data is None else data.shape
+    starts, ends, axes, steps = (_integers(bounds[i]) if i < len(bounds) else None for i in range(4))
+    has_steps = len(bounds) > 3 and bounds[3] is not None
+    if shape is None or starts is None or ends is None or axes is None or (has_steps and steps != [1]):
         return None
-    start, end, axis = (int(constant.numpy().item()) for constant in constants if constant is not None)
-    size = shape[axis]
-    if not isinstance(size, int):
+    if len(axes) != 1 or not isinstance(size := shape[axes[0]], int):
         return None
-    start, end = (bound + size if bound < 0 else bound for bound in (start, end))
+    start, end = (bound + size if bound < 0 else bound for bound in (starts[0], ends[0]))
     return size, min(start, size), min(end, size)
 
 

@@ -228,12 +228,16 @@ def test_file_of_another_tool_is_refused(tmp_path):
     )
 
 
-def test_edited_metadata_is_refused(tiny_onnx, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("image_size", None), ("image_size", "ab"), ("batch", "two"), ("class_names", [1]), ("preprocessing", {"a": 1})],
+)
+def test_edited_metadata_is_refused(field, value, tiny_onnx, tmp_path):
     model = onnx.load(tiny_onnx["plugin"])
     del model.graph.initializer[:]
     for entry in model.metadata_props:
-        if entry.key == "dat_deploy.image_size":
-            entry.value = json.dumps(None)
+        if entry.key == f"dat_deploy.{field}":
+            entry.value = json.dumps(value)
     onnx.save(model, tmp_path / "edited.onnx")
-    with pytest.raises(ExportError, match="cannot be read"):
+    with pytest.raises(ExportError, match=f"edited.onnx cannot be read.*metadata.{field}"):
         read_metadata(tmp_path / "edited.onnx")

@@ -1,0 +1,40 @@
+"""Values fresh from JSON, checked against annotations."""
+
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+__all__ = ["typed"]
+
+
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind`: dataclasses, tuples, dicts, unions with None, scalars.
+
+    Args:
+        where: what `value` is called in messages.
+
+    Raises:
+        ValueError: if it is of another type, or lacks a field.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        names = [field.name for field in fields(kind)]
+        if set(value) != set(names):
+            wrong = ", ".join(sorted(set(value) ^ set(names)))
+            raise ValueError(f"{where} lacks, or should not have: {wrong}")
+        return kind(**{name: typed(hints[name], value[name], f"{where}.{name}") for name in names})
+    if origin is tuple and isinstance(value, list):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(value):
+            return tuple(typed(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    elif origin is dict and isinstance(value, dict):
+        return {key: typed(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
+    elif origin is types.UnionType:
+        return None if value is None else typed(arguments[0], value, where)
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"{where} is {value!r:.60} and should be {kind}")
