@@ -3,6 +3,7 @@
 Most tests call `main` in this process. `mini` is a network of tiny's form with narrow stages, quick to export and run.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -122,13 +123,18 @@ def mini(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VARIANTS, "mini", MINI)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def files_of_at_most_100_kb() -> Iterator[None]:
-    """The kernel refuses the rest, as on a full disk; Python ignores the signal that would come with it."""
+    """The kernel refuses the rest, as on a full disk; Python ignores the signal that would come with it.
+
+    Not a fixture: pytest's own output may go to a file too, which must not be cut off.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def checkpoint_of(variant: Variant, path: Path, *, seed: int = 0) -> Path:
@@ -483,21 +489,21 @@ def test_a_right_engine_passes_and_fails_only_at_an_absurd_tolerance(run: Run, m
 HALF = b"half of a file"
 
 
-@pytest.mark.usefixtures("files_of_at_most_100_kb")
 def test_an_export_to_a_full_disk_leaves_nothing(run: Run, mini_onnx: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.onnx"
-    outcome = run("export", "--from", mini_onnx, "--lowering", "hat", "--output", path)
+    with files_of_at_most_100_kb():
+        outcome = run("export", "--from", mini_onnx, "--lowering", "hat", "--output", path)
     assert outcome.error == f"cannot write {path}: File too large; free some space or choose another folder."
     assert (outcome.code, outcome.out) == (1, "")
     assert names(tmp_path) == []
 
 
 @pytest.mark.usefixtures("mini")
-def test_a_conversion_to_a_full_disk_leaves_nothing(run: Run, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_conversion_to_a_full_disk_leaves_nothing(run: Run, tmp_path: Path) -> None:
     source = checkpoint_of(MINI, tmp_path / "mini.pth")
-    request.getfixturevalue("files_of_at_most_100_kb")
     path = tmp_path / "out.safetensors"
-    outcome = run("convert", source, path)
+    with files_of_at_most_100_kb():
+        outcome = run("convert", source, path)
     assert outcome.error == f"cannot write {path}: File too large; free some space or choose another folder."
     assert (outcome.code, outcome.out) == (1, "")
     assert names(tmp_path) == ["mini.pth"]

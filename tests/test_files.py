@@ -1,5 +1,6 @@
 """Files are written whole or not at all: whatever goes wrong, no partial and no temporary file stays."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -35,13 +36,18 @@ def write_half(path: Path, error: BaseException, *, force: bool = False) -> None
         raise error
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def files_of_at_most_1000_bytes() -> Iterator[None]:
-    """The kernel refuses the rest, as on a full disk; Python ignores the signal that would come with it."""
+    """The kernel refuses the rest, as on a full disk; Python ignores the signal that would come with it.
+
+    Not a fixture: pytest's own output may go to a file too, which must not be cut off.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --- what is written ---
@@ -178,10 +184,9 @@ def test_a_file_that_another_process_made_meanwhile_is_kept(tmp_path: Path) -> N
     assert names(tmp_path) == ["file"]
 
 
-@pytest.mark.usefixtures("files_of_at_most_1000_bytes")
 def test_a_write_that_the_kernel_refuses_half_way_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with pytest.raises(OutputError) as caught, atomic_output(path) as temporary:
+    with files_of_at_most_1000_bytes(), pytest.raises(OutputError) as caught, atomic_output(path) as temporary:
         temporary.write_bytes(bytes(2000))
     assert str(caught.value) == f"cannot write {path}: File too large; free some space or choose another folder."
     assert names(tmp_path) == []

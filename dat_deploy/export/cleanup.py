@@ -18,10 +18,10 @@ def constant_reshape_shapes(model: ir.Model) -> bool:
         known = [_integers(value) for value in shape.inputs]
         if known.count(None) != 1 or any(part is not None and (0 in part or -1 in part) for part in known):
             continue
-        computed = shape.inputs[known.index(None)]
-        if computed is None or computed.shape is None or computed.shape != [1]:
-            continue  # more than one size
         sizes = [size for part in known for size in (part if part is not None else [-1])]
+        result = node.outputs[0].shape
+        if result is None or len(result) != len(sizes):
+            continue  # what is computed may be more than one size
         constant = ir.Value(name=f"{node.name}/shape", const_value=ir.tensor(np.array(sizes, dtype=np.int64)))
         constant.dtype, constant.shape = ir.DataType.INT64, ir.Shape([len(sizes)])
         model.graph.register_initializer(constant)
