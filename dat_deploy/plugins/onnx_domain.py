@@ -18,5 +18,5 @@ DOMAIN_NAME = "dat_deploy"
 DOMAIN_VERSION = 1
 DOMAIN = onnxscript.values.Opset(DOMAIN_NAME, DOMAIN_VERSION)
 
-# TensorRT picks the plugin by these two attributes of a node; every node carries them (DESIGN §3).
+# TensorRT picks the plugin by these two attributes of a node; every node carries them.
 PLUGIN_ATTRIBUTES = {"plugin_namespace": "dat_deploy", "plugin_version": "1"}
