@@ -25,7 +25,7 @@ def check_output(path: Path, *, force: bool) -> None:
     try:
         if path.is_dir():
             raise OutputError(f"{path} is a folder; give a file name, such as {path / 'output'}.")
-        if path.exists() and not force:
+        if (path.exists() or path.is_symlink()) and not force:  # a link to nothing too takes the name
             raise _exists(path)
         if not folder.is_dir():
             raise OutputError(f"folder {folder} does not exist; make it first: mkdir -p {shlex.quote(str(folder))}")

@@ -55,7 +55,7 @@ class FileMetadata:
             )
         try:
             return typing.cast(FileMetadata, typed(cls, {n: json.loads(v) for n, v in fields.items()}, "metadata"))
-        except (ValueError, DatDeployError) as error:
+        except (ValueError, OverflowError, RecursionError, DatDeployError) as error:  # any JSON at all
             raise ExportError(
                 f"the dat_deploy.* metadata of {path} cannot be read ({error}); it was made by another version or "
                 f"edited. Export the file again."

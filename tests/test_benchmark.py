@@ -358,6 +358,13 @@ def test_arguments_that_do_not_fit_are_refused_at_once(
     assert str(raised.value) == message
 
 
+def test_elsewhere_than_on_linux_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(UnsupportedError) as raised:
+        benchmark(["pytorch:tiny"])
+    assert str(raised.value) == "bench measures on Linux alone, where it reads /proc; this is darwin."
+
+
 def test_rows_carry_no_folder_of_an_absolute_path_and_an_engine_may_be_repeated(bench: Bench, tmp_path: Path) -> None:
     found = bench(
         f"{tmp_path}/one", "sub/one", f"{tmp_path}/one", calls=1, rounds=1, baseline=f"pytorch:{tmp_path}/one"

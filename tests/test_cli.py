@@ -276,6 +276,10 @@ MISTAKES = {
         "image '{folder}/notes.txt' is no image that can be read: it starts with b'root:x:0'; accepted are BMP, GIF, "
         "JPEG, PNG, PPM, TIFF and WEBP files. Convert it to PNG or JPEG, or copy it again.",
     ),
+    "checkpoint for a file that is only called like PyTorch": (
+        ["bench", "--engine", "pytorch_tiny.onnx", "--checkpoint", "{folder}/notes.txt"],
+        "--checkpoint is for pytorch:VARIANT, but pytorch_tiny.onnx holds its own; leave the option out.",
+    ),
     "no class asked for": (
         ["classify", str(COFFEE), "--engine", "{mini}", "--top", "0"],
         "top_k got k = 0; it takes 1 or more. Ask for at least one class.",
@@ -833,6 +837,16 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_the_measurement(
     assert outcome.err == (
         f"error: {tmp_path / 'bench.svg'} does not end in .png, and plots are PNG; write {tmp_path / 'bench.png'}\n"
     )
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_measurement(
+    run: Run, mini_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dat_deploy.benchmark.benchmark", lambda *_a, **_k: pytest.fail("it was measured"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    outcome = run("bench", "--engine", mini_onnx, "--plot", tmp_path / "bench.png")
+    assert outcome.error == "plots need matplotlib: pip install 'dat-deploy[plot]'"
+    assert outcome.code == 3
 
 
 def test_compare_prints_a_row_for_each_batch(record: Path, run: Run, tmp_path: Path) -> None:

@@ -76,6 +76,13 @@ def test_permissions_are_those_of_any_new_file(umask: int, tmp_path: Path) -> No
         os.umask(before)
 
 
+def test_the_umask_of_the_process_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("another thread's new file may have any permission"))
+    with atomic_output(tmp_path / "file") as temporary:
+        temporary.write_text("x")
+    assert names(tmp_path) == ["file"]
+
+
 def test_force_replaces_what_exists(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
@@ -104,6 +111,15 @@ def test_a_file_that_exists_is_refused(tmp_path: Path) -> None:
     path.write_text("mine")
     assert refusal(path) == f"{path} exists; pass --force to replace it, or choose another name."
     assert path.read_text() == "mine"
+
+
+def test_a_link_to_nothing_is_refused_and_replaced_with_force(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.onnx"
+    path.symlink_to("nothing")
+    assert refusal(path) == f"{path} exists; pass --force to replace it, or choose another name."
+    with atomic_output(path, force=True) as temporary:
+        temporary.write_text("new")
+    assert (path.read_text(), names(tmp_path)) == ("new", ["tiny.onnx"])
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -182,6 +198,40 @@ def test_a_file_that_another_process_made_meanwhile_is_kept(tmp_path: Path) -> N
     assert str(caught.value) == f"{path} exists; pass --force to replace it, or choose another name."
     assert path.read_text() == "theirs"
     assert names(tmp_path) == ["file"]
+
+
+def test_a_file_that_another_process_makes_in_the_last_moment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, link = tmp_path / "file", os.link
+
+    def link_too_late(source: Path, target: Path) -> None:
+        path.write_text("theirs")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_too_late)
+    with pytest.raises(OutputError) as caught, atomic_output(path) as temporary:
+        temporary.write_text("ours")
+    assert str(caught.value) == f"{path} exists; pass --force to replace it, or choose another name."
+    assert path.read_text() == "theirs"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV], ids=["EPERM", "EOPNOTSUPP", "EXDEV"])
+def test_a_file_system_without_hard_links_will_do(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refused)
+    path = tmp_path / "file"
+    with atomic_output(path) as temporary:
+        temporary.write_text("whole")
+    assert (path.read_text(), names(tmp_path)) == ("whole", ["file"])
+    path.unlink()
+    with pytest.raises(OutputError) as caught, atomic_output(path):
+        path.write_text("theirs")
+    assert str(caught.value) == f"{path} exists; pass --force to replace it, or choose another name."
+    assert (path.read_text(), names(tmp_path)) == ("theirs", ["file"])
 
 
 def test_a_write_that_the_kernel_refuses_half_way_leaves_nothing(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def remove_identity_slices(model: ir.Model) -> bool:
                 modified = True
         if replacement is not None and not node.outputs[0].is_graph_output():
             ir.convenience.replace_all_uses_with(node.outputs[0], replacement)
+            model.graph.remove(node, safe=True)
             modified = True
     return modified
 

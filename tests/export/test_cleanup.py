@@ -65,6 +65,8 @@ def test_roll_by_nothing_vanishes():
         "a = Slice(x, zero, end, one) b = Slice(x, zero, zero, one) c = Concat<axis = 1>(a, b) y = Relu(c)",
     )
     assert remove_identity_slices(found)
+    assert [node.op_type for node in found.graph] == ["Slice", "Relu"]  # the empty part, which nothing reads
+    assert not remove_identity_slices(found)
     assert operators(found) == ["Relu"]
 
 
@@ -100,6 +102,35 @@ def test_concat_of_nothing_but_empty_parts_stays():
         "a = Slice(x, zero, zero, one) b = Slice(x, four, end, one) c = Concat<axis = 1>(a, b) y = Relu(c)",
     )
     assert not remove_identity_slices(found)
+
+
+def test_empty_part_leaves_a_concat_of_the_others():
+    found = model(
+        "(float[b, 4] x) => (float[b, p] y)",
+        "a = Slice(x, zero, zero, one) b = Slice(x, one, end, one) c = Concat<axis = 1>(x, a, b) y = Relu(c)",
+    )
+    assert remove_identity_slices(found)
+    assert operators(found) == ["Slice", "Concat", "Relu"]
+    concat = found.graph.node(1)
+    assert [value.name for value in concat.inputs] == ["x", "b"]
+
+
+def test_concat_that_makes_the_output_of_the_graph_stays():
+    found = model(
+        "(float[b, 4] x) => (float[b, p] y)",
+        "a = Slice(x, zero, zero, one) b = Slice(x, one, end, one) y = Concat<axis = 1>(a, b)",
+    )
+    assert not remove_identity_slices(found)
+
+
+def test_constants_are_called_like_the_node_that_reads_them_and_weights_keep_their_name():
+    found = model("(float[b, 4] x) => (float[b, 2] y)", "s = Slice(x, zero, two, one) y = Relu(s)")
+    found.graph.initializers["two"].name = "stages.0.weight"
+    found.graph.node(0).name = "stages.0/Slice"
+    assert name_results(found)
+    read = [value.name for value in found.graph.node(0).inputs]
+    assert read == ["x", "stages.0/Slice/input_1", "stages.0.weight", "stages.0/Slice/input_3"]
+    assert not name_results(found)
 
 
 def test_results_are_called_like_their_node_and_outputs_keep_their_name():
