@@ -10,6 +10,7 @@ from onnx import numpy_helper
 
 import dat_deploy.validate as library
 from dat_deploy.errors import DatDeployError, UnsupportedError, VerificationError
+from dat_deploy.photographs import photographs
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.validate import FP32_TOLERANCE, validate
 
@@ -69,7 +70,9 @@ def tampered(source: Path, target: Path, change: str) -> str:
     ],
 )
 def test_fault_in_the_file_is_caught(lowering, change, tiny_onnx, tmp_path):
-    report = validate(tampered(tiny_onnx[lowering], tmp_path / "wrong.onnx", change), batches=[1])
+    report = validate(
+        tampered(tiny_onnx[lowering], tmp_path / "wrong.onnx", change), images=photographs(2), batches=[1]
+    )
     assert not report.passed
     assert "photographs" in failed(report)
     assert ("coordinates: pixels" in failed(report)) == (change == "x and y swapped")
@@ -100,8 +103,8 @@ class _MixesSlots(Runner):
 
 def test_runtime_that_mixes_up_slots_is_caught_only_by_batches(tiny_onnx, monkeypatch):
     monkeypatch.setattr(library, "open_runner", lambda *a, **k: _MixesSlots(open_runner(*a, **k)))
-    assert validate(str(tiny_onnx["function"]), batches=[1]).passed
-    report = validate(str(tiny_onnx["function"]), batches=[1, 2])
+    assert validate(str(tiny_onnx["function"]), images=photographs(2), batches=[1]).passed
+    report = validate(str(tiny_onnx["function"]), images=photographs(2), batches=[1, 2])
     assert failed(report) == {"photographs", "slots: images permuted"}
 
 
@@ -111,18 +114,18 @@ def test_file_that_lost_its_list_of_operators_says_that_coordinates_were_not_che
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     onnx.save(model, tmp_path / "bare.onnx")
-    check = validate(str(tmp_path / "bare.onnx"), batches=[1]).checks[-1]
+    check = validate(str(tmp_path / "bare.onnx"), images=photographs(2), batches=[1]).checks[-1]
     assert (check.name, check.passed) == ("coordinates", None)
     assert check.detail == "the file's metadata no longer lists its operators"
 
 
 def test_tolerance_can_be_set(tiny_onnx):
-    assert not validate(str(tiny_onnx["function"]), batches=[1], tolerance=1e-9).passed
+    assert not validate(str(tiny_onnx["function"]), images=photographs(2), batches=[1], tolerance=1e-9).passed
 
 
 def test_bfloat16_passes_its_own_tolerance_and_not_that_of_float32(tiny_onnx):
     try:
-        report = validate(f"openvino-bf16:{tiny_onnx['function']}", batches=[1, 2])
+        report = validate(f"openvino-bf16:{tiny_onnx['function']}", images=photographs(2), batches=[1, 2])
     except UnsupportedError as error:
         pytest.skip(str(error))
     assert report.passed
@@ -131,7 +134,7 @@ def test_bfloat16_passes_its_own_tolerance_and_not_that_of_float32(tiny_onnx):
 
 
 def test_pytorch_itself_has_no_operators_to_cut_out(tiny_onnx):
-    report = validate("pytorch:tiny", batches=[1])
+    report = validate("pytorch:tiny", images=photographs(2), batches=[1])
     assert report.passed
     assert [(c.name, c.passed, c.detail) for c in report.checks][-1] == (
         "coordinates",

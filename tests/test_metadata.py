@@ -1,0 +1,116 @@
+"""metadata.py: what a file says of itself comes back as it was, and anything else is one sentence with its name."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dat_deploy.errors import ExportError
+from dat_deploy.metadata import FileMetadata
+from dat_deploy.preprocess import Preprocessing
+
+PATH = Path("folder/tiny.onnx")
+METADATA = FileMetadata(
+    variant="tiny",
+    image_size=(224, 448),
+    batch=None,
+    lowering="function",
+    precision="fp32",
+    opset_version=18,
+    preprocessing=Preprocessing((224, 448), (256, 512)),
+    class_names=("tench", "crête"),
+    weights_sha256="ab" * 32,
+    weights_source="dat_tiny.pth",
+    version="0.1.0",
+)
+PREPROCESSING: dict[str, Any] = json.loads(METADATA.preprocessing.to_json())
+
+
+def refusal(properties: dict[str, str]) -> str:
+    with pytest.raises(ExportError) as raised:
+        FileMetadata.from_properties(properties, PATH)
+    assert type(raised.value) is ExportError
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("batch", [None, 4])
+def test_metadata_comes_back_from_its_properties(batch: int | None) -> None:
+    metadata = replace(METADATA, batch=batch)
+    assert FileMetadata.from_properties(metadata.to_properties(), PATH) == metadata
+
+
+def test_each_field_is_one_property_in_json_and_properties_of_others_are_left_alone() -> None:
+    properties = METADATA.to_properties()
+    assert properties["dat_deploy.image_size"] == "[224, 448]"
+    assert properties["dat_deploy.batch"] == "null"
+    assert json.loads(properties["dat_deploy.preprocessing"]) == PREPROCESSING
+    others = {"author": "someone", "dat_deploy.operators": "none of the fields"}
+    assert FileMetadata.from_properties(properties | others, PATH) == METADATA
+
+
+def test_a_file_of_another_tool_is_named() -> None:
+    assert refusal({"author": "someone"}) == (
+        "folder/tiny.onnx was not exported by dat-deploy: it has no dat_deploy.* metadata. "
+        "Export it with: dat-deploy export --variant VARIANT --output tiny.onnx"
+    )
+
+
+MALFORMED = {
+    "batch is text": ("batch", '"two"', "metadata.batch is 'two' and should be <class 'int'>"),
+    "batch is a truth": ("batch", "true", "metadata.batch is True and should be <class 'int'>"),
+    "size is text": ("image_size", '"ab"', "metadata.image_size is 'ab' and should be tuple[int, int]"),
+    "size of one side": ("image_size", "[224]", "metadata.image_size is [224] and should be tuple[int, int]"),
+    "size of fractions": ("image_size", "[224, 1.5]", "metadata.image_size[1] is 1.5 and should be <class 'int'>"),
+    "names are text": ("class_names", '"ab"', "metadata.class_names is 'ab' and should be tuple[str, ...]"),
+    "variant is a number": ("variant", "3", "metadata.variant is 3 and should be <class 'str'>"),
+    "variant is none": ("variant", "null", "metadata.variant is None and should be <class 'str'>"),
+    "not JSON": ("variant", "tiny", "Expecting value: line 1 column 1 (char 0)"),
+    "preprocessing is a number": (
+        "preprocessing",
+        "7",
+        "metadata.preprocessing is 7 and should be <class 'dat_deploy.preprocess.Preprocessing'>",
+    ),
+    "preprocessing lacks a field": (
+        "preprocessing",
+        json.dumps({name: value for name, value in PREPROCESSING.items() if name != "mean"}),
+        "metadata.preprocessing lacks, or should not have: mean",
+    ),
+    "preprocessing with text for numbers": (
+        "preprocessing",
+        json.dumps(PREPROCESSING | {"mean": ["a", 0, 0]}),
+        "metadata.preprocessing.mean[0] is 'a' and should be <class 'float'>",
+    ),
+}
+
+
+@pytest.mark.parametrize(("field", "text", "reason"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_value_is_named_with_its_file(field: str, text: str, reason: str) -> None:
+    assert refusal(METADATA.to_properties() | {f"dat_deploy.{field}": text}) == (
+        f"the dat_deploy.* metadata of folder/tiny.onnx cannot be read ({reason}); it was made by another version or "
+        f"edited. Export the file again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("preprocessing", json.dumps(PREPROCESSING | {"crop": "none"})),
+        ("preprocessing", json.dumps(PREPROCESSING | {"image_size": [0, 448]})),
+        ("preprocessing", json.dumps(PREPROCESSING | {"std": [0, float("nan"), 1]})),
+        ("preprocessing", json.dumps(PREPROCESSING | {"mean": [10**400, 0, 0]})),
+        ("class_names", "[" * 100_000),
+        ("batch", "1" * 5000),
+    ],
+    ids=["unknown crop", "crop of nothing", "NaN", "number beyond float", "deep nesting", "number of 5000 digits"],
+)
+def test_whatever_the_json_holds_the_refusal_names_the_file(field: str, text: str) -> None:
+    sentence = refusal(METADATA.to_properties() | {f"dat_deploy.{field}": text})
+    assert sentence.startswith("the dat_deploy.* metadata of folder/tiny.onnx cannot be read (")
+
+
+def test_a_missing_field_is_named() -> None:
+    properties = METADATA.to_properties()
+    del properties["dat_deploy.batch"]
+    assert "(metadata lacks, or should not have: batch)" in refusal(properties)
