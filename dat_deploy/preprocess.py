@@ -6,7 +6,6 @@ upstream's `convert("RGB")` in two ways: EXIF orientation is applied, and sample
 than clipped. As upstream, alpha is dropped, not composited: a transparent pixel shows the colour stored under it.
 """
 
-import json
 import math
 import os
 import re
@@ -14,7 +13,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from dat_deploy.errors import DatDeployError, ImageError, ShapeError, UnsupportedError
+from dat_deploy.errors import ImageError, ShapeError, UnsupportedError
 from dat_deploy.variants import IMAGENET_MEAN, IMAGENET_STD, Variant
 
 __all__ = ["FORMATS", "MAX_IMAGE_PIXELS", "Preprocessing", "preprocess", "preprocess_files", "read_image"]
@@ -96,32 +95,6 @@ class Preprocessing:
         height, width = variant.image_size
         scale = variant.resize_size / max(height, width)
         return cls(image_size=(height, width), resize_size=(round(height * scale), round(width * scale)))
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Preprocessing":
-        """The inverse of `to_json`.
-
-        Raises:
-            DatDeployError: if `text` is not what `to_json` writes; ShapeError and UnsupportedError as the class.
-        """
-        try:
-            values = json.loads(text)
-            names = [field.name for field in fields(cls)]
-            if sorted(values) != sorted(names):
-                raise ValueError(f"the fields are to be {', '.join(names)}")
-            height, width = map(_whole, values["image_size"])
-            resize_height, resize_width = map(_whole, values["resize_size"])
-            mean, std = ((float(r), float(g), float(b)) for r, g, b in (values["mean"], values["std"]))
-            words = {name: values[name] for name in ("interpolation", "crop", "color")}
-        except (TypeError, ValueError) as error:
-            raise DatDeployError(
-                f"preprocessing metadata {_shortened(text)} is not what dat-deploy writes ({_reason(error)}). "
-                f"Export the model again with: dat-deploy export"
-            ) from error
-        return cls(image_size=(height, width), resize_size=(resize_height, resize_width), mean=mean, std=std, **words)
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -278,13 +251,3 @@ def _reason(error: Exception) -> str:
     """What an error says, in one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
-
-
-def _whole(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is not a whole number")
-    return value

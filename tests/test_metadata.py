@@ -1,7 +1,7 @@
 """metadata.py: what a file says of itself comes back as it was, and anything else is one sentence with its name."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ METADATA = FileMetadata(
     weights_source="dat_tiny.pth",
     version="0.1.0",
 )
-PREPROCESSING: dict[str, Any] = json.loads(METADATA.preprocessing.to_json())
+PREPROCESSING: dict[str, Any] = asdict(METADATA.preprocessing)
 
 
 def refusal(properties: dict[str, str]) -> str:

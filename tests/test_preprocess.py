@@ -1,6 +1,5 @@
 import contextlib
 import io
-import json
 import struct
 import sys
 import threading
@@ -15,7 +14,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from dat_deploy import preprocess as module
-from dat_deploy.errors import DatDeployError, ImageError, ShapeError, UnsupportedError
+from dat_deploy.errors import ImageError, ShapeError, UnsupportedError
 from dat_deploy.photographs import photographs
 from dat_deploy.preprocess import Preprocessing, preprocess, preprocess_files, read_image
 from dat_deploy.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
@@ -85,40 +84,6 @@ def test_another_image_size_keeps_the_cropped_share_of_each_side(
 ) -> None:
     preprocessing = Preprocessing.from_variant(VARIANTS["tiny"].with_image_size(*image_size))
     assert (preprocessing.image_size, preprocessing.resize_size) == (image_size, resize_size)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_json_gives_the_same_preprocessing_back(name: str) -> None:
-    preprocessing = Preprocessing.from_variant(VARIANTS[name])
-    assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"std": None}, "cannot unpack non-iterable NoneType object"),
-        ({"mean": [0.5, 0.5]}, "not enough values to unpack (expected 3, got 2)"),
-        ({"image_size": [224.0, 224]}, "224.0 is not a whole number"),
-        (
-            {"gamma": 2.2},
-            "the fields are to be image_size, resize_size, interpolation, crop, mean, std, color",
-        ),
-    ],
-)
-def test_foreign_json_is_refused_with_the_reason(change: dict[str, object], reason: str) -> None:
-    text = json.dumps(change | {k: v for k, v in json.loads(TINY.to_json()).items() if k not in change})
-    with pytest.raises(DatDeployError) as caught:
-        Preprocessing.from_json(text)
-    assert str(caught.value) == (
-        f"preprocessing metadata '{text[:77]}...' is not what dat-deploy writes ({reason}). "
-        f"Export the model again with: dat-deploy export"
-    )
-
-
-@pytest.mark.parametrize("text", ["", "[]", "3", "null", '"bicubic"', "{}"])
-def test_json_of_another_shape_is_refused(text: str) -> None:
-    with pytest.raises(DatDeployError, match=r"^preprocessing metadata .* is not what dat-deploy writes"):
-        Preprocessing.from_json(text)
 
 
 def test_a_crop_larger_than_the_resized_picture_is_refused() -> None:
