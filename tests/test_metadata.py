@@ -25,7 +25,7 @@ METADATA = FileMetadata(
     weights_source="dat_tiny.pth",
     version="0.1.0",
 )
-PREPROCESSING: dict[str, Any] = asdict(METADATA.preprocessing)
+PREPROCESSING: dict[str, Any] = json.loads(json.dumps(asdict(METADATA.preprocessing)))  # tuples as lists
 
 
 def refusal(properties: dict[str, str]) -> str:
