@@ -42,11 +42,17 @@ BUFFERS = (".relative_position_index", ".attn_mask")
 RENAMES = (
     (r"^patch_proj\.0\.", "patch_proj.conv."),
     (r"^patch_proj\.1\.norm\.", "patch_proj.norm."),
-    (r"^down_projs\.(\d)\.0\.", r"down_projs.\1.linear."),
+    (r"^patch_proj\.3\.", "patch_proj.conv2."),
+    (r"^patch_proj\.4\.norm\.", "patch_proj.norm2."),
+    (r"^down_projs\.(\d)\.0\.", r"down_projs.\1.conv."),
     (r"^down_projs\.(\d)\.1\.norm\.", r"down_projs.\1.norm."),
-    (r"^(cls_norm|.*\.layer_norms\.\d+)\.norm\.", r"\1."),
+    (r"^(cls_norm|norms\.\d|.*\.layer_norms\.\d+)\.norm\.", r"\1."),
     (r"\.chunk\.", "."),
-    (r"\.rpe_table$", ".relative_position_bias_table"),
+    (r"\.(linear[12])\.0\.", r".\1."),
+    (r"\.dwc\.", ".depthwise."),
+    (r"\.qkv\.", ".proj_qkv."),
+    (r"\.proj\.", ".proj_out."),
+    (r"\.(rpe_table|rpb)$", ".relative_position_bias_table"),
     (r"\.conv_offset\.0\.", ".conv_offset.depthwise."),
     (r"\.conv_offset\.1\.norm\.", ".conv_offset.norm."),
     (r"\.conv_offset\.3\.", ".conv_offset.pointwise."),
@@ -154,14 +160,16 @@ def seeded_weights(variant: Variant, seed: int = 0) -> Weights:
     for name, shape in shapes.items():
         generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = generator.standard_normal(shape, dtype=np.float32)
-        if re.search(r"norms?(\.\d+)?\.weight$", name):
+        if re.search(r"norm(s|2)?(\.\d+)?\.weight$", name):
             values = 1 + np.float32(0.1) * values
         elif name.endswith(".bias"):
             values *= np.float32(0.05)
         elif name.endswith(".relative_position_bias_table"):
             values *= np.float32(0.5)
         else:
-            gain = 0.3 if name.endswith(".conv_offset.pointwise.weight") else 1.0
+            # what is added to features at full scale would double their variance in every block
+            small = r"\.conv_offset\.pointwise\.weight$|\.local_perception_units\.|mlps\.\d+\.depthwise\."
+            gain = 0.3 if re.search(small, name) else 1.0
             values *= np.float32(gain / math.sqrt(math.prod(shape[1:])))
         state_dict[name] = torch.from_numpy(values)
     return Weights(state_dict, _sha256(state_dict), f"seeded random weights (seed {seed})")
@@ -176,15 +184,25 @@ def official_state_dict_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.bias"] = weight[:1]
 
     widths = [stage.channels for stage in variant.stages]
-    layer("patch_proj.0", widths[0], 3, PATCH_SIZE, PATCH_SIZE)
-    layer("patch_proj.1.norm", widths[0])
+    if variant.overlapping_patches:
+        for first, (narrow, wide) in ((0, (3, widths[0] // 2)), (3, (widths[0] // 2, widths[0]))):
+            layer(f"patch_proj.{first}", wide, narrow, 3, 3)
+            layer(f"patch_proj.{first + 1}.norm", wide)
+    else:
+        layer("patch_proj.0", widths[0], 3, PATCH_SIZE, PATCH_SIZE)
+        layer("patch_proj.1.norm", widths[0])
     for i, stage in enumerate(variant.stages):
-        c, ws, side = stage.channels, stage.window_size, _trained_side(variant, i)
+        c, hidden, ws, side = stage.channels, stage.channels * variant.mlp_ratio, stage.window_size, _trained_side(variant, i)
         for j in range(2 * len(stage.blocks)):
             layer(f"stages.{i}.layer_norms.{j}.norm", c)
         for j in range(len(stage.blocks)):
-            layer(f"stages.{i}.mlps.{j}.chunk.linear1", c * variant.mlp_ratio, c)
-            layer(f"stages.{i}.mlps.{j}.chunk.linear2", c, c * variant.mlp_ratio)
+            if stage.depthwise_mlp:
+                layer(f"stages.{i}.mlps.{j}.linear1.0", hidden, c, 1, 1)
+                layer(f"stages.{i}.mlps.{j}.linear2.0", c, hidden, 1, 1)
+                layer(f"stages.{i}.mlps.{j}.dwc", hidden, 1, 3, 3)
+            else:
+                layer(f"stages.{i}.mlps.{j}.chunk.linear1", hidden, c)
+                layer(f"stages.{i}.mlps.{j}.chunk.linear2", c, hidden)
         for j, letter in enumerate(stage.blocks):
             name = f"stages.{i}.attns.{j}"
             if letter == "D":
@@ -195,15 +213,24 @@ def official_state_dict_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
                 shapes[f"{name}.conv_offset.3.weight"] = (2, group, 1, 1)
                 for projection in ("proj_q", "proj_k", "proj_v", "proj_out"):
                     layer(f"{name}.{projection}", c, c, 1, 1)
-                continue
-            shapes[f"{name}.relative_position_bias_table"] = ((2 * ws - 1) ** 2, stage.heads)
-            shapes[f"{name}.relative_position_index"] = (ws**2, ws**2)
-            if letter == "S":
-                shapes[f"{name}.attn_mask"] = ((side // ws) ** 2, ws**2, ws**2)
-            layer(f"{name}.proj_qkv", 3 * c, c)
-            layer(f"{name}.proj_out", c, c)
+            elif letter == "N":
+                table = 2 * stage.neighborhood_size - 1
+                shapes[f"{name}.rpb"] = (stage.heads, table, table)
+                layer(f"{name}.qkv", 3 * c, c)
+                layer(f"{name}.proj", c, c)
+            else:
+                shapes[f"{name}.relative_position_bias_table"] = ((2 * ws - 1) ** 2, stage.heads)
+                shapes[f"{name}.relative_position_index"] = (ws**2, ws**2)
+                if letter == "S":
+                    shapes[f"{name}.attn_mask"] = ((side // ws) ** 2, ws**2, ws**2)
+                layer(f"{name}.proj_qkv", 3 * c, c)
+                layer(f"{name}.proj_out", c, c)
+        if stage.local_perception:
+            for j in range(len(stage.blocks)):
+                layer(f"stages.{i}.local_perception_units.{j}", c, 1, 3, 3)
+    kernel = 3 if variant.overlapping_patches else 2
     for i, (narrow, wide) in enumerate(itertools.pairwise(widths)):
-        shapes[f"down_projs.{i}.0.weight"] = (wide, narrow, 2, 2)
+        shapes[f"down_projs.{i}.0.weight"] = (wide, narrow, kernel, kernel)
         layer(f"down_projs.{i}.1.norm", wide)
     layer("cls_norm.norm", widths[-1])
     layer("cls_head", variant.classes, widths[-1])
@@ -241,13 +268,14 @@ def _weights_from_official(path: Path, parameters: dict[str, Tensor], variant: V
         name = official_name
         for pattern, replacement in RENAMES:
             name = re.sub(pattern, replacement, name)
-        if name.startswith("down_projs.") and tensor.ndim == 4:  # a 2x2 convolution is a product over its four pixels
+        if name.startswith("down_projs.") and tensor.shape[2:] == (2, 2):  # a product over its four pixels
+            name = name.replace(".conv.", ".linear.")
             tensor = tensor.permute(0, 2, 3, 1).flatten(1).contiguous()
         elif tensor.shape[2:] == (1, 1):
             tensor = tensor.flatten(1)
         elif official_name.endswith(".rpe_table"):
             stage = int(official_name.split(".")[1])
-            size = [2 * side - 1 for side in variant.feature_map(stage)]
+            size = list(variant.bias_table(stage))
             if list(tensor.shape[1:]) != size:
                 old = _sides(tensor.shape[1:])
                 tensor = F.interpolate(tensor[None], size=size, mode="bicubic", align_corners=False)[0]

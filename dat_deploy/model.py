@@ -1,9 +1,9 @@
-"""DAT in plain PyTorch, channels last from the patch projection to the head.
+"""DAT, DAT+ and DAT++ in plain PyTorch, channels last from the patch projection to the head.
 
 A stage is a list of blocks `x += attention(norm(x)); x += mlp(norm(x))`; the letter of a block picks its attention.
 Everything between the operators is LayerNorm, Linear and Conv, so an exported graph has no Transposes of its own
-beyond those around the convolutions. Source: arXiv 2201.00520, §3; names follow the official state dict
-(`stages.2.attns.1`), which `checkpoint.py` maps onto these.
+beyond those around the convolutions. Source: arXiv 2201.00520, §3, and arXiv 2309.01430, §3; names follow the official
+state dict (`stages.2.attns.1`), which `checkpoint.py` maps onto these.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dat_deploy import plugins
 from dat_deploy.plugins.deformable_attention import reference as deformable_attention_reference
 from dat_deploy.plugins.deformable_sample import reference as deformable_sample_reference
+from dat_deploy.plugins.neighborhood_attention import reference as neighborhood_attention_reference
 from dat_deploy.plugins.window_attention import reference as window_attention_reference
 from dat_deploy.variants import PATCH_SIZE, StageConfig, Variant
 
@@ -28,32 +29,60 @@ class Operators(NamedTuple):
     deformable_sample: Callable[..., Tensor]
     deformable_attention: Callable[..., Tensor]
     window_attention: Callable[..., Tensor]
+    neighborhood_attention: Callable[..., Tensor]
 
 
 REFERENCE = Operators(
     deformable_sample_reference.deformable_sample,
     deformable_attention_reference.deformable_attention,
     window_attention_reference.window_attention,
+    neighborhood_attention_reference.neighborhood_attention,
 )
-FUSED = Operators(plugins.deformable_sample, plugins.deformable_attention, plugins.window_attention)
+FUSED = Operators(
+    plugins.deformable_sample, plugins.deformable_attention, plugins.window_attention, plugins.neighborhood_attention
+)
 
 
-def reference_points(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Centres of the sampled grid, `(i + 0.5) / Hk · 2 - 1`: [Hk, Wk, 2] float32, last axis (y, x)."""
-    y = (torch.arange(height, device=device) + 0.5) / height * 2 - 1
-    x = (torch.arange(width, device=device) + 0.5) / width * 2 - 1
-    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+def reference_points(height: int, width: int, *, half_pixel: bool, device: torch.device | None = None) -> Tensor:
+    """Where the points of the sampled grid are before any offset.
+
+    Args:
+        half_pixel: True for DAT, the centres of the grid, `(i + 0.5) / Hk · 2 - 1`; False for DAT+ and DAT++,
+            `(i + 0.5) / (Hk - 1) · 2 - 1`, of which the last runs past +1. Both were trained so.
+
+    Returns:
+        [Hk, Wk, 2] float32, last axis (y, x).
+    """
+
+    def axis(size: int) -> Tensor:
+        return (torch.arange(size, device=device) + 0.5) / (size if half_pixel else size - 1) * 2 - 1
+
+    return torch.stack(torch.meshgrid(axis(height), axis(width), indexing="ij"), dim=-1)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise 3×3 convolution of [B, H, W, C]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Mlp(nn.Module):
-    def __init__(self, channels: int, ratio: int) -> None:
+    def __init__(self, channels: int, ratio: int, *, depthwise: bool) -> None:
         super().__init__()
         self.linear1 = nn.Linear(channels, channels * ratio)
+        self.depthwise = DepthwiseConv(channels * ratio) if depthwise else None
         self.act = nn.GELU()
         self.linear2 = nn.Linear(channels * ratio, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.act(self.linear1(x)))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        x = self.linear1(x)
+        if self.depthwise is not None:
+            x = x + self.depthwise(x)
+        return self.linear2(self.act(x))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
 
 class WindowAttention(nn.Module):
@@ -76,12 +105,44 @@ class WindowAttention(nn.Module):
         return self.proj_out(x)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
 
+class NeighborhoodAttention(nn.Module):
+    """Self-attention of every pixel to the square of pixels around it (block letter N)."""
+
+    def __init__(self, stage: StageConfig, operators: Operators) -> None:
+        super().__init__()
+        self.num_heads = stage.heads
+        self.kernel_size = stage.neighborhood_size
+        self.operators = operators
+        self.proj_qkv = nn.Linear(stage.channels, 3 * stage.channels)
+        self.proj_out = nn.Linear(stage.channels, stage.channels)
+        side = 2 * stage.neighborhood_size - 1
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(stage.heads, side, side))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.operators.neighborhood_attention(
+            self.proj_qkv(x),
+            self.proj_qkv.bias,
+            self.relative_position_bias_table,
+            self.num_heads,
+            self.kernel_size,
+            1,
+        )
+        return self.proj_out(x)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+
 class OffsetNetwork(nn.Module):
     """Offsets of the sampled points from the query features of one offset group (arXiv 2201.00520, figure 2b)."""
 
-    def __init__(self, channels: int, kernel_size: int) -> None:
+    def __init__(self, channels: int, stage: StageConfig) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.depthwise = nn.Conv2d(
+            channels,
+            channels,
+            stage.offset_kernel_size,
+            stage.offset_stride,
+            padding=stage.offset_padding,
+            groups=channels,
+        )
         self.norm = nn.LayerNorm(channels)
         self.act = nn.GELU()
         self.pointwise = nn.Linear(channels, 2, bias=False)
@@ -95,31 +156,37 @@ class OffsetNetwork(nn.Module):
 class DeformableAttention(nn.Module):
     """Attention of every pixel to keys and values sampled at learned locations (block letter D)."""
 
-    def __init__(self, stage: StageConfig, feature_map: tuple[int, int], operators: Operators) -> None:
+    def __init__(self, variant: Variant, stage_index: int, operators: Operators) -> None:
         super().__init__()
+        stage = variant.stages[stage_index]
         self.num_heads = stage.heads
         self.offset_groups = stage.offset_groups
         self.offset_range_factor = stage.offset_range_factor
+        self.half_pixel = variant.half_pixel_queries
         self.operators = operators
         channels = stage.channels
-        self.conv_offset = OffsetNetwork(channels // stage.offset_groups, stage.offset_kernel_size)
+        self.conv_offset = OffsetNetwork(channels // stage.offset_groups, stage)
         self.proj_q = nn.Linear(channels, channels)
         self.proj_k = nn.Linear(channels, channels)
         self.proj_v = nn.Linear(channels, channels)
         self.proj_out = nn.Linear(channels, channels)
-        self.relative_position_bias_table = nn.Parameter(
-            torch.zeros(stage.heads, 2 * feature_map[0] - 1, 2 * feature_map[1] - 1)
-        )
+        table_height, table_width = variant.bias_table(stage_index)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(stage.heads, table_height, table_width))
 
     def sampling_locations(self, query: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, G, Hk, Wk, 2] float32, last axis (y, x). They may leave [-1, 1]."""
+        """[B, H, W, C] -> [B, G, Hk, Wk, 2] float32, last axis (y, x). Those of DAT may leave [-1, 1]."""
         batch, height, width, channels = query.shape
         groups = self.offset_groups
         grouped = query.permute(0, 3, 1, 2).reshape(batch * groups, channels // groups, height, width)
         offsets: Tensor = self.conv_offset(grouped).float()  # B·G, Hk, Wk, 2
         _, sampled_height, sampled_width, _ = offsets.shape
-        step = offsets.new_tensor([self.offset_range_factor / sampled_height, self.offset_range_factor / sampled_width])
-        locations = offsets.tanh() * step + reference_points(sampled_height, sampled_width, offsets.device)
+        reference = reference_points(sampled_height, sampled_width, half_pixel=self.half_pixel, device=offsets.device)
+        if self.offset_range_factor < 0:
+            locations = (offsets + reference).clamp(-1, 1)
+        else:
+            steps = [side if self.half_pixel else side - 1 for side in (sampled_height, sampled_width)]
+            reach = offsets.new_tensor([self.offset_range_factor / step for step in steps])
+            locations = offsets.tanh() * reach + reference
         return locations.reshape(batch, groups, sampled_height, sampled_width, 2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,23 +200,31 @@ class DeformableAttention(nn.Module):
             locations,
             self.relative_position_bias_table,
             self.num_heads,
-            True,
+            self.half_pixel,
         )
         return self.proj_out(out), locations
 
 
 class Stage(nn.Module):
-    def __init__(self, stage: StageConfig, feature_map: tuple[int, int], mlp_ratio: int, operators: Operators) -> None:
+    def __init__(self, variant: Variant, stage_index: int, operators: Operators) -> None:
         super().__init__()
-        depth = len(stage.blocks)
-        self.layer_norms = nn.ModuleList(nn.LayerNorm(stage.channels) for _ in range(2 * depth))
-        self.attns = nn.ModuleList(_attention(letter, stage, feature_map, operators) for letter in stage.blocks)
-        self.mlps = nn.ModuleList(Mlp(stage.channels, mlp_ratio) for _ in range(depth))
+        stage = variant.stages[stage_index]
+        depth, channels = len(stage.blocks), stage.channels
+        self.local_perception_units = nn.ModuleList(
+            DepthwiseConv(channels) for _ in range(depth) if stage.local_perception
+        )
+        self.layer_norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2 * depth))
+        self.attns = nn.ModuleList(_attention(letter, variant, stage_index, operators) for letter in stage.blocks)
+        self.mlps = nn.ModuleList(
+            Mlp(channels, variant.mlp_ratio, depthwise=stage.depthwise_mlp) for _ in range(depth)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """[B, H, W, C] -> the same, and each block's sampling locations (None where it samples none)."""
         all_locations: list[Tensor | None] = []
         for i, (attention, mlp) in enumerate(zip(self.attns, self.mlps, strict=True)):
+            if self.local_perception_units:
+                x = x + self.local_perception_units[i](x)
             out = attention(self.layer_norms[2 * i](x))
             out, locations = out if isinstance(attention, DeformableAttention) else (out, None)
             all_locations.append(locations)
@@ -158,14 +233,17 @@ class Stage(nn.Module):
         return x, all_locations
 
 
-def _attention(letter: str, stage: StageConfig, feature_map: tuple[int, int], operators: Operators) -> nn.Module:
+def _attention(letter: str, variant: Variant, stage_index: int, operators: Operators) -> nn.Module:
+    stage = variant.stages[stage_index]
     match letter:
         case "L":
             return WindowAttention(stage, 0, operators)
         case "S":
             return WindowAttention(stage, stage.shift_size, operators)
         case "D":
-            return DeformableAttention(stage, feature_map, operators)
+            return DeformableAttention(variant, stage_index, operators)
+        case "N":
+            return NeighborhoodAttention(stage, operators)
     raise AssertionError(f"block letter {letter!r} has no attention")
 
 
@@ -179,6 +257,34 @@ class PatchProjection(nn.Module):
 
     def forward(self, images_nchw: Tensor) -> Tensor:
         return self.norm(self.conv(images_nchw).permute(0, 2, 3, 1))  # type: ignore[no-any-return]  # untyped call
+
+
+class OverlappingStem(nn.Module):
+    """Two 3×3 convolutions of stride 2, each with a LayerNorm, GELU between; [B, C, H, W] in, [B, H/4, W/4, C'] out."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels // 2, 3, 2, 1)
+        self.norm = nn.LayerNorm(out_channels // 2)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(out_channels // 2, out_channels, 3, 2, 1)
+        self.norm2 = nn.LayerNorm(out_channels)
+
+    def forward(self, images_nchw: Tensor) -> Tensor:
+        x = self.act(self.norm(self.conv(images_nchw).permute(0, 2, 3, 1)))
+        return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # type: ignore[no-any-return]  # untyped call
+
+
+class OverlappingDownsample(nn.Module):
+    """3×3 convolution of stride 2, then LayerNorm; channels last."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, 2, 1, bias=False)
+        self.norm = nn.LayerNorm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # type: ignore[no-any-return]  # untyped call
 
 
 class Downsample(nn.Module):
@@ -209,13 +315,16 @@ class DAT(nn.Module):
         self.variant = variant
         operators = FUSED if fused else REFERENCE
         widths = [stage.channels for stage in variant.stages]
-        self.patch_proj = PatchProjection(3, widths[0], PATCH_SIZE)
-        self.stages = nn.ModuleList(
-            Stage(stage, variant.feature_map(i), variant.mlp_ratio, operators) for i, stage in enumerate(variant.stages)
-        )
-        self.down_projs = nn.ModuleList(Downsample(a, b) for a, b in itertools.pairwise(widths))
-        self.cls_norm = nn.LayerNorm(widths[-1])
-        self.cls_head = nn.Linear(widths[-1], variant.classes)
+        overlapping = variant.overlapping_patches
+        self.patch_proj = OverlappingStem(3, widths[0]) if overlapping else PatchProjection(3, widths[0], PATCH_SIZE)
+        self.stages = nn.ModuleList(Stage(variant, i, operators) for i in range(len(variant.stages)))
+        downsample = OverlappingDownsample if overlapping else Downsample
+        self.down_projs = nn.ModuleList(downsample(a, b) for a, b in itertools.pairwise(widths))
+        if variant.features:
+            self.norms = nn.ModuleDict({str(i): nn.LayerNorm(widths[i]) for i in variant.features})
+        else:
+            self.cls_norm = nn.LayerNorm(widths[-1])
+            self.cls_head = nn.Linear(widths[-1], variant.classes)
 
     def forward_features(self, image: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Everything between the image and the head.
@@ -240,7 +349,9 @@ class DAT(nn.Module):
             )
         return outputs, all_locations
 
-    def forward(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] -> logits [B, classes]."""
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """[B, 3, H, W] -> logits [B, classes]; of a backbone, the map [B, C, H, W] of each of `variant.features`."""
         outputs, _ = self.forward_features(image)
+        if self.variant.features:
+            return tuple(self.norms[str(i)](outputs[i]).permute(0, 3, 1, 2) for i in self.variant.features)
         return self.cls_head(self.cls_norm(outputs[-1]).mean(dim=(1, 2)))  # type: ignore[no-any-return]  # untyped call

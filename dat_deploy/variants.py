@@ -1,12 +1,13 @@
-"""The released configurations of DAT as data: one row each, no torch.
+"""The released configurations of DAT, DAT+ and DAT++ as data: one row each, no torch.
 
 Source: the official YAML files (LeapLabTHU/DAT) and the papers, CVPR 2022 (arXiv 2201.00520) and DAT++
 (arXiv 2309.01430). Letters: B batch, C channels, H W feature map, Hk Wk sampled grid, Ns = Hk·Wk, G offset groups,
-M heads, D head dim, Ws window side.
+M heads, D head dim, Ws window side, K neighborhood side.
 """
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dat_deploy.errors import ShapeError, VariantError
@@ -18,19 +19,33 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 PATCH_SIZE = 4
 TOTAL_STRIDE = 32  # the patch and three halvings
+MIN_SIDE = 2 * TOTAL_STRIDE  # in pixels: DAT++ divides by the sides of its maps less one, so none may be 1
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One of the four stages; `blocks` has a letter a block: L window, S shifted window, D deformable."""
+    """One of the four stages.
+
+    Attributes:
+        blocks: a letter a block: L window, S shifted window, D deformable, N neighborhood.
+        window_size: of L and S; neighborhood_size: of N; the `offset_` fields: of D.
+        offset_range_factor: how far a point may leave its reference, in steps of the sampled grid; negative: offsets
+            are not squashed, and their sum with the reference is clamped to [-1, 1].
+        local_perception: a depthwise 3×3 convolution is added to the features before each block.
+        depthwise_mlp: a depthwise 3×3 convolution is added to the hidden features of each MLP.
+    """
 
     channels: int
     blocks: str
     heads: int
-    window_size: int
-    offset_groups: int = 0  # 0: the stage has no deformable block
+    window_size: int = 0
+    neighborhood_size: int = 0
+    offset_groups: int = 0
     offset_kernel_size: int = 0
+    offset_stride: int = 1
     offset_range_factor: float = 0.0
+    local_perception: bool = False
+    depthwise_mlp: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -40,19 +55,32 @@ class StageConfig:
     def shift_size(self) -> int:
         return math.ceil(self.window_size / 2)
 
+    @property
+    def offset_padding(self) -> int:
+        return 0 if self.offset_kernel_size == self.offset_stride else self.offset_kernel_size // 2
+
+    def sampled_map(self, height: int, width: int) -> tuple[int, int]:
+        """(Hk, Wk) of the points that a deformable block samples on a feature map of that size."""
+        reach = 2 * self.offset_padding - self.offset_kernel_size
+        return (height + reach) // self.offset_stride + 1, (width + reach) // self.offset_stride + 1
+
 
 @dataclass(frozen=True)
 class Variant:
-    """A released network with its evaluation preprocessing.
+    """A network with its evaluation preprocessing.
 
     Attributes:
+        family: `DAT`, `DAT+` or `DAT++`. DAT counts coordinates from pixel centres and resizes its bias tables with
+            the image; the later two count otherwise and read tables of one size at any image size.
         image_size: (height, width) in pixels that the network is built for.
-        trained_size: the side in pixels of the bias tables of an official checkpoint.
+        trained_size: the side in pixels of the image that an official checkpoint's bias tables are for.
         resize_size: the square side in pixels that an image is resized to before the centre crop.
         parameters: trainable parameters; gmacs: 1e9 multiply-adds of matrix products and convolutions at
-            `image_size`, batch 1. Both are held to the network by tests.
-        published_top1: ImageNet-1K top-1 in percent as its authors report it; not measured here.
+            `image_size`, batch 1. Both are held to the network by tests; None for a configuration of your own.
+        published_top1: ImageNet-1K top-1 in percent as its authors report it; not measured here. None if they do not.
         runtimes_checked: where every lowering of this variant was compared with PyTorch.
+        overlapping_patches: the stem and the steps between stages are 3×3 convolutions, not projections of patches.
+        features: stages whose output maps the network returns instead of logits, as a backbone.
     """
 
     name: str
@@ -61,17 +89,36 @@ class Variant:
     trained_size: int
     resize_size: int
     stages: tuple[StageConfig, ...]
-    parameters: int
-    gmacs: float
-    published_top1: float
-    runtimes_checked: tuple[str, ...]
+    parameters: int | None = None
+    gmacs: float | None = None
+    published_top1: float | None = None
+    runtimes_checked: tuple[str, ...] = ()
     classes: int = 1000
     mlp_ratio: int = 4
+    overlapping_patches: bool = False
+    features: tuple[int, ...] = ()
+
+    @property
+    def half_pixel_queries(self) -> bool:
+        """See `plugins.deformable_attention`."""
+        return self.family == "DAT"
+
+    @property
+    def has_windows(self) -> bool:
+        return any(letter in stage.blocks for stage in self.stages for letter in "LS")
 
     def feature_map(self, stage: int) -> tuple[int, int]:
         """(H, W) of the tensors inside stage `stage` (0 to 3)."""
         stride = PATCH_SIZE * 2**stage
         return self.image_size[0] // stride, self.image_size[1] // stride
+
+    def bias_table(self, stage: int) -> tuple[int, int]:
+        """(Th, Tw) of the bias tables of the deformable blocks in stage `stage`."""
+        if self.family == "DAT":
+            height, width = self.feature_map(stage)
+        else:
+            height = width = self.trained_size // (PATCH_SIZE * 2**stage)
+        return 2 * height - 1, 2 * width - 1
 
     @property
     def side_multiple(self) -> int:
@@ -85,34 +132,54 @@ class Variant:
             TOTAL_STRIDE,
         )
 
+    @property
+    def min_side(self) -> int:
+        """The shortest side of an image, in pixels."""
+        return max(self.side_multiple, MIN_SIDE)
+
     def with_image_size(self, height: int, width: int) -> "Variant":
         """The same network for another image size; the resize before the crop grows in proportion.
 
         Raises:
-            ShapeError: if the windows do not tile the feature maps; the message names the nearest sizes that work.
+            ShapeError: if the windows do not tile the feature maps, or a map would be a single pixel wide; the message
+                names the nearest sizes that work.
         """
         if (height, width) == self.image_size:
             return self
         step = self.side_multiple
-        if height <= 0 or width <= 0 or height % step or width % step:
+        if not all(side >= self.min_side and side % step == 0 for side in (height, width)):
             nearest = " or ".join(
-                f"{h}x{w}"
-                for h, w in sorted({(_down(height, step), _down(width, step)), (_up(height, step), _up(width, step))})
+                f"{h}x{w}" for h, w in sorted({(self._down(height), self._down(width)), (self._up(height), self._up(width))})
+            )
+            reason = (
+                f"its windows tile only sides that are multiples of {step} px"
+                if self.has_windows
+                else f"its sides are multiples of {step} px, from {self.min_side} px on"
             )
             raise ShapeError(
-                f"image size {height}x{width} does not fit variant '{self.name}': its windows tile only sides that "
-                f"are multiples of {step} px. Nearest that work: {nearest}."
+                f"image size {height}x{width} does not fit variant '{self.name}': {reason}. Nearest that work: {nearest}."
             )
         resize = round(self.resize_size * max(height / self.image_size[0], width / self.image_size[1]))
         return replace(self, image_size=(height, width), resize_size=resize)
 
+    def _down(self, side: int) -> int:
+        return max(self.min_side, side // self.side_multiple * self.side_multiple)
 
-def _down(side: int, step: int) -> int:
-    return max(step, side // step * step)
+    def _up(self, side: int) -> int:
+        return max(self.min_side, math.ceil(side / self.side_multiple) * self.side_multiple)
 
+    def as_backbone(self, features: Sequence[int]) -> "Variant":
+        """The same network without its head: it returns the output maps of these stages, each after a LayerNorm.
 
-def _up(side: int, step: int) -> int:
-    return max(step, math.ceil(side / step) * step)
+        Raises:
+            VariantError: if `features` does not name stages, each once and in order.
+        """
+        if not features or list(features) != sorted(set(features) & set(range(len(self.stages)))):
+            raise VariantError(
+                f"features {','.join(map(str, features))} are not stages of '{self.name}'; "
+                f"they are some of 0,1,2,3, in this order, each once."
+            )
+        return replace(self, features=tuple(features))
 
 
 def _dat(
@@ -149,6 +216,50 @@ def _dat(
     )
 
 
+def _dat_pp(
+    name: str,
+    channels: int,
+    groups: tuple[int, int, int, int],
+    parameters: int,
+    gmacs: float,
+    top1: float | None,
+    *,
+    size: int = 224,
+    resize: int = 256,
+    convolutions: bool = True,
+) -> Variant:
+    """A row of the second paper: neighborhood and deformable blocks in turn; DAT+ lacks the added convolutions."""
+    specs = ("ND", "NDND", "ND" * 9, "DD")
+    stages = tuple(
+        StageConfig(
+            channels=channels * 2**i,
+            blocks=blocks,
+            heads=channels * 2**i // 32,
+            neighborhood_size=7,
+            offset_groups=groups[i],
+            offset_kernel_size=(9, 7, 5, 3)[i],
+            offset_stride=(8, 4, 2, 1)[i],
+            offset_range_factor=-1.0,
+            local_perception=convolutions,
+            depthwise_mlp=convolutions,
+        )
+        for i, blocks in enumerate(specs)
+    )
+    return Variant(
+        name=name,
+        family="DAT++" if convolutions else "DAT+",
+        image_size=(size, size),
+        trained_size=224,
+        resize_size=resize,
+        stages=stages,
+        parameters=parameters,
+        gmacs=gmacs,
+        published_top1=top1,
+        runtimes_checked=("pytorch", "onnxruntime", "openvino"),
+        overlapping_patches=convolutions,
+    )
+
+
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
@@ -156,6 +267,11 @@ VARIANTS: dict[str, Variant] = {
         _dat("small", 224, 256, 7, 96, 18, 49_700_402, 8.959, 83.7),
         _dat("base", 224, 256, 7, 128, 18, 87_881_632, 15.721, 84.0),
         _dat("base-384", 384, 438, 12, 128, 18, 88_178_272, 49.450, 84.8),
+        _dat_pp("plus", 64, (1, 2, 4, 8), 0, 0, None, convolutions=False),
+        _dat_pp("pp-tiny", 64, (1, 2, 4, 8), 0, 0, 83.9),
+        _dat_pp("pp-small", 96, (1, 2, 3, 6), 0, 0, 84.6),
+        _dat_pp("pp-base", 128, (2, 4, 8, 16), 0, 0, 84.9),
+        _dat_pp("pp-base-384", 128, (2, 4, 8, 16), 0, 0, 85.9, size=384, resize=384),
     )
 }
 

@@ -25,6 +25,7 @@ from dat_deploy.errors import ExportError
 from dat_deploy.export.cleanup import name_results, remove_identity_slices
 from dat_deploy.plugins.deformable_attention import onnx_function as deformable_attention
 from dat_deploy.plugins.deformable_sample import onnx_function as deformable_sample
+from dat_deploy.plugins.neighborhood_attention import onnx_function as neighborhood_attention
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
 from dat_deploy.plugins.window_attention import onnx_function as window_attention
 
@@ -44,6 +45,7 @@ _MODULES = {
     "deformable_sample": deformable_sample,
     "deformable_attention": deformable_attention,
     "window_attention": window_attention,
+    "neighborhood_attention": neighborhood_attention,
 }
 OPERATORS = tuple(_MODULES)
 
