@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from dat_deploy.configuration import find_variant
 from dat_deploy.errors import CheckpointError
 from dat_deploy.files import atomic_output
 from dat_deploy.model import DAT
 from dat_deploy.plugins.window_attention.reference import relative_position_index, shifted_window_mask
 from dat_deploy.untrusted import plain_text, read_tensors
-from dat_deploy.variants import PATCH_SIZE, VARIANTS, Variant, get_variant
+from dat_deploy.variants import PATCH_SIZE, VARIANTS, Variant
 
 __all__ = [
     "Weights",
@@ -81,12 +82,13 @@ def load_model(
     checkpoint: Path | None = None,
     *,
     image_size: tuple[int, int] | None = None,
+    features: Sequence[int] | None = None,
     fused: bool = False,
 ) -> DAT:
     """The network in eval mode, without gradients; seeded random weights if there is no checkpoint.
 
     Args:
-        image_size: (height, width) in pixels, where it is not the variant's own.
+        name_or_variant, image_size, features: see `find_variant`.
         fused: see `DAT`.
 
     Raises:
@@ -94,16 +96,16 @@ def load_model(
         ShapeError: if the image size does not fit the variant.
         VariantError: if there is no such variant.
     """
-    variant = get_variant(name_or_variant) if isinstance(name_or_variant, str) else name_or_variant
-    if image_size is not None:
-        variant = variant.with_image_size(*image_size)
+    variant = find_variant(name_or_variant, image_size=image_size, features=features)
     return model_from_weights(load_weights(variant, checkpoint), variant, fused=fused)
 
 
-def model_from_weights(weights: Weights, variant: Variant, *, fused: bool = False) -> DAT:
+def model_from_weights(
+    weights: Weights, variant: Variant, *, fused: bool = False, sampled_points: bool = False
+) -> DAT:
     """The second half of `load_model`, for a caller that wants `sha256` and `notes` too; the tensors are shared."""
     with torch.device("meta"):  # nothing is initialised only to be overwritten
-        model = DAT(variant, fused=fused)
+        model = DAT(variant, fused=fused, sampled_points=sampled_points)
     model.load_state_dict(weights.state_dict, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -10,6 +10,7 @@ import onnx
 from dat_deploy.errors import DatDeployError, ExportError
 from dat_deploy.preprocess import Preprocessing
 from dat_deploy.typed_json import typed
+from dat_deploy.variants import Variant
 
 __all__ = ["FileMetadata", "load_onnx", "read_metadata"]
 
@@ -21,16 +22,19 @@ class FileMetadata:
     """Carried by every exported file; each field is one property, `dat_deploy.FIELD`, in JSON.
 
     Attributes:
-        image_size: (height, width) in pixels.
+        network: what the file computes, a released variant or a configuration of the user's.
+        outputs: names of the file's outputs, in order.
         batch: the fixed batch, or None if it is dynamic.
+        dynamic_image_size: the file takes images of any size that the network takes, not `network.image_size` alone.
         weights_sha256: of the weights' names, types, shapes and bytes, whatever file they came from.
         weights_source: the checkpoint's file name, or the seed of random weights.
         version: of dat-deploy.
     """
 
-    variant: str
-    image_size: tuple[int, int]
+    network: Variant
+    outputs: tuple[str, ...]
     batch: int | None
+    dynamic_image_size: bool
     lowering: str
     precision: str
     opset_version: int
@@ -39,6 +43,14 @@ class FileMetadata:
     weights_sha256: str
     weights_source: str
     version: str
+
+    @property
+    def variant(self) -> str:
+        return self.network.name
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.network.image_size
 
     def to_properties(self) -> dict[str, str]:
         return {_PREFIX + name: json.dumps(value) for name, value in dataclasses.asdict(self).items()}

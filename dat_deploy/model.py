@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dat_deploy import plugins
@@ -20,7 +21,7 @@ from dat_deploy.plugins.neighborhood_attention import reference as neighborhood_
 from dat_deploy.plugins.window_attention import reference as window_attention_reference
 from dat_deploy.variants import PATCH_SIZE, StageConfig, Variant
 
-__all__ = ["DAT", "FUSED", "REFERENCE", "Operators", "reference_points"]
+__all__ = ["DAT", "FUSED", "REFERENCE", "Operators", "SampledPoints", "reference_points"]
 
 
 class Operators(NamedTuple):
@@ -30,6 +31,19 @@ class Operators(NamedTuple):
     deformable_attention: Callable[..., Tensor]
     window_attention: Callable[..., Tensor]
     neighborhood_attention: Callable[..., Tensor]
+
+
+class SampledPoints(NamedTuple):
+    """What a deformable block looked at.
+
+    Attributes:
+        locations: [B, G, Hk, Wk, 2] float32, last axis (y, x).
+        attention: [B, G, Hk, Wk], the share of its queries' attention that each point receives, over the queries and
+            the heads of the group; 1 in sum over a group's points. None unless the network was asked for it.
+    """
+
+    locations: Tensor
+    attention: Tensor | None
 
 
 REFERENCE = Operators(
@@ -156,9 +170,10 @@ class OffsetNetwork(nn.Module):
 class DeformableAttention(nn.Module):
     """Attention of every pixel to keys and values sampled at learned locations (block letter D)."""
 
-    def __init__(self, variant: Variant, stage_index: int, operators: Operators) -> None:
+    def __init__(self, variant: Variant, stage_index: int, operators: Operators, *, with_attention: bool) -> None:
         super().__init__()
         stage = variant.stages[stage_index]
+        self.with_attention = with_attention
         self.num_heads = stage.heads
         self.offset_groups = stage.offset_groups
         self.offset_range_factor = stage.offset_range_factor
@@ -189,24 +204,41 @@ class DeformableAttention(nn.Module):
             locations = offsets.tanh() * reach + reference
         return locations.reshape(batch, groups, sampled_height, sampled_width, 2)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, locations: Tensor) -> Tensor:
+        return self.operators.deformable_attention(
+            query, key, value, locations, self.relative_position_bias_table, self.num_heads, self.half_pixel
+        )
+
+    def attention_received(self, query: Tensor, key: Tensor, locations: Tensor) -> Tensor:
+        """[B, G, Hk, Wk], see `SampledPoints`.
+
+        The operator returns no probabilities, but where the values are unit vectors its output is them: D keys a call,
+        since a head has D channels. So they are those of the engine that runs, whatever its operator is.
+        """
+        batch, _, sampled_height, sampled_width, _ = locations.shape
+        keys, head_dim = key.shape[1], key.shape[2] // self.num_heads
+        units = torch.eye(keys, dtype=key.dtype, device=key.device)
+        units = F.pad(units, (0, -keys % head_dim))  # Ns, a multiple of D
+        received = []
+        for part in units.split(head_dim, dim=1):
+            value = part.repeat(1, self.num_heads).expand(batch, -1, -1)  # B, Ns, C
+            probabilities = self.attend(query, key, value, locations).mean(dim=(1, 2))  # B, C
+            received.append(probabilities.reshape(batch, self.num_heads, head_dim))
+        by_head = torch.cat(received, dim=-1)[..., :keys]  # B, M, Ns
+        return by_head.reshape(batch, self.offset_groups, -1, sampled_height, sampled_width).mean(dim=2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, SampledPoints]:
         query = self.proj_q(x)
         locations = self.sampling_locations(query)
         sampled = self.operators.deformable_sample(x, locations)  # B, Ns, C
-        out = self.operators.deformable_attention(
-            query,
-            self.proj_k(sampled),
-            self.proj_v(sampled),
-            locations,
-            self.relative_position_bias_table,
-            self.num_heads,
-            self.half_pixel,
-        )
-        return self.proj_out(out), locations
+        key = self.proj_k(sampled)
+        out = self.attend(query, key, self.proj_v(sampled), locations)
+        attention = self.attention_received(query, key, locations) if self.with_attention else None
+        return self.proj_out(out), SampledPoints(locations, attention)
 
 
 class Stage(nn.Module):
-    def __init__(self, variant: Variant, stage_index: int, operators: Operators) -> None:
+    def __init__(self, variant: Variant, stage_index: int, operators: Operators, *, with_attention: bool) -> None:
         super().__init__()
         stage = variant.stages[stage_index]
         depth, channels = len(stage.blocks), stage.channels
@@ -214,26 +246,31 @@ class Stage(nn.Module):
             DepthwiseConv(channels) for _ in range(depth) if stage.local_perception
         )
         self.layer_norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2 * depth))
-        self.attns = nn.ModuleList(_attention(letter, variant, stage_index, operators) for letter in stage.blocks)
+        self.attns = nn.ModuleList(
+            _attention(letter, variant, stage_index, operators, with_attention=with_attention)
+            for letter in stage.blocks
+        )
         self.mlps = nn.ModuleList(
             Mlp(channels, variant.mlp_ratio, depthwise=stage.depthwise_mlp) for _ in range(depth)
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """[B, H, W, C] -> the same, and each block's sampling locations (None where it samples none)."""
-        all_locations: list[Tensor | None] = []
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[int, SampledPoints]]:
+        """[B, H, W, C] -> the same, and what each deformable block sampled, by its index."""
+        sampled: dict[int, SampledPoints] = {}
         for i, (attention, mlp) in enumerate(zip(self.attns, self.mlps, strict=True)):
             if self.local_perception_units:
                 x = x + self.local_perception_units[i](x)
             out = attention(self.layer_norms[2 * i](x))
-            out, locations = out if isinstance(attention, DeformableAttention) else (out, None)
-            all_locations.append(locations)
+            if isinstance(attention, DeformableAttention):
+                out, sampled[i] = out
             x = x + out
             x = x + mlp(self.layer_norms[2 * i + 1](x))
-        return x, all_locations
+        return x, sampled
 
 
-def _attention(letter: str, variant: Variant, stage_index: int, operators: Operators) -> nn.Module:
+def _attention(
+    letter: str, variant: Variant, stage_index: int, operators: Operators, *, with_attention: bool
+) -> nn.Module:
     stage = variant.stages[stage_index]
     match letter:
         case "L":
@@ -241,7 +278,7 @@ def _attention(letter: str, variant: Variant, stage_index: int, operators: Opera
         case "S":
             return WindowAttention(stage, stage.shift_size, operators)
         case "D":
-            return DeformableAttention(variant, stage_index, operators)
+            return DeformableAttention(variant, stage_index, operators, with_attention=with_attention)
         case "N":
             return NeighborhoodAttention(stage, operators)
     raise AssertionError(f"block letter {letter!r} has no attention")
@@ -308,16 +345,20 @@ class DAT(nn.Module):
         variant: the configuration; `variant.with_image_size` gives one for another image size.
         fused: call the torch operators `torch.ops.dat_deploy.*`, one node each under torch.export, instead of the
             reference code.
+        sampled_points: return what the deformable blocks sampled, too.
     """
 
-    def __init__(self, variant: Variant, *, fused: bool = False) -> None:
+    def __init__(self, variant: Variant, *, fused: bool = False, sampled_points: bool = False) -> None:
         super().__init__()
         self.variant = variant
+        self.sampled_points = sampled_points
         operators = FUSED if fused else REFERENCE
         widths = [stage.channels for stage in variant.stages]
         overlapping = variant.overlapping_patches
         self.patch_proj = OverlappingStem(3, widths[0]) if overlapping else PatchProjection(3, widths[0], PATCH_SIZE)
-        self.stages = nn.ModuleList(Stage(variant, i, operators) for i in range(len(variant.stages)))
+        self.stages = nn.ModuleList(
+            Stage(variant, i, operators, with_attention=sampled_points) for i in range(len(variant.stages))
+        )
         downsample = OverlappingDownsample if overlapping else Downsample
         self.down_projs = nn.ModuleList(downsample(a, b) for a, b in itertools.pairwise(widths))
         if variant.features:
@@ -326,32 +367,50 @@ class DAT(nn.Module):
             self.cls_norm = nn.LayerNorm(widths[-1])
             self.cls_head = nn.Linear(widths[-1], variant.classes)
 
-    def forward_features(self, image: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    @property
+    def output_names(self) -> list[str]:
+        """Names of what `forward` returns, in order."""
+        names = [f"feature_map_{i}" for i in self.variant.features] or ["logits"]
+        if self.sampled_points:
+            blocks = [
+                (i, j) for i, stage in enumerate(self.variant.stages) for j, letter in enumerate(stage.blocks) if letter == "D"
+            ]
+            names += [f"{kind}_{i}_{j}" for kind in ("sampling_locations", "attention") for i, j in blocks]
+        return names
+
+    def forward_features(self, image: Tensor) -> tuple[list[Tensor], dict[str, SampledPoints]]:
         """Everything between the image and the head.
 
         Args:
             image: [B, 3, H, W], normalised.
 
         Returns:
-            The output of each stage, [B, H, W, C], and the sampling locations of each deformable block by its module
-            name, `stages.2.attns.1` -> [B, G, Hk, Wk, 2].
+            The output of each stage, [B, H, W, C], and what each deformable block sampled, by its module name:
+            `stages.2.attns.1`.
         """
         x = self.patch_proj(image)
         outputs: list[Tensor] = []
-        all_locations: dict[str, Tensor] = {}
+        sampled: dict[str, SampledPoints] = {}
         for i, stage in enumerate(self.stages):
             if i:
                 x = self.down_projs[i - 1](x)
-            x, locations = stage(x)
+            x, in_stage = stage(x)
             outputs.append(x)
-            all_locations.update(
-                {f"stages.{i}.attns.{j}": points for j, points in enumerate(locations) if points is not None}
-            )
-        return outputs, all_locations
+            sampled |= {f"stages.{i}.attns.{j}": points for j, points in in_stage.items()}
+        return outputs, sampled
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """[B, 3, H, W] -> logits [B, classes]; of a backbone, the map [B, C, H, W] of each of `variant.features`."""
-        outputs, _ = self.forward_features(image)
+        """[B, 3, H, W] -> logits [B, classes].
+
+        A backbone gives the map [B, C, H, W] of each of `variant.features` instead. With `sampled_points`, the
+        locations of all deformable blocks and then their attention follow (see `SampledPoints`).
+        """
+        outputs, sampled = self.forward_features(image)
         if self.variant.features:
-            return tuple(self.norms[str(i)](outputs[i]).permute(0, 3, 1, 2) for i in self.variant.features)
-        return self.cls_head(self.cls_norm(outputs[-1]).mean(dim=(1, 2)))  # type: ignore[no-any-return]  # untyped call
+            results = [self.norms[str(i)](outputs[i]).permute(0, 3, 1, 2) for i in self.variant.features]
+        else:
+            results = [self.cls_head(self.cls_norm(outputs[-1]).mean(dim=(1, 2)))]
+        if self.sampled_points:
+            results += [points.locations for points in sampled.values()]
+            results += [points.attention for points in sampled.values() if points.attention is not None]
+        return results[0] if len(results) == 1 else tuple(results)

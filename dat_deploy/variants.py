@@ -107,6 +107,11 @@ class Variant:
     def has_windows(self) -> bool:
         return any(letter in stage.blocks for stage in self.stages for letter in "LS")
 
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether the same network, tables and all, takes images of any size in multiples of `side_multiple`."""
+        return self.family != "DAT" and not self.has_windows
+
     def feature_map(self, stage: int) -> tuple[int, int]:
         """(H, W) of the tensors inside stage `stage` (0 to 3)."""
         stride = PATCH_SIZE * 2**stage
@@ -267,11 +272,11 @@ VARIANTS: dict[str, Variant] = {
         _dat("small", 224, 256, 7, 96, 18, 49_700_402, 8.959, 83.7),
         _dat("base", 224, 256, 7, 128, 18, 87_881_632, 15.721, 84.0),
         _dat("base-384", 384, 438, 12, 128, 18, 88_178_272, 49.450, 84.8),
-        _dat_pp("plus", 64, (1, 2, 4, 8), 0, 0, None, convolutions=False),
-        _dat_pp("pp-tiny", 64, (1, 2, 4, 8), 0, 0, 83.9),
-        _dat_pp("pp-small", 96, (1, 2, 3, 6), 0, 0, 84.6),
-        _dat_pp("pp-base", 128, (2, 4, 8, 16), 0, 0, 84.9),
-        _dat_pp("pp-base-384", 128, (2, 4, 8, 16), 0, 0, 85.9, size=384, resize=384),
+        _dat_pp("plus", 64, (1, 2, 4, 8), 22_772_796, 4.025, None, convolutions=False),
+        _dat_pp("pp-tiny", 64, (1, 2, 4, 8), 23_962_876, 4.259, 83.9),
+        _dat_pp("pp-small", 96, (1, 2, 3, 6), 53_127_366, 9.382, 84.6),
+        _dat_pp("pp-base", 128, (2, 4, 8, 16), 93_690_640, 16.502, 84.9),
+        _dat_pp("pp-base-384", 128, (2, 4, 8, 16), 93_690_640, 49.502, 85.9, size=384, resize=384),
     )
 }
 

@@ -19,7 +19,7 @@ from dat_deploy.runners import EngineDescription, parse_engine
 __all__ = ["benchmark", "row_from_rounds"]
 
 IMAGES = f"standard normal float32, seed {SEED}, the same in every call"
-TIMED = "one call: from images in host memory to logits as a NumPy array in host memory"
+TIMED = "one call: from images in host memory to the outputs as NumPy arrays in host memory"
 SETTLE_CALLS = 2  # at the start of each turn: the caches are cold, and the last engine's threads may still spin
 SETTLE_SECONDS = 0.1
 
@@ -35,6 +35,7 @@ def benchmark(
     threads: int | None = None,
     checkpoint: Path | None = None,
     image_size: tuple[int, int] | None = None,
+    features: Sequence[int] | None = None,
     baseline: str | None = None,
     timeout_seconds: float = 600.0,
     progress: Callable[[int, int, str], None] | None = None,
@@ -50,7 +51,7 @@ def benchmark(
             measured twice, which shows how much of a ratio is noise.
         batches: each is measured for all engines before the next; ascending, whatever the order here.
         rounds, seconds, calls, warmup_calls: see `Settings`.
-        threads, checkpoint, image_size: see `open_runner`.
+        threads, checkpoint, image_size, features: see `open_runner`.
         baseline: one of `engines`; by default the first.
         timeout_seconds: that an engine may take to open, to warm up at a batch, or for a turn.
         progress: called with steps done, steps in total, and what comes next.
@@ -78,7 +79,7 @@ def benchmark(
     with contextlib.ExitStack() as stack:
         opened: dict[str, Opened] = {}
         workers = []
-        options = {"checkpoint": checkpoint, "image_size": image_size, "threads": threads}
+        options = {"checkpoint": checkpoint, "image_size": image_size, "features": features, "threads": threads}
         for label, engine in zip(labels, engines, strict=True):
             step(f"opening {label}")
             worker = stack.enter_context(EngineProcess(label))
@@ -221,6 +222,8 @@ def _engine_settings(description: EngineDescription) -> EngineSettings:
         precision=description.precision,
         variant=description.variant,
         image_size=description.image_size,
+        dynamic_image_size=description.dynamic_image_size,
+        outputs=description.outputs,
         lowering=description.lowering,
         threads=description.threads,
         weights_sha256=description.weights_sha256,

@@ -24,7 +24,7 @@ __all__ = [
     "compare",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class EngineSettings:
     precision: str
     variant: str
     image_size: tuple[int, int]
+    dynamic_image_size: bool
+    outputs: tuple[str, ...]
     lowering: str | None
     threads: int
     weights_sha256: str

@@ -122,7 +122,7 @@ class _Engine:
         end = now + seconds * 1e9
         while len(latencies) < calls or now < end:
             started = time.perf_counter_ns()
-            self._runner(self._images)
+            self._runner.outputs(self._images)
             now = time.perf_counter_ns()
             latencies.append(now - started)
         return latencies

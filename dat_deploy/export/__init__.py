@@ -2,20 +2,23 @@
 
 import dataclasses
 import importlib.metadata
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
 from dat_deploy.checkpoint import load_weights, model_from_weights
-from dat_deploy.errors import ExportError
+from dat_deploy.configuration import find_variant
+from dat_deploy.errors import ExportError, ShapeError
 from dat_deploy.export.lowering import LOWERINGS, lower, operator_nodes
 from dat_deploy.export.onnx_model import OPSET_VERSIONS, check_opset, onnx_from_model
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.labels import class_names
 from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.preprocess import Preprocessing
-from dat_deploy.variants import get_variant
+from dat_deploy.variants import Variant
 
 __all__ = [
     "LOWERINGS",
@@ -47,24 +50,32 @@ class ExportReport:
 
 
 def export(
-    variant: str,
+    variant: str | Variant,
     output: Path,
     *,
     checkpoint: Path | None = None,
     lowering: str = "function",
     batch: int | None = None,
     image_size: tuple[int, int] | None = None,
+    dynamic_image_size: bool = False,
+    features: Sequence[int] | None = None,
+    sampling_locations: bool = False,
     opset_version: int = 18,
     force: bool = False,
 ) -> ExportReport:
-    """Write `variant` with the weights of `checkpoint` as one self-contained ONNX file.
+    """Write a network with the weights of `checkpoint` as one self-contained ONNX file.
 
     Args:
+        variant: the name of one, an official configuration file (`dat.yaml`), or a `Variant`.
         output: written whole or not at all.
         checkpoint: an official .pth or .safetensors file; without one the weights are random, from a fixed seed.
         lowering: one of LOWERINGS.
         batch: a fixed batch, or None for a dynamic one.
         image_size: (height, width) in pixels, if not the variant's own.
+        dynamic_image_size: the file takes any image size that the network does; DAT+ and DAT++ alone.
+        features: stages whose maps the file gives instead of logits, for use as a backbone.
+        sampling_locations: also give the sampling locations of each deformable block, and the attention that each
+            point receives, for `visualize`; slower, and for a fixed image size alone.
         opset_version: one of OPSET_VERSIONS.
         force: replace `output` if it exists.
 
@@ -78,25 +89,28 @@ def export(
         raise ExportError(f"no lowering '{lowering}'. Lowerings: {', '.join(LOWERINGS)}.")
     if batch is not None and batch < 1:
         raise ExportError(f"batch {batch} is not possible; give a number from 1, or 'dynamic'.")
-    configuration = get_variant(variant)
-    if image_size is not None:
-        configuration = configuration.with_image_size(*image_size)
-    weights = load_weights(configuration, checkpoint)
-    network = model_from_weights(weights, configuration, fused=True)
+    network = find_variant(variant, image_size=image_size, features=features)
+    if dynamic_image_size:
+        _check_dynamic_image_size(network, sampling_locations=sampling_locations)
+    weights = load_weights(network, checkpoint)
+    module = model_from_weights(weights, network, fused=True, sampled_points=sampling_locations)
     metadata = FileMetadata(
-        variant=variant,
-        image_size=configuration.image_size,
+        network=network,
+        outputs=tuple(module.output_names),
         batch=batch,
+        dynamic_image_size=dynamic_image_size,
         lowering=lowering,
         precision="fp32",
         opset_version=opset_version,
-        preprocessing=Preprocessing.from_variant(configuration),
-        class_names=class_names(configuration.classes),
+        preprocessing=Preprocessing.from_variant(network),
+        class_names=() if network.features else class_names(network.classes),
         weights_sha256=weights.sha256,
         weights_source=weights.source,
         version=importlib.metadata.version("dat-deploy"),
     )
-    model = onnx_from_model(network, batch=batch, opset_version=opset_version)
+    model = onnx_from_model(
+        module, batch=batch, dynamic_image_size=dynamic_image_size, opset_version=opset_version
+    )
     operators = len(operator_nodes(model))
     model = lower(model, lowering)
     _save(model, metadata, output, force=force)
@@ -129,10 +143,23 @@ def relower(source: Path, output: Path, lowering: str, *, force: bool = False) -
     return ExportReport(output, metadata, size, len(model.graph), operators, time.monotonic() - started, ())
 
 
+def _check_dynamic_image_size(network: Variant, *, sampling_locations: bool) -> None:
+    if not network.takes_any_size:
+        raise ShapeError(
+            f"variant '{network.name}' cannot have a dynamic image size: its windows and bias tables are made for one. "
+            f"Export it once for each with --image-size HEIGHTxWIDTH."
+        )
+    if sampling_locations:
+        raise ExportError(
+            "--sampling-locations needs a fixed image size, since the number of points follows from it. "
+            "Give --image-size HEIGHTxWIDTH."
+        )
+
+
 def _save(model: ir.Model, metadata: FileMetadata, output: Path, *, force: bool) -> None:
     model.producer_name = "dat-deploy"
     model.producer_version = metadata.version
-    model.graph.name = f"dat_{metadata.variant.replace('-', '_')}"
+    model.graph.name = "dat_" + re.sub(r"\W", "_", metadata.network.name)
     model.metadata_props.update(metadata.to_properties())
     with atomic_output(output, force=force) as temporary:
         ir.save(model, temporary)

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -29,17 +30,20 @@ _SCOPES = "pkg.torch.onnx.name_scopes"  # torch's own property of a node: the mo
 _Value = ir.Value
 
 
-def onnx_from_model(model: DAT, *, batch: int | None = None, opset_version: int = 18) -> ir.Model:
+def onnx_from_model(
+    model: DAT, *, batch: int | None = None, dynamic_image_size: bool = False, opset_version: int = 18
+) -> ir.Model:
     """Capture `model` with torch.export; every operator is one node that carries all its attributes.
 
     Args:
         model: made with `fused=True`, in eval mode.
         batch: the fixed batch, or None for a dynamic one.
+        dynamic_image_size: height and width are free, in the multiples that the network takes.
         opset_version: 17, 18 or 19.
 
     Returns:
-        A graph with input `image` [batch, 3, H, W] and output `logits` [batch, classes], both float32. A node's name
-        starts with the module that made it: `stages.2.attns.1/deformable_attention`.
+        A graph with input `image` [batch, 3, H, W] and outputs as `model.output_names` says, all float32. A node's
+        name starts with the module that made it: `stages.2.attns.1/deformable_attention`.
 
     Raises:
         ExportError: for another opset; TensorRT reads opset 20's GridSample wrongly, so none above 19 is made.
@@ -47,6 +51,11 @@ def onnx_from_model(model: DAT, *, batch: int | None = None, opset_version: int 
     check_opset(opset_version)
     height, width = model.variant.image_size
     example = torch.zeros(batch or 2, 3, height, width)
+    dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch")}
+    if dynamic_image_size:
+        step, least = model.variant.side_multiple, model.variant.min_side
+        for axis, name in ((2, "height"), (3, "width")):
+            dims[axis] = step * torch.export.Dim(f"{name}_{step}", min=least // step)
     with _quiet():
         program = torch.onnx.export(
             model,
@@ -56,8 +65,8 @@ def onnx_from_model(model: DAT, *, batch: int | None = None, opset_version: int 
             verbose=False,
             opset_version=18,
             input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},),
+            output_names=model.output_names,
+            dynamic_shapes=(dims,) if dims else None,
             custom_translation_table=_translations(),
         )
     assert program is not None
@@ -117,6 +126,12 @@ def _translations() -> dict[Callable[..., object], Callable[..., object]]:
         "window_attention", ("qkv", "relative_position_bias_table"), ("num_heads", "window_size", "shift_size")
     )
 
+    neighborhood = _operator(
+        "neighborhood_attention",
+        ("qkv", "padding_qkv", "relative_position_bias_table"),
+        ("num_heads", "kernel_size", "dilation"),
+    )
+
     def deformable_sample(value: _Value, sampling_locations: _Value) -> _Value:
         return sample(value, sampling_locations)
 
@@ -146,6 +161,23 @@ def _translations() -> dict[Callable[..., object], Callable[..., object]]:
             qkv, relative_position_bias_table, num_heads=num_heads, window_size=window_size, shift_size=shift_size
         )
 
+    def neighborhood_attention(
+        qkv: _Value,
+        padding_qkv: _Value,
+        relative_position_bias_table: _Value,
+        num_heads: int,
+        kernel_size: int,
+        dilation: int,
+    ) -> _Value:
+        return neighborhood(
+            qkv,
+            padding_qkv,
+            relative_position_bias_table,
+            num_heads=num_heads,
+            kernel_size=kernel_size,
+            dilation=dilation,
+        )
+
     def gelu(x: _Value, approximate: str = "none") -> _Value:
         """The order of factors that ONNX Runtime's and TensorRT's fusions look for; torch's own differs."""
         assert approximate == "none"
@@ -157,6 +189,7 @@ def _translations() -> dict[Callable[..., object], Callable[..., object]]:
         ops.deformable_sample.default: deformable_sample,
         ops.deformable_attention.default: deformable_attention,
         ops.window_attention.default: window_attention,
+        ops.neighborhood_attention.default: neighborhood_attention,
     }
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,12 +86,15 @@ def open_runner(
     *,
     checkpoint: Path | None = None,
     image_size: tuple[int, int] | None = None,
+    features: Sequence[int] | None = None,
     threads: int | None = None,
 ) -> Runner:
     """Open `[RUNTIME:]TARGET`.
 
     Args:
-        checkpoint, image_size: for `pytorch:VARIANT`; an exported file has its own.
+        checkpoint, features: for `pytorch:VARIANT`, where VARIANT is a name or a configuration file; an exported file
+            has its own.
+        image_size: (height, width) in pixels that `description` is for, where the engine has a choice.
         threads: that one call may use; None for all that this process may run on.
 
     Raises:
@@ -100,21 +104,32 @@ def open_runner(
     reasons = reasons_against(runtime)
     if reasons:
         raise UnsupportedError(f"{runtime.name} cannot run here: {'; '.join(reasons)}")
+    runner: Runner
     match runtime.package:
         case "torch":
             from dat_deploy.runners.pytorch_runner import PytorchRunner
 
             compiled = runtime.name == "pytorch-compile"
             return PytorchRunner(
-                target, engine, checkpoint=checkpoint, image_size=image_size, threads=threads, compiled=compiled
+                target,
+                engine,
+                checkpoint=checkpoint,
+                image_size=image_size,
+                features=features,
+                threads=threads,
+                compiled=compiled,
             )
         case "onnxruntime":
             from dat_deploy.runners.onnxruntime_runner import OnnxruntimeRunner
 
-            return OnnxruntimeRunner(Path(target), engine, threads=threads, cuda=runtime.name == "onnxruntime-cuda")
+            runner = OnnxruntimeRunner(Path(target), engine, threads=threads, cuda=runtime.name == "onnxruntime-cuda")
         case "openvino":
             from dat_deploy.runners.openvino_runner import OpenvinoRunner
 
             precision = "bf16" if runtime.name == "openvino-bf16" else "fp32"
-            return OpenvinoRunner(Path(target), engine, threads=threads, precision=precision)
-    raise AssertionError(f"{runtime.name} has no runner")
+            runner = OpenvinoRunner(Path(target), engine, threads=threads, precision=precision)
+        case _:
+            raise AssertionError(f"{runtime.name} has no runner")
+    if image_size is not None:
+        runner.description = runner.description.at_image_size(*image_size)
+    return runner

@@ -3,7 +3,7 @@
 import abc
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.preprocess import Preprocessing
+from dat_deploy.variants import Variant
 
 __all__ = ["EngineDescription", "Graph", "Images", "Runner", "available_cores", "describe", "no_plugin_here"]
 
@@ -29,7 +30,9 @@ class EngineDescription:
         runtime: `pytorch`, `onnxruntime`, ... and its `runtime_version`.
         device: `cpu` or `cuda`.
         precision: of the matrix products: `fp32`, `bf16`.
-        image_size: (height, width) in pixels; batch: the fixed batch, or None if any batch goes.
+        network: what it computes; outputs: the names of what it gives, in order.
+        batch: the fixed batch, or None if any batch goes.
+        dynamic_image_size: it takes images of any size that the network takes, not `network.image_size` alone.
         lowering: of the ONNX file, or None.
         threads: that one call computes with.
         weights_sha256: which weights (see `FileMetadata`).
@@ -40,23 +43,62 @@ class EngineDescription:
     runtime_version: str
     device: str
     precision: str
-    variant: str
-    image_size: tuple[int, int]
+    network: Variant
+    outputs: tuple[str, ...]
     batch: int | None
+    dynamic_image_size: bool
     lowering: str | None
     threads: int
     weights_sha256: str
     weights_source: str
     preprocessing: Preprocessing
 
+    @property
+    def variant(self) -> str:
+        return self.network.name
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.network.image_size
+
+    def at_image_size(self, height: int, width: int) -> "EngineDescription":
+        """The same engine as it is with images of another size.
+
+        Raises:
+            ShapeError: if it does not take that size.
+        """
+        if (height, width) == self.image_size:
+            return self
+        if not self.dynamic_image_size:
+            raise ShapeError(
+                f"{self.name} is made for images of {_size(self.image_size)}, not {height}x{width}. "
+                f"Export it again with --image-size {height}x{width}."
+            )
+        network = self.network.with_image_size(height, width)
+        return replace(self, network=network, preprocessing=Preprocessing.from_variant(network))
+
 
 class Runner(abc.ABC):
-    """An opened engine: images in, logits out. A context manager; closing it frees the engine."""
+    """An opened engine: images in, logits or feature maps out. A context manager; closing it frees the engine."""
 
     description: EngineDescription
 
     def __call__(self, images_nchw: Images) -> NDArray[np.float32]:
         """Logits [B, classes] float32 of normalised images [B, 3, H, W] float32.
+
+        Raises:
+            ShapeError: if the engine does not take that shape, or the images are not floating-point numbers.
+            UnsupportedError: if the engine is a backbone.
+        """
+        if "logits" not in self.description.outputs:
+            raise UnsupportedError(
+                f"{self.description.name} is a backbone: it gives {', '.join(self.description.outputs)} and no logits. "
+                f"Export it again without --features to classify."
+            )
+        return self.outputs(images_nchw)["logits"]
+
+    def outputs(self, images_nchw: Images) -> dict[str, NDArray[np.float32]]:
+        """Everything that the engine gives for normalised images [B, 3, H, W] float32, by name.
 
         Raises:
             ShapeError: if the engine does not take that shape, or the images are not floating-point numbers.
@@ -66,19 +108,19 @@ class Runner(abc.ABC):
                 f"{self.description.name}: input 'image' has type {images_nchw.dtype}; it takes normalised float32. "
                 f"Use dat_deploy.preprocess."
             )
-        height, width = self.description.image_size
-        batch = self.description.batch
         shape = images_nchw.shape
-        if len(shape) != 4 or shape[0] == 0 or shape[1:] != (3, height, width) or batch not in (None, shape[0]):
-            accepted = f"[{batch or 'any batch'}, 3, {height}, {width}]"
+        batch = self.description.batch
+        if len(shape) != 4 or shape[0] == 0 or shape[1] != 3 or batch not in (None, shape[0]):
+            sides = "height, width" if self.description.dynamic_image_size else "{}, {}".format(*self.description.image_size)
             raise ShapeError(
-                f"{self.description.name}: input 'image' has shape {list(shape)}; it takes {accepted}. "
-                f"Export again with --batch or --image-size for another."
+                f"{self.description.name}: input 'image' has shape {list(shape)}; it takes "
+                f"[{batch or 'any batch'}, 3, {sides}]. Export again with --batch or --image-size for another."
             )
+        self.description.at_image_size(*shape[2:])
         return self._run(np.ascontiguousarray(images_nchw, dtype=np.float32))
 
     @abc.abstractmethod
-    def _run(self, images_nchw: Images) -> NDArray[np.float32]: ...
+    def _run(self, images_nchw: Images) -> dict[str, NDArray[np.float32]]: ...
 
     def open_graph(self, onnx_model: bytes) -> Graph:
         """Another, small ONNX graph on the same runtime, device and precision: inputs by name -> first output.
@@ -125,15 +167,20 @@ def describe(
         runtime_version=runtime_version,
         device=device,
         precision=precision,
-        variant=metadata.variant,
-        image_size=metadata.image_size,
+        network=metadata.network,
+        outputs=metadata.outputs,
         batch=metadata.batch,
+        dynamic_image_size=metadata.dynamic_image_size,
         lowering=metadata.lowering,
         threads=threads,
         weights_sha256=metadata.weights_sha256,
         weights_source=metadata.weights_source,
         preprocessing=metadata.preprocessing,
     )
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def no_plugin_here(name: str) -> EngineBuildError:

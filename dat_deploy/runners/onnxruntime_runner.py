@@ -60,16 +60,17 @@ class OnnxruntimeRunner(Runner):
             text = " ".join(str(error).split())
             raise EngineBuildError(f"ONNX Runtime cannot open {name}: {text}") from error
 
-    def _run(self, images_nchw: Images) -> NDArray[np.float32]:
-        return self._call(self._session, {"image": images_nchw})
+    def _run(self, images_nchw: Images) -> dict[str, NDArray[np.float32]]:
+        results = self._call(self._session, {"image": images_nchw})
+        return dict(zip(self.description.outputs, results, strict=True))
 
     def open_graph(self, onnx_model: bytes) -> Graph:
         session = self._open(onnx_model, f"a part of {self.description.name}")
-        return lambda feeds: self._call(session, feeds)
+        return lambda feeds: self._call(session, feeds)[0]
 
-    def _call(self, session: ort.InferenceSession, feeds: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    def _call(self, session: ort.InferenceSession, feeds: Mapping[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         try:
-            return session.run(None, dict(feeds))[0]  # type: ignore[no-any-return]  # untyped call
+            return session.run(None, dict(feeds))  # type: ignore[no-any-return]  # untyped call
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             text = " ".join(str(error).split())
             raise EngineRunError(f"ONNX Runtime failed while running {self.description.name}: {text}") from error

@@ -1,5 +1,6 @@
 """PyTorch, eager or compiled: the reference that everything else is compared with."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import torch
 from numpy.typing import NDArray
 
 from dat_deploy.checkpoint import load_weights, model_from_weights
+from dat_deploy.configuration import find_variant
 from dat_deploy.preprocess import Preprocessing
 from dat_deploy.runners.base import EngineDescription, Images, Runner, available_cores
-from dat_deploy.variants import get_variant
+from dat_deploy.variants import Variant
 
 __all__ = ["PytorchRunner"]
 
@@ -18,25 +20,27 @@ class PytorchRunner(Runner):
     """A variant in PyTorch on the CPU, float32.
 
     Args:
+        variant: see `find_variant`.
+        sampled_points: see `DAT`.
         compiled: through torch.compile; the first call at each batch then takes a minute or so.
     """
 
     def __init__(
         self,
-        variant: str,
+        variant: str | Variant,
         name: str,
         *,
         checkpoint: Path | None = None,
         image_size: tuple[int, int] | None = None,
+        features: Sequence[int] | None = None,
+        sampled_points: bool = False,
         threads: int | None = None,
         compiled: bool = False,
     ) -> None:
-        configuration = get_variant(variant)
-        if image_size is not None:
-            configuration = configuration.with_image_size(*image_size)
-        weights = load_weights(configuration, checkpoint)
+        network = find_variant(variant, image_size=image_size, features=features)
+        weights = load_weights(network, checkpoint)
         torch.set_num_threads(threads or available_cores())
-        self.model = model_from_weights(weights, configuration)
+        self.model = model_from_weights(weights, network, sampled_points=sampled_points)
         self._forward = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.description = EngineDescription(
             name=name,
@@ -44,19 +48,22 @@ class PytorchRunner(Runner):
             runtime_version=str(torch.__version__),  # TorchVersion would import torch where it is unpickled
             device="cpu",
             precision="fp32",
-            variant=variant,
-            image_size=configuration.image_size,
+            network=network,
+            outputs=tuple(self.model.output_names),
             batch=None,
+            dynamic_image_size=network.takes_any_size and not compiled,
             lowering=None,
             threads=torch.get_num_threads(),
             weights_sha256=weights.sha256,
             weights_source=weights.source,
-            preprocessing=Preprocessing.from_variant(configuration),
+            preprocessing=Preprocessing.from_variant(network),
         )
 
     @torch.inference_mode()
-    def _run(self, images_nchw: Images) -> NDArray[np.float32]:
-        return self._forward(torch.from_numpy(images_nchw)).numpy()  # type: ignore[no-any-return]  # untyped call
+    def _run(self, images_nchw: Images) -> dict[str, NDArray[np.float32]]:
+        results = self._forward(torch.from_numpy(images_nchw))
+        results = results if isinstance(results, tuple) else (results,)
+        return {name: result.numpy() for name, result in zip(self.description.outputs, results, strict=True)}
 
     def close(self) -> None:
         del self.model, self._forward

@@ -5,7 +5,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dat_deploy.preprocess import preprocess_files
 from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
 from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate.stress import LOCATIONS, stress_images, stress_locations
+from dat_deploy.variants import Variant
 
 __all__ = ["BATCHES", "FP32_TOLERANCE", "Check", "ValidationReport", "validate"]
 
@@ -118,6 +119,7 @@ def validate(
     checkpoint: Path | None = None,
     images: Sequence[Path] | None = None,
     batches: Sequence[int] = BATCHES,
+    image_sizes: Sequence[tuple[int, int]] | None = None,
     tolerance: float | None = None,
     progress: Progress = lambda _: None,
 ) -> ValidationReport:
@@ -128,7 +130,9 @@ def validate(
         checkpoint: what the engine was exported from; without one, the seeded random weights.
         images: photographs of your own; without any, those in scikit-image's wheel.
         batches: batch sizes to try; an engine of a fixed batch is tried at that one.
-        tolerance: largest error of a logit; by default FP32_TOLERANCE, and in a lower precision twice the largest
+        image_sizes: (height, width) in pixels to try; by default the engine's own, and where its size is dynamic a
+            rectangle as well, since a size that tracing has frozen shows at another one alone.
+        tolerance: largest error of a logit or of an element of another output; by default FP32_TOLERANCE, and in a lower precision twice the largest
             error of eager PyTorch in that precision.
         progress: called with the name of each check before it runs.
 
@@ -143,45 +147,85 @@ def validate(
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(open_runner(engine, checkpoint=checkpoint))
         about = runner.description
-        name = f"pytorch:{about.variant}"
-        reference = stack.enter_context(
-            PytorchRunner(about.variant, name, checkpoint=checkpoint, image_size=about.image_size)
-        )
+        reference = stack.enter_context(_reference(about, about.network, checkpoint))
         if reference.description.weights_sha256 != about.weights_sha256:
             raise DatDeployError(
                 f"{about.name} holds the weights of {about.weights_source} (sha256 {about.weights_sha256[:12]}), the "
                 f"PyTorch side those of {reference.description.weights_source} "
                 f"({reference.description.weights_sha256[:12]}). Pass the same --checkpoint that it was exported with."
             )
-        progress("PyTorch")
-        photos = preprocess_files(list(images) if images else photographs(8), about.preprocessing)
-        expected = _one_by_one(reference, photos)
-        stress = stress_images(about.image_size)
-        stress_expected = {label: reference(image) for label, image in stress.items()}
-        if tolerance is None:
-            inputs = np.concatenate([photos, *stress.values()])
-            outputs = np.concatenate([expected, *stress_expected.values()])
-            tolerance = _default_tolerance(reference, about.precision, inputs, outputs)
-        tried = [about.batch] if about.batch else sorted(set(batches))
+        described = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]
         checks: list[Check] = []
-        for batch in tried:
-            progress(f"photographs, batch {batch}")
-            checks.append(_compare_photographs(runner, photos, expected, batch, tolerance))
-        for label, image in stress.items():
-            progress(f"stress image: {label}")
-            batch = about.batch or 1
-            got = runner(np.repeat(image, batch, axis=0))
-            checks.append(_check(f"stress image: {label}", batch, got, stress_expected[label], tolerance, ""))
-        for batch in tried:
-            if batch > 1:
-                progress(f"slots, batch {batch}")
-                checks += _check_slots(runner, photos, expected, batch, tolerance)
+        for at_size in described:
+            where = "" if len(described) == 1 else f", {at_size.image_size[0]}x{at_size.image_size[1]}"
+
+            def announce(what: str, where: str = where) -> None:
+                progress(what + where)
+
+            found = _check_at_size(runner, reference, at_size, images, batches, tolerance, announce)
+            checks += [replace(check, name=check.name + where) for check in found]
         checks += _check_coordinates(runner, reference, progress)
         return ValidationReport(about, reference.description, tuple(checks))
 
 
+def _reference(about: EngineDescription, network: Variant, checkpoint: Path | None) -> PytorchRunner:
+    with_points = any(name.startswith("sampling_locations") for name in about.outputs)
+    return PytorchRunner(network, f"pytorch:{about.variant}", checkpoint=checkpoint, sampled_points=with_points)
+
+
+def _default_sizes(about: EngineDescription) -> list[tuple[int, int]]:
+    height, width = about.image_size
+    step = about.network.side_multiple
+    return [about.image_size] + [(height + step, width + 3 * step)] * about.dynamic_image_size
+
+
+def _check_at_size(
+    runner: Runner,
+    reference: PytorchRunner,
+    about: EngineDescription,
+    images: Sequence[Path] | None,
+    batches: Sequence[int],
+    tolerance: float | None,
+    progress: Progress,
+) -> list[Check]:
+    """Everything that whole images can show."""
+    progress("PyTorch")
+    photos = preprocess_files(list(images) if images else photographs(8), about.preprocessing)
+    expected = _one_by_one(reference, photos)
+    stress = stress_images(about.image_size)
+    stress_expected = {label: _answers(reference, image) for label, image in stress.items()}
+    if tolerance is None:
+        inputs = np.concatenate([photos, *stress.values()])
+        outputs = np.concatenate([expected, *stress_expected.values()])
+        tolerance = _default_tolerance(reference, about.precision, inputs, outputs)
+    tried = [about.batch] if about.batch else sorted(set(batches))
+    checks: list[Check] = []
+    for batch in tried:
+        progress(f"photographs, batch {batch}")
+        checks.append(_compare_photographs(runner, photos, expected, batch, tolerance))
+    for label, image in stress.items():
+        progress(f"stress image: {label}")
+        batch = about.batch or 1
+        got = _answers(runner, np.repeat(image, batch, axis=0))
+        checks.append(_check(f"stress image: {label}", batch, got, stress_expected[label], tolerance, ""))
+    for batch in tried:
+        if batch > 1:
+            progress(f"slots, batch {batch}")
+            checks += _check_slots(runner, photos, expected, batch, tolerance)
+    return checks
+
+
+def _answers(runner: Runner, images: Images) -> NDArray[np.float32]:
+    """All that the engine gives for each image, logits first, in one row: [B, N]."""
+    return _rows(runner.outputs(images).values())
+
+
+def _rows(outputs: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return np.concatenate([output.reshape(len(output), -1) for output in outputs], axis=1)
+
+
 def _one_by_one(runner: Runner, images: Images) -> NDArray[np.float32]:
-    return np.concatenate([runner(images[i : i + 1]) for i in range(len(images))])
+    return np.concatenate([_answers(runner, images[i : i + 1]) for i in range(len(images))])
 
 
 def _default_tolerance(
@@ -190,9 +234,13 @@ def _default_tolerance(
     if precision == "fp32":
         return FP32_TOLERANCE
     model = copy.deepcopy(reference.model).to(DTYPES[precision])
+    worst = 0.0
     with torch.inference_mode():
-        rounded = [model(image[None].to(DTYPES[precision])).float().numpy() for image in torch.from_numpy(images)]
-    return 2 * float(np.abs(np.concatenate(rounded) - expected).max())
+        for image, answer in zip(torch.from_numpy(images), expected, strict=True):
+            outputs = model(image[None].to(DTYPES[precision]))
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            worst = max(worst, float(np.abs(_rows(output.float().numpy() for output in outputs) - answer).max()))
+    return 2 * worst
 
 
 def _check(
@@ -214,23 +262,33 @@ def _compare_photographs(
 ) -> Check:
     got = np.empty_like(expected)
     for images, slots in _filled(photos, batch):
-        got[slots] = runner(images)
-    agreeing = int((got.argmax(axis=1) == expected.argmax(axis=1)).sum())
-    return _check("photographs", batch, got, expected, tolerance, f"top-1 agrees on {agreeing} of {len(photos)}")
+        got[slots] = _answers(runner, images)
+    detail = ""
+    if "logits" in runner.description.outputs:
+        best, expected_best = (rows[:, : runner.description.network.classes].argmax(axis=1) for rows in (got, expected))
+        detail = f"top-1 agrees on {int((best == expected_best).sum())} of {len(photos)}"
+    return _check("photographs", batch, got, expected, tolerance, detail)
 
 
 def _check_slots(
     runner: Runner, photos: Images, expected: NDArray[np.float32], batch: int, tolerance: float
 ) -> list[Check]:
     """A runtime that mixes up the images of a batch passes every test on one image (NVIDIA/TensorRT#4813)."""
-    same = runner(np.repeat(photos[:1], batch, axis=0))
+    same = _answers(runner, np.repeat(photos[:1], batch, axis=0))
     spread = float(np.abs(same - same[:1]).max())
     repeated = _check(
         "slots: one image in all", batch, same, expected[:1], tolerance, f"slots differ by at most {spread:.1e}"
     )
     order = np.roll(np.arange(batch)[::-1], 1) % len(photos)  # reversed, and moved by one
-    moved = _check("slots: images permuted", batch, runner(photos[order]), expected[order], tolerance, "")
+    moved = _check("slots: images permuted", batch, _answers(runner, photos[order]), expected[order], tolerance, "")
     return [repeated, moved]
+
+
+# Of the deformable operators; one whose values are constant, for `--sampling-locations`, has fewer.
+_TENSORS = {
+    "deformable_sample": {"value", "sampling_locations"},
+    "deformable_attention": {"query", "key", "value", "sampling_locations"},
+}
 
 
 def _check_coordinates(runner: Runner, reference: PytorchRunner, progress: Progress) -> list[Check]:
@@ -239,7 +297,7 @@ def _check_coordinates(runner: Runner, reference: PytorchRunner, progress: Progr
     if not target.endswith(".onnx"):
         return [Check("coordinates", None, None, FP32_TOLERANCE, "only an ONNX file can be cut into operators")]
     model = ir.load(target)
-    records = [r for r in operator_records(model.metadata_props) if "sampling_locations" in r.inputs]
+    records = [r for r in operator_records(model.metadata_props) if _TENSORS.get(r.operator) == set(r.inputs)]
     if not records:
         detail = "the file's metadata no longer lists its operators"
         return [Check("coordinates", None, None, FP32_TOLERANCE, detail)]
@@ -268,15 +326,16 @@ def _operator_inputs(
     stage = int(record.name.split(".")[1])
     config = reference.model.variant.stages[stage]
     height, width = reference.model.variant.feature_map(stage)
+    sampled_map = config.sampled_map(height, width)
     feature_map = (batch, height, width, config.channels)
-    sampled = (batch, height * width, config.channels)
+    sampled = (batch, math.prod(sampled_map), config.channels)
     generator = torch.Generator().manual_seed(0)
     inputs = {}
     for name in record.inputs:
         if name != "sampling_locations":
             is_map = name == "query" or record.operator == "deformable_sample"
             inputs[name] = torch.randn(feature_map if is_map else sampled, generator=generator)
-    locations = (batch, config.offset_groups, height, width, 2)
+    locations = (batch, config.offset_groups, *sampled_map, 2)
     inputs["sampling_locations"] = stress_locations(kind, locations, (height, width), seed=0)
     return inputs
 
