@@ -220,8 +220,8 @@ class DeformableAttention(nn.Module):
         units = torch.eye(keys, dtype=key.dtype, device=key.device)
         units = F.pad(units, (0, -keys % head_dim))  # Ns, a multiple of D
         received = []
-        for part in units.split(head_dim, dim=1):
-            value = part.repeat(1, self.num_heads).expand(batch, -1, -1)  # B, Ns, C
+        for first in range(0, units.shape[1], head_dim):
+            value = units[:, first : first + head_dim].repeat(1, self.num_heads).expand(batch, -1, -1)  # B, Ns, C
             probabilities = self.attend(query, key, value, locations).mean(dim=(1, 2))  # B, C
             received.append(probabilities.reshape(batch, self.num_heads, head_dim))
         by_head = torch.cat(received, dim=-1)[..., :keys]  # B, M, Ns
