@@ -100,9 +100,7 @@ def load_model(
     return model_from_weights(load_weights(variant, checkpoint), variant, fused=fused)
 
 
-def model_from_weights(
-    weights: Weights, variant: Variant, *, fused: bool = False, sampled_points: bool = False
-) -> DAT:
+def model_from_weights(weights: Weights, variant: Variant, *, fused: bool = False, sampled_points: bool = False) -> DAT:
     """The second half of `load_model`, for a caller that wants `sha256` and `notes` too; the tensors are shared."""
     with torch.device("meta"):  # nothing is initialised only to be overwritten
         model = DAT(variant, fused=fused, sampled_points=sampled_points)
@@ -121,12 +119,17 @@ def load_checkpoint(path: Path, variant: Variant) -> Weights:
     Args:
         path: `{"model": state_dict, ...}`, `{"state_dict": ...}` or a bare state dict, with or without the prefix
             `module.`, as torch.save writes it (zip or legacy); or `.safetensors`. float16 and bfloat16 become float32.
+            A detector or segmenter (LeapLabTHU/DAT-Detection, DAT-Segmentation) has the network under `backbone.`;
+            the rest of it is left out.
+        variant: a backbone also takes a checkpoint of classification; its output LayerNorms then do nothing but
+            normalise.
 
     Raises:
         CheckpointError: if the file is unreadable, damaged, asks for code, belongs to another variant, or holds
             weights that are not finite.
     """
-    return _weights_from_official(path, _official_parameters(path, read_tensors(path), variant), variant)
+    tensors, notes = _network_tensors(read_tensors(path), variant)
+    return _weights_from_official(path, _official_parameters(path, tensors, variant), variant, notes)
 
 
 def convert_checkpoint(path: Path, output: Path, *, force: bool = False) -> tuple[Variant, Weights]:
@@ -139,12 +142,17 @@ def convert_checkpoint(path: Path, output: Path, *, force: bool = False) -> tupl
         CheckpointError: as `load_checkpoint`, or if no variant fits.
         OutputError: if the output exists and `force` is not given, or cannot be written.
     """
-    tensors = read_tensors(path)
-    variant = _fitting_variant(tensors)
-    if variant is None:
+    content = read_tensors(path)
+    fitting = _fitting_variants(content)
+    if not fitting:
         raise CheckpointError(f"{path} fits no variant: {', '.join(VARIANTS)}.")
+    variant = fitting[0]
+    tensors, notes = _network_tensors(content, variant)
+    notes += tuple(
+        f"the checkpoint fits {other.name} as well, which differs in its image size" for other in fitting[1:]
+    )
     parameters = _official_parameters(path, tensors, variant)
-    weights = _weights_from_official(path, parameters, variant)
+    weights = _weights_from_official(path, parameters, variant, notes)
     metadata = {"format": "pt", "variant": variant.name, "source": path.name, "sha256": weights.sha256}
     with atomic_output(output, force=force) as temporary:
         temporary.write_bytes(save_safetensors(parameters, metadata))  # save_file's errors are no OSError
@@ -194,7 +202,12 @@ def official_state_dict_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
         layer("patch_proj.0", widths[0], 3, PATCH_SIZE, PATCH_SIZE)
         layer("patch_proj.1.norm", widths[0])
     for i, stage in enumerate(variant.stages):
-        c, hidden, ws, side = stage.channels, stage.channels * variant.mlp_ratio, stage.window_size, _trained_side(variant, i)
+        c, hidden, ws, side = (
+            stage.channels,
+            stage.channels * variant.mlp_ratio,
+            stage.window_size,
+            _trained_side(variant, i),
+        )
         for j in range(2 * len(stage.blocks)):
             layer(f"stages.{i}.layer_norms.{j}.norm", c)
         for j in range(len(stage.blocks)):
@@ -234,12 +247,37 @@ def official_state_dict_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
     for i, (narrow, wide) in enumerate(itertools.pairwise(widths)):
         shapes[f"down_projs.{i}.0.weight"] = (wide, narrow, kernel, kernel)
         layer(f"down_projs.{i}.1.norm", wide)
-    layer("cls_norm.norm", widths[-1])
-    layer("cls_head", variant.classes, widths[-1])
+    if variant.features:
+        for i, width in enumerate(widths):
+            layer(f"norms.{i}.norm", width)
+    else:
+        layer("cls_norm.norm", widths[-1])
+        layer("cls_head", variant.classes, widths[-1])
     return shapes
 
 
 # --- from tensors under upstream's names to weights ---
+
+
+def _network_tensors(tensors: dict[str, Tensor], variant: Variant) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of the network alone, out of a detector, segmenter or classifier; and what to tell of the rest."""
+    notes = []
+    inside = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+    if inside:
+        parts = dict.fromkeys(name.split(".")[0] for name in tensors if not name.startswith("backbone."))
+        if parts:
+            notes.append(f"the checkpoint's {_enumerate([plain_text(part) for part in parts])} are left out")
+        tensors = inside
+    if variant.features and not any(name.startswith("norms.") for name in tensors):
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("cls_norm.", "cls_head."))}
+        for i, stage in enumerate(variant.stages):
+            tensors[f"norms.{i}.norm.weight"] = torch.ones(stage.channels)
+            tensors[f"norms.{i}.norm.bias"] = torch.zeros(stage.channels)
+        notes.append(
+            "the checkpoint has no output LayerNorms (norms.0 to norms.3), as one of classification has none; "
+            "they get weight 1 and bias 0"
+        )
+    return tensors, tuple(notes)
 
 
 def _official_parameters(path: Path, tensors: dict[str, Tensor], variant: Variant) -> dict[str, Tensor]:
@@ -262,11 +300,16 @@ def _official_parameters(path: Path, tensors: dict[str, Tensor], variant: Varian
     return parameters
 
 
-def _weights_from_official(path: Path, parameters: dict[str, Tensor], variant: Variant) -> Weights:
+def _weights_from_official(
+    path: Path, parameters: dict[str, Tensor], variant: Variant, told: tuple[str, ...]
+) -> Weights:
     """Upstream's names and shapes to the model's, tables resized to the variant's image size."""
     state_dict: dict[str, Tensor] = {}
-    notes: dict[str, None] = {}  # in order, each once
+    notes = dict.fromkeys(told)  # in order, each once
+    unused = tuple(f"norms.{i}." for i in range(len(variant.stages)) if i not in variant.features)
     for official_name, tensor in parameters.items():
+        if official_name.startswith(unused):
+            continue
         name = official_name
         for pattern, replacement in RENAMES:
             name = re.sub(pattern, replacement, name)
@@ -293,7 +336,7 @@ def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], variant: Var
     if head is not None and head.ndim == 2 and _fits(tensors, replace(variant, classes=head.shape[0])):
         raise CheckpointError(
             f"{path} classifies into {head.shape[0]} classes and variant '{variant.name}' into {variant.classes}. "
-            "Heads of another size are not supported."
+            f"Give its own configuration instead: --config FILE.yaml with num_classes: {head.shape[0]}."
         )
     expected = official_state_dict_shapes(variant)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -310,12 +353,15 @@ def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], variant: Var
     ]
     labelled = (("missing: ", missing), ("unknown: ", extra), ("", other))
     differences = "; ".join(f"{label}{_enumerate(names)}" for label, names in labelled if names)
-    fitting = _fitting_variant(tensors)
-    advice = (
-        f"It fits variant '{fitting.name}'; use --variant {fitting.name}."
-        if fitting
-        else f"It fits none of: {', '.join(VARIANTS)}."
-    )
+    fitting = _fitting_variants(tensors)
+    names = " or ".join(f"'{other.name}'" for other in fitting)
+    options = " or ".join(f"--variant {other.name}" for other in fitting)
+    if not fitting:
+        advice = f"It fits none of: {', '.join(VARIANTS)}."
+    elif fitting[0].features:
+        advice = f"It is a backbone of {names}, without a head; use {options}, with --features 0,1,2,3."
+    else:
+        advice = f"It fits variant {names}; use {options}."
     raise CheckpointError(f"{path} is not a checkpoint of variant '{variant.name}': {differences}. {advice}")
 
 
@@ -327,8 +373,16 @@ def _fits(tensors: dict[str, Tensor], variant: Variant) -> bool:
     )
 
 
-def _fitting_variant(tensors: dict[str, Tensor]) -> Variant | None:
-    return next((variant for variant in VARIANTS.values() if _fits(tensors, variant)), None)
+def _fitting_variants(tensors: dict[str, Tensor]) -> list[Variant]:
+    """Those whose names and shapes are in the checkpoint, classifiers if any; else backbones, which need less."""
+    for candidates in (
+        list(VARIANTS.values()),
+        [variant.as_backbone(range(len(variant.stages))) for variant in VARIANTS.values()],
+    ):
+        fitting = [variant for variant in candidates if _fits(_network_tensors(tensors, variant)[0], variant)]
+        if fitting:
+            return fitting
+    return []
 
 
 def _check_buffer(path: Path, name: str, tensor: Tensor, variant: Variant) -> None:

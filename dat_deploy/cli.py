@@ -42,11 +42,18 @@ out = Console(
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 VariantOption = Annotated[str, typer.Option("--variant", help=f"One of: {', '.join(VARIANTS)}.")]
+FeaturesOption = Annotated[
+    str | None,
+    typer.Option("--features", help="Stages, such as 0,1,2,3: their maps instead of logits, for use as a backbone."),
+]
 CheckpointOption = Annotated[
     Path | None, typer.Option("--checkpoint", help="Official .pth or .safetensors file. Without it: random weights.")
 ]
 EngineOption = Annotated[
-    str, typer.Option("--engine", help="FILE.onnx, or RUNTIME:TARGET such as openvino:FILE.onnx or pytorch:tiny.")
+    str,
+    typer.Option(
+        "--engine", help="FILE.onnx, or RUNTIME:TARGET such as openvino:FILE.onnx, pytorch:tiny, pytorch:dat.yaml."
+    ),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace output files that exist.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
@@ -64,9 +71,9 @@ def variants(json_file: JsonOption = None, force: ForceOption = False) -> None:
             variant.name,
             variant.family,
             _size(variant.image_size),
-            f"{variant.parameters / 1e6:.1f}M",
-            f"{variant.gmacs:.1f}",
-            f"{variant.published_top1:.1f}%",
+            "" if variant.parameters is None else f"{variant.parameters / 1e6:.1f}M",
+            "" if variant.gmacs is None else f"{variant.gmacs:.1f}",
+            "" if variant.published_top1 is None else f"{variant.published_top1:.1f}%",
             " ".join(variant.runtimes_checked),
         )
     out.print(table)
@@ -91,7 +98,8 @@ def convert(
     out.print(f"{output}: variant {variant.name}, weights sha256 {weights.sha256[:12]}")
     _notes(weights.notes)
     _write_json({"variant": variant.name, "weights_sha256": weights.sha256}, json_file, force=force)
-    _next("export", "--variant", variant.name, "--checkpoint", output)
+    backbone = ("--features", "0,1,2,3") if variant.features else ()
+    _next("export", "--variant", variant.name, "--checkpoint", output, *backbone)
 
 
 @app.command()
@@ -104,8 +112,18 @@ def export(
     ] = "function",
     batch: Annotated[str, typer.Option("--batch", help="dynamic, or a number.")] = "dynamic",
     image_size: Annotated[
-        str | None, typer.Option("--image-size", help="Such as 448 or 224x448 (height x width).")
+        str | None,
+        typer.Option(
+            "--image-size", help="Such as 448 or 224x448 (height x width); dynamic: any that DAT+ and DAT++ take."
+        ),
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Instead of --variant: an official YAML file of a network.")
+    ] = None,
+    features: FeaturesOption = None,
+    sampling_locations: Annotated[
+        bool, typer.Option("--sampling-locations", help="Also give what visualize draws; slower.")
+    ] = False,
     opset: Annotated[int, typer.Option("--opset", help="17, 18 or 19.")] = 18,
     source: Annotated[
         Path | None, typer.Option("--from", help="Change the lowering of this exported file instead of exporting anew.")
@@ -115,17 +133,23 @@ def export(
 ) -> None:
     """Write a network as one self-contained ONNX file."""
     fixed_batch = None if batch == "dynamic" else _number(batch, "--batch", "a number, or 'dynamic'")
-    size = None if image_size is None else _image_size(image_size)
+    size = None if image_size in (None, "dynamic") else _image_size(image_size)
+    stages = None if features is None else _numbers(features, "--features")
+    name = variant or str(config or "")
     if source is None:
-        if not variant:
-            raise DatDeployError(f"export takes --variant NAME or --from FILE. Variants: {', '.join(VARIANTS)}.")
-        get_variant(variant)  # before torch is loaded
-        target = output or Path(f"{variant}.onnx")
-    else:
-        if variant or checkpoint or batch != "dynamic" or image_size or opset != 18:
+        if not name or (variant and config):
             raise DatDeployError(
-                "--from changes nothing but --lowering; --variant, --checkpoint, --batch, --image-size and --opset "
-                "need a new export, without --from."
+                f"export takes one of --variant NAME, --config FILE.yaml and --from FILE. "
+                f"Variants: {', '.join(VARIANTS)}."
+            )
+        if variant:
+            get_variant(variant)  # before torch is loaded
+        target = output or Path(f"{Path(name).stem if config else name}.onnx")
+    else:
+        new = (name, checkpoint, image_size, features, sampling_locations, batch != "dynamic", opset != 18)
+        if any(new):
+            raise DatDeployError(
+                "--from changes nothing but --lowering; every other option needs a new export, without --from."
             )
         target = output or source.with_suffix(f".{lowering}.onnx")
     from dat_deploy import export as library
@@ -136,18 +160,22 @@ def export(
             report = library.relower(source, target, lowering, force=force)
         else:
             report = library.export(
-                variant,
+                name,
                 target,
                 checkpoint=checkpoint,
                 lowering=lowering,
                 batch=fixed_batch,
                 image_size=size,
+                dynamic_image_size=image_size == "dynamic",
+                features=stages,
+                sampling_locations=sampling_locations,
                 opset_version=opset,
                 force=force,
             )
     metadata = report.metadata
+    size_taken = "any size" if metadata.dynamic_image_size else _size(metadata.image_size)
     out.print(
-        f"{report.path}: {metadata.variant} {_size(metadata.image_size)}, batch {metadata.batch or 'dynamic'}, "
+        f"{report.path}: {metadata.variant} {size_taken}, batch {metadata.batch or 'dynamic'}, "
         f"lowering {metadata.lowering}, opset {metadata.opset_version}, {metadata.precision}, "
         f"{report.operators} operators, {report.nodes} nodes, {report.size_bytes / 1e6:.0f} MB, {report.seconds:.0f} s"
     )
@@ -168,15 +196,24 @@ def validate(
         list[Path] | None, typer.Option("--image", help="A photograph; repeat it. Default: scikit-image's.")
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes to try.")] = "1,2,3,8",
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            "--image-size", help="Sizes to try, such as 224,256x320. Default: its own; a rectangle if dynamic."
+        ),
+    ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option("--tolerance", help="Largest error of a logit. Default: 1e-4; bf16: twice that of eager PyTorch."),
+        typer.Option(
+            "--tolerance", help="Largest error of an output. Default: 1e-4; bf16: twice that of eager PyTorch."
+        ),
     ] = None,
     force: ForceOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Compare an engine with PyTorch; exit code 2 if it differs."""
     sizes = _numbers(batch, "--batch")
+    pixels = None if image_size is None else [_image_size(size) for size in image_size.split(",")]
     from dat_deploy import validate as library
 
     _check_json(json_file, force=force)
@@ -186,6 +223,7 @@ def validate(
             checkpoint=checkpoint,
             images=image,
             batches=sizes,
+            image_sizes=pixels,
             tolerance=tolerance,
             progress=lambda name: status.update(name),
         )
@@ -203,8 +241,13 @@ def validate(
         report.write(json_file, force=force)
     report.raise_if_failed()
     out.print(report.verdict)
-    engines = ("--engine", f"pytorch:{report.engine.variant}", "--engine", engine)
-    _next("bench", *engines, *_option("--checkpoint", checkpoint))
+    network = report.engine.network
+    if network.name not in VARIANTS:
+        _next("bench", "--engine", engine)
+        return
+    engines = ("--engine", f"pytorch:{network.name}", "--engine", engine)
+    backbone = ("--features", ",".join(map(str, network.features))) if network.features else ()
+    _next("bench", *engines, *_option("--checkpoint", checkpoint), *backbone)
 
 
 @app.command()
@@ -215,7 +258,10 @@ def bench(
         str | None, typer.Option("--baseline", help="The engine that ratios refer to. Default: the first.")
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes, such as 1,8,32.")] = "1",
-    image_size: Annotated[str | None, typer.Option("--image-size", help="For pytorch:VARIANT.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option("--image-size", help="Where an engine has the choice: pytorch:VARIANT, dynamic files.")
+    ] = None,
+    features: FeaturesOption = None,
     rounds: Annotated[int, typer.Option("--rounds", help="Turns of each engine.")] = 5,
     seconds: Annotated[float, typer.Option("--seconds", help="Timed in each turn.")] = 1.0,
     threads: Annotated[int | None, typer.Option("--threads", help="Of each engine. Default: all cores.")] = None,
@@ -226,7 +272,8 @@ def bench(
     """Time engines side by side, each in its own process, in turns."""
     sizes = _numbers(batch, "--batch")
     pixels = None if image_size is None else _image_size(image_size)
-    _check_pytorch_options(engine, checkpoint, image_size)
+    stages = None if features is None else _numbers(features, "--features")
+    _check_pytorch_options(engine, checkpoint, features)
     from dat_deploy import benchmark as library
     from dat_deploy.files import check_output
 
@@ -244,6 +291,7 @@ def bench(
             threads=threads,
             checkpoint=checkpoint,
             image_size=pixels,
+            features=stages,
             baseline=baseline,
             progress=lambda done, total, doing: status.update(f"{doing} ({done}/{total})"),
         )
@@ -465,10 +513,10 @@ def _option(name: str, value: Path | None) -> tuple[str, ...]:
     return () if value is None else (name, str(value))
 
 
-def _check_pytorch_options(engines: list[str], checkpoint: Path | None, image_size: str | None) -> None:
+def _check_pytorch_options(engines: list[str], checkpoint: Path | None, features: str | None) -> None:
     from dat_deploy.runners import parse_engine
 
-    for option, value in (("--checkpoint", checkpoint), ("--image-size", image_size)):
+    for option, value in (("--checkpoint", checkpoint), ("--features", features)):
         if value is not None and not any(parse_engine(engine)[0].package == "torch" for engine in engines):
             raise DatDeployError(
                 f"{option} is for pytorch:VARIANT, but {', '.join(engines)} holds its own; leave the option out."

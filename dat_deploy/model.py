@@ -250,9 +250,7 @@ class Stage(nn.Module):
             _attention(letter, variant, stage_index, operators, with_attention=with_attention)
             for letter in stage.blocks
         )
-        self.mlps = nn.ModuleList(
-            Mlp(channels, variant.mlp_ratio, depthwise=stage.depthwise_mlp) for _ in range(depth)
-        )
+        self.mlps = nn.ModuleList(Mlp(channels, variant.mlp_ratio, depthwise=stage.depthwise_mlp) for _ in range(depth))
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[int, SampledPoints]]:
         """[B, H, W, C] -> the same, and what each deformable block sampled, by its index."""
@@ -373,7 +371,10 @@ class DAT(nn.Module):
         names = [f"feature_map_{i}" for i in self.variant.features] or ["logits"]
         if self.sampled_points:
             blocks = [
-                (i, j) for i, stage in enumerate(self.variant.stages) for j, letter in enumerate(stage.blocks) if letter == "D"
+                (i, j)
+                for i, stage in enumerate(self.variant.stages)
+                for j, letter in enumerate(stage.blocks)
+                if letter == "D"
             ]
             names += [f"{kind}_{i}_{j}" for kind in ("sampling_locations", "attention") for i, j in blocks]
         return names

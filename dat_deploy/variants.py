@@ -154,7 +154,8 @@ class Variant:
         step = self.side_multiple
         if not all(side >= self.min_side and side % step == 0 for side in (height, width)):
             nearest = " or ".join(
-                f"{h}x{w}" for h, w in sorted({(self._down(height), self._down(width)), (self._up(height), self._up(width))})
+                f"{h}x{w}"
+                for h, w in sorted({(self._down(height), self._down(width)), (self._up(height), self._up(width))})
             )
             reason = (
                 f"its windows tile only sides that are multiples of {step} px"
@@ -162,7 +163,8 @@ class Variant:
                 else f"its sides are multiples of {step} px, from {self.min_side} px on"
             )
             raise ShapeError(
-                f"image size {height}x{width} does not fit variant '{self.name}': {reason}. Nearest that work: {nearest}."
+                f"image size {height}x{width} does not fit variant '{self.name}': {reason}. "
+                f"Nearest that work: {nearest}."
             )
         resize = round(self.resize_size * max(height / self.image_size[0], width / self.image_size[1]))
         return replace(self, image_size=(height, width), resize_size=resize)

@@ -30,15 +30,22 @@ def deterministic_weights() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def golden_checkpoint(deterministic_weights: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An official-looking checkpoint of tiny, with the weights that tests/golden/tiny.npz was made with."""
-    manifest = json.loads((GOLDEN / "manifests" / "tiny.json").read_text())["state_dict"]
-    state = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in manifest.items()}
-    deterministic_weights.fill_(state)
-    parameters = {k: v for k, v in state.items() if not k.endswith(("relative_position_index", "attn_mask"))}
-    path = tmp_path_factory.mktemp("golden") / "dat_tiny_in1k_224.pth"
-    torch.save({"model": parameters, "epoch": 299}, path)
-    return path
+def golden_checkpoints(deterministic_weights: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Official-looking checkpoints with the weights that tests/golden/VARIANT.npz was made with."""
+    folder = tmp_path_factory.mktemp("golden")
+    paths = {"tiny": folder / "dat_tiny_in1k_224.pth", "pp-tiny": folder / "dat_pp_tiny_in1k_224.pth"}
+    for variant, path in paths.items():
+        manifest = json.loads((GOLDEN / "manifests" / f"{variant}.json").read_text())["state_dict"]
+        state = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in manifest.items()}
+        deterministic_weights.fill_(state)
+        parameters = {k: v for k, v in state.items() if not k.endswith(("relative_position_index", "attn_mask"))}
+        torch.save({"model": parameters, "epoch": 299}, path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint(golden_checkpoints: dict[str, Path]) -> Path:
+    return golden_checkpoints["tiny"]
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +58,24 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if lowering != "function":
             relower(paths["function"], path, lowering)
     return paths
+
+
+@pytest.fixture(scope="session")
+def pp_tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """pp-tiny with seeded random weights, dynamic batch and image size, once for each lowering."""
+    folder = tmp_path_factory.mktemp("pp_onnx")
+    paths = {lowering: folder / f"pp-tiny.{lowering}.onnx" for lowering in LOWERINGS}
+    export("pp-tiny", paths["function"], dynamic_image_size=True)
+    for lowering, path in paths.items():
+        if lowering != "function":
+            relower(paths["function"], path, lowering)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def pp_tiny_model() -> DAT:
+    """The network whose weights the files of `pp_tiny_onnx` hold."""
+    return load_model("pp-tiny")
 
 
 @pytest.fixture(scope="session")

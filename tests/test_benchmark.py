@@ -27,6 +27,7 @@ from dat_deploy.benchmark.worker import Timings
 from dat_deploy.errors import DatDeployError, OutputError, RecordError, ShapeError, UnsupportedError
 from dat_deploy.preprocess import Preprocessing
 from dat_deploy.runners import EngineDescription, Runner
+from dat_deploy.variants import VARIANTS
 
 LOG = "FAKE_ENGINE_LOG"
 
@@ -42,8 +43,9 @@ class FakeRunner(Runner):
             runtime_version="1.0",
             device="cpu",
             precision="fp32",
-            variant="small" if self.behaviour == "small" else "tiny",
-            image_size=(8, 8),
+            network=replace(VARIANTS["small" if self.behaviour == "small" else "tiny"], image_size=(8, 8)),
+            outputs=("logits",),
+            dynamic_image_size=False,
             batch=4 if self.behaviour == "fixed" else None,
             lowering=None,
             threads=1,
@@ -52,7 +54,7 @@ class FakeRunner(Runner):
             preprocessing=Preprocessing((8, 8), (8, 8)),
         )
 
-    def _run(self, images_nchw: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _run(self, images_nchw: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         started = time.perf_counter_ns()
         match self.behaviour:
             case "slow":
@@ -77,7 +79,7 @@ class FakeRunner(Runner):
             case _:
                 time.sleep(0.002)
         _log(os.getpid(), self.behaviour, len(images_nchw), started, time.perf_counter_ns())
-        return np.zeros((len(images_nchw), 1000), dtype=np.float32)
+        return {"logits": np.zeros((len(images_nchw), 1000), dtype=np.float32)}
 
     def close(self) -> None:
         pass
@@ -131,7 +133,9 @@ def timings(*turns_ms: list[float]) -> list[Timings]:
     return [Timings(2, [round(ms * 1e6) for ms in turn], 0.0, 100.0) for turn in turns_ms]
 
 
-ENGINE = EngineSettings("onnxruntime", "cpu", "fp32", "tiny", (224, 224), "function", 2, "ab" * 32, "dat_tiny.pth")
+ENGINE = EngineSettings(
+    "onnxruntime", "cpu", "fp32", "tiny", (224, 224), False, ("logits",), "function", 2, "ab" * 32, "dat_tiny.pth"
+)
 SETTINGS = Settings(
     engines={"tiny.onnx": ENGINE, "openvino:tiny.onnx": replace(ENGINE, runtime="openvino")},
     baseline="tiny.onnx",

@@ -10,12 +10,14 @@ import pytest
 from dat_deploy.errors import ExportError
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.preprocess import Preprocessing
+from dat_deploy.variants import VARIANTS
 
 PATH = Path("folder/tiny.onnx")
 METADATA = FileMetadata(
-    variant="tiny",
-    image_size=(224, 448),
+    network=VARIANTS["tiny"].with_image_size(224, 448),
+    outputs=("logits",),
     batch=None,
+    dynamic_image_size=False,
     lowering="function",
     precision="fp32",
     opset_version=18,
@@ -43,7 +45,7 @@ def test_metadata_comes_back_from_its_properties(batch: int | None) -> None:
 
 def test_each_field_is_one_property_in_json_and_properties_of_others_are_left_alone() -> None:
     properties = METADATA.to_properties()
-    assert properties["dat_deploy.image_size"] == "[224, 448]"
+    assert json.loads(properties["dat_deploy.network"])["image_size"] == [224, 448]
     assert properties["dat_deploy.batch"] == "null"
     assert json.loads(properties["dat_deploy.preprocessing"]) == PREPROCESSING
     others = {"author": "someone", "dat_deploy.operators": "none of the fields"}
@@ -57,16 +59,36 @@ def test_a_file_of_another_tool_is_named() -> None:
     )
 
 
+def network(**changes: object) -> str:
+    return json.dumps(asdict(METADATA.network) | changes)
+
+
 MALFORMED = {
     "batch is text": ("batch", '"two"', "metadata.batch is 'two' and should be <class 'int'>"),
     "batch is a truth": ("batch", "true", "metadata.batch is True and should be <class 'int'>"),
-    "size is text": ("image_size", '"ab"', "metadata.image_size is 'ab' and should be tuple[int, int]"),
-    "size of one side": ("image_size", "[224]", "metadata.image_size is [224] and should be tuple[int, int]"),
-    "size of fractions": ("image_size", "[224, 1.5]", "metadata.image_size[1] is 1.5 and should be <class 'int'>"),
+    "size is text": (
+        "network",
+        network(image_size="ab"),
+        "metadata.network.image_size is 'ab' and should be tuple[int, int]",
+    ),
+    "size of one side": (
+        "network",
+        network(image_size=[224]),
+        "metadata.network.image_size is [224] and should be tuple[int, int]",
+    ),
+    "size of fractions": (
+        "network",
+        network(image_size=[224, 1.5]),
+        "metadata.network.image_size[1] is 1.5 and should be <class 'int'>",
+    ),
     "names are text": ("class_names", '"ab"', "metadata.class_names is 'ab' and should be tuple[str, ...]"),
-    "variant is a number": ("variant", "3", "metadata.variant is 3 and should be <class 'str'>"),
-    "variant is none": ("variant", "null", "metadata.variant is None and should be <class 'str'>"),
-    "not JSON": ("variant", "tiny", "Expecting value: line 1 column 1 (char 0)"),
+    "name is a number": ("network", network(name=3), "metadata.network.name is 3 and should be <class 'str'>"),
+    "network is none": (
+        "network",
+        "null",
+        "metadata.network is None and should be <class 'dat_deploy.variants.Variant'>",
+    ),
+    "not JSON": ("network", "tiny", "Expecting value: line 1 column 1 (char 0)"),
     "preprocessing is a number": (
         "preprocessing",
         "7",

@@ -108,9 +108,7 @@ def export(
         weights_source=weights.source,
         version=importlib.metadata.version("dat-deploy"),
     )
-    model = onnx_from_model(
-        module, batch=batch, dynamic_image_size=dynamic_image_size, opset_version=opset_version
-    )
+    model = onnx_from_model(module, batch=batch, dynamic_image_size=dynamic_image_size, opset_version=opset_version)
     operators = len(operator_nodes(model))
     model = lower(model, lowering)
     _save(model, metadata, output, force=force)

@@ -111,7 +111,11 @@ class Runner(abc.ABC):
         shape = images_nchw.shape
         batch = self.description.batch
         if len(shape) != 4 or shape[0] == 0 or shape[1] != 3 or batch not in (None, shape[0]):
-            sides = "height, width" if self.description.dynamic_image_size else "{}, {}".format(*self.description.image_size)
+            sides = (
+                "height, width"
+                if self.description.dynamic_image_size
+                else "{}, {}".format(*self.description.image_size)
+            )
             raise ShapeError(
                 f"{self.description.name}: input 'image' has shape {list(shape)}; it takes "
                 f"[{batch or 'any batch'}, 3, {sides}]. Export again with --batch or --image-size for another."

@@ -68,7 +68,9 @@ class OnnxruntimeRunner(Runner):
         session = self._open(onnx_model, f"a part of {self.description.name}")
         return lambda feeds: self._call(session, feeds)[0]
 
-    def _call(self, session: ort.InferenceSession, feeds: Mapping[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    def _call(
+        self, session: ort.InferenceSession, feeds: Mapping[str, NDArray[np.float32]]
+    ) -> list[NDArray[np.float32]]:
         try:
             return session.run(None, dict(feeds))  # type: ignore[no-any-return]  # untyped call
         except Exception as error:  # ONNX Runtime's exceptions have no public base class

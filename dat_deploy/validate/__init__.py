@@ -132,8 +132,8 @@ def validate(
         batches: batch sizes to try; an engine of a fixed batch is tried at that one.
         image_sizes: (height, width) in pixels to try; by default the engine's own, and where its size is dynamic a
             rectangle as well, since a size that tracing has frozen shows at another one alone.
-        tolerance: largest error of a logit or of an element of another output; by default FP32_TOLERANCE, and in a lower precision twice the largest
-            error of eager PyTorch in that precision.
+        tolerance: largest error of a logit or of an element of another output; by default FP32_TOLERANCE, and in a
+            lower precision twice the largest error of eager PyTorch in that precision.
         progress: called with the name of each check before it runs.
 
     Returns:

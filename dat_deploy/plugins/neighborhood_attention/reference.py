@@ -70,7 +70,7 @@ def neighborhood_attention(
         [(q @ k[:, :, row].transpose(-2, -1)).gather(-1, every_row) for row in rows.unbind(1)], dim=-2
     )  # B, M, H, W, K, K
     bias = relative_position_bias_table.to(qkv.dtype)[:, bias_rows[:, None, :, None], bias_columns[None, :, None, :]]
-    probabilities = (scores + bias).flatten(-2).softmax(dim=-1).unflatten(-1, (kernel_size, kernel_size))
+    probabilities = (scores + bias).flatten(-2).softmax(dim=-1).reshape(scores.shape)
     out = torch.zeros_like(q)
     for row, weights in zip(rows.unbind(1), probabilities.unbind(-2), strict=True):
         spread = weights.new_zeros(batch, num_heads, height, width, padded_width).scatter(-1, every_row, weights)

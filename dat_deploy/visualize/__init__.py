@@ -1,0 +1,214 @@
+"""Where a network looks: the points that its deformable blocks sample in a picture, and how far two engines differ."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError, VerificationError
+from dat_deploy.files import check_output
+from dat_deploy.model import reference_points
+from dat_deploy.preprocess import preprocess, read_image
+from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
+from dat_deploy.runners.pytorch_runner import PytorchRunner
+from dat_deploy.variants import Variant
+from dat_deploy.visualize.plotting import BlockPoints, check_plot, distances_px, plot_points
+
+__all__ = ["BlockSummary", "Visualization", "pixels_from_locations", "visualize"]
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """What the first engine's block does with its points; distances in pixels of the network's input.
+
+    Attributes:
+        stage, block: as in the output `sampling_locations_STAGE_BLOCK`.
+        points: of all its offset groups together.
+        mean_offset_px, largest_offset_px: how far the offsets move the points.
+        largest_attention: the share of its group's attention that the most attended point receives.
+        outside: the share of the points beyond the centres of the map's border pixels, where sampling mixes in zeros.
+        median_drift_px, largest_drift_px: how far the second engine's points are from these; None without one.
+    """
+
+    stage: int
+    block: int
+    points: int
+    mean_offset_px: float
+    largest_offset_px: float
+    largest_attention: float
+    outside: float
+    median_drift_px: float | None
+    largest_drift_px: float | None
+
+
+@dataclass(frozen=True)
+class Visualization:
+    """What was drawn into the file `path`: one or two engines on `image`."""
+
+    path: Path
+    image: Path
+    engines: tuple[EngineDescription, ...]
+    blocks: tuple[BlockSummary, ...]
+
+
+def visualize(
+    image: Path,
+    engines: Sequence[str],
+    output: Path,
+    *,
+    checkpoint: Path | None = None,
+    image_size: tuple[int, int] | None = None,
+    force: bool = False,
+) -> Visualization:
+    """Draw the points that each deformable block samples onto the picture, a panel a stage.
+
+    Args:
+        engines: one, or two to compare; `pytorch:VARIANT`, or a file exported with `sampling_locations`.
+        output: a PNG, written whole or not at all.
+        checkpoint: for `pytorch:VARIANT`.
+        image_size: (height, width) in pixels, where the engine has a choice.
+        force: replace `output` if it exists.
+
+    Raises:
+        UnsupportedError: if an engine gives no sampling locations, or matplotlib is missing.
+        VerificationError: if an engine gives locations or attention that are not finite.
+        ShapeError: if two engines do not sample the same maps of the same picture.
+        DatDeployError: as `open_runner`, `read_image` and `check_output`.
+    """
+    check_output(output, force=force)
+    check_plot(output)
+    if len(engines) not in (1, 2):
+        raise DatDeployError(
+            f"{len(engines)} engines were named; visualize draws one, or two and their drift. Name one or two."
+        )
+    picture = read_image(image)
+    with contextlib.ExitStack() as stack:
+        runners = [stack.enter_context(_open(engine, checkpoint, image_size)) for engine in engines]
+        described = tuple(runner.description for runner in runners)
+        for about in described:
+            _check_has_points(about)
+        _check_same_network(described)
+        preprocessing = described[0].preprocessing
+        image_nchw = preprocess(picture, preprocessing)[None]
+        points = [_sampled_points(runner, image_nchw) for runner in runners]
+    photograph = image_nchw[0].transpose(1, 2, 0) * preprocessing.std + preprocessing.mean
+    plot_points(photograph.clip(0, 1), image.name, described, points, output, force=force)
+    blocks = tuple(_summary(described[0].network, versions) for versions in zip(*points, strict=True))
+    return Visualization(output, image, described, blocks)
+
+
+def pixels_from_locations(
+    locations: NDArray[np.floating], feature_map: tuple[int, int], image_size: tuple[int, int]
+) -> NDArray[np.float64]:
+    """Where on the picture a location on a feature map is.
+
+    Args:
+        locations: [..., 2], (y, x), -1 and 1 the centres of the map's first and last pixel.
+        feature_map, image_size: (height, width).
+
+    Returns:
+        [..., 2] in pixels of the picture, (y, x), 0 the centre of the first pixel: -1 is the centre of the square of
+        pixels under the map's first one, (stride - 1) / 2.
+    """
+    sides = np.array(feature_map)
+    strides = np.array(image_size) / sides
+    return ((locations.astype(np.float64) + 1) / 2 * (sides - 1) + 0.5) * strides - 0.5  # type: ignore[no-any-return]
+
+
+def _open(engine: str, checkpoint: Path | None, image_size: tuple[int, int] | None) -> Runner:
+    runtime, target = parse_engine(engine)
+    if runtime.package != "torch":  # an exported file gives its points or does not
+        return open_runner(engine, checkpoint=checkpoint, image_size=image_size)
+    compiled = runtime.name == "pytorch-compile"
+    return PytorchRunner(
+        target, engine, checkpoint=checkpoint, image_size=image_size, sampled_points=True, compiled=compiled
+    )
+
+
+def _deformable_blocks(network: Variant) -> list[tuple[int, int]]:
+    """(stage, block) of each."""
+    return [(i, j) for i, stage in enumerate(network.stages) for j, letter in enumerate(stage.blocks) if letter == "D"]
+
+
+def _check_has_points(about: EngineDescription) -> None:
+    blocks = _deformable_blocks(about.network)
+    if not blocks:
+        raise UnsupportedError(
+            f"{about.name}: variant '{about.variant}' has no deformable block (letter D), so it samples no points. "
+            f"Name an engine of a variant that has some, such as pytorch:tiny."
+        )
+    if not {f"sampling_locations_{i}_{j}" for i, j in blocks} <= set(about.outputs):
+        raise UnsupportedError(
+            f"{about.name} gives {', '.join(about.outputs)} and no sampling locations. "
+            f"Export it again with --sampling-locations to see its points."
+        )
+
+
+def _check_same_network(described: Sequence[EngineDescription]) -> None:
+    first, last = described[0], described[-1]
+    if first.preprocessing != last.preprocessing or first.network.stages != last.network.stages:
+        raise ShapeError(
+            f"{first.name} is {_network(first)}, {last.name} is {_network(last)}; a drift is between the same points of "
+            f"one network and image size. Name two engines of one variant, and give --image-size to those that take it."
+        )
+
+
+def _network(about: EngineDescription) -> str:
+    return "{} for {}x{}".format(about.variant, *about.image_size)
+
+
+def _sampled_points(runner: Runner, image_nchw: NDArray[np.float32]) -> list[BlockPoints]:
+    about = runner.description
+    outputs = runner.outputs(np.repeat(image_nchw, about.batch or 1, axis=0))
+    points = []
+    for i, j in _deformable_blocks(about.network):
+        locations, attention = outputs[f"sampling_locations_{i}_{j}"][0], outputs[f"attention_{i}_{j}"][0]
+        for name, values in (("sampling_locations", locations), ("attention", attention)):
+            if not np.isfinite(values).all():
+                wrong = np.count_nonzero(~np.isfinite(values))
+                raise VerificationError(
+                    f"{about.name}: output '{name}_{i}_{j}' has {wrong} of {values.size} values that are NaN or "
+                    f"infinite, so there is nothing to draw. Find out why with: dat-deploy validate --engine {about.name}"
+                )
+        groups, height, width, _ = locations.shape
+        stage = about.network.stages[i]
+        unmoved = reference_points(height, width, half_pixel=about.network.half_pixel_queries).numpy()
+        if stage.offset_range_factor < 0:
+            unmoved = unmoved.clip(-1, 1)  # as the network does with the sum
+        feature_map = about.network.feature_map(i)
+        points.append(
+            BlockPoints(
+                stage=i,
+                block=j,
+                pixels=pixels_from_locations(locations, feature_map, about.image_size).reshape(groups, -1, 2),
+                unmoved=pixels_from_locations(unmoved, feature_map, about.image_size).reshape(-1, 2),
+                attention=attention.reshape(groups, -1).astype(np.float64) * height * width,
+            )
+        )
+    return points
+
+
+def _summary(network: Variant, versions: Sequence[BlockPoints]) -> BlockSummary:
+    """Of one block, as the first engine has it."""
+    first = versions[0]
+    offsets = first.offsets_px
+    drift = distances_px(first.pixels, versions[1].pixels) if len(versions) > 1 else None
+    (top, left), (bottom, right) = pixels_from_locations(
+        np.array([[-1, -1], [1, 1]]), network.feature_map(first.stage), network.image_size
+    )
+    y, x = np.moveaxis(first.pixels, -1, 0)
+    outside = (y < top) | (y > bottom) | (x < left) | (x > right)
+    return BlockSummary(
+        stage=first.stage,
+        block=first.block,
+        points=offsets.size,
+        mean_offset_px=float(offsets.mean()),
+        largest_offset_px=float(offsets.max()),
+        largest_attention=float(first.attention.max()) / first.attention.shape[-1],
+        outside=float(outside.mean()),
+        median_drift_px=None if drift is None else float(np.median(drift)),
+        largest_drift_px=None if drift is None else float(drift.max()),
+    )
