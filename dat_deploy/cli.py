@@ -134,7 +134,7 @@ def export(
     """Write a network as one self-contained ONNX file."""
     fixed_batch = None if batch == "dynamic" else _number(batch, "--batch", "a number, or 'dynamic'")
     size = None if image_size in (None, "dynamic") else _image_size(image_size)
-    stages = None if features is None else _numbers(features, "--features")
+    stages = None if features is None else _numbers(features, "--features", "0,1,2,3")
     name = variant or str(config or "")
     if source is None:
         if not name or (variant and config):
@@ -142,6 +142,8 @@ def export(
                 f"export takes one of --variant NAME, --config FILE.yaml and --from FILE. "
                 f"Variants: {', '.join(VARIANTS)}."
             )
+        if config is not None and config.suffix not in (".yaml", ".yml"):
+            raise DatDeployError(f"--config got '{config}'; it takes a .yaml file of LeapLabTHU/DAT or like it.")
         if variant:
             get_variant(variant)  # before torch is loaded
         target = output or Path(f"{Path(name).stem if config else name}.onnx")
@@ -242,7 +244,7 @@ def validate(
     report.raise_if_failed()
     out.print(report.verdict)
     network = report.engine.network
-    if network.name not in VARIANTS:
+    if network.name not in VARIANTS or network.stages != VARIANTS[network.name].stages:  # a configuration of one's own
         _next("bench", "--engine", engine)
         return
     engines = ("--engine", f"pytorch:{network.name}", "--engine", engine)
@@ -272,7 +274,7 @@ def bench(
     """Time engines side by side, each in its own process, in turns."""
     sizes = _numbers(batch, "--batch")
     pixels = None if image_size is None else _image_size(image_size)
-    stages = None if features is None else _numbers(features, "--features")
+    stages = None if features is None else _numbers(features, "--features", "0,1,2,3")
     _check_pytorch_options(engine, checkpoint, features)
     from dat_deploy import benchmark as library
     from dat_deploy.files import check_output
@@ -530,8 +532,8 @@ def _number(text: str, option: str, accepted: str) -> int:
         raise DatDeployError(f"{option} got '{text}'; it takes {accepted}.") from None
 
 
-def _numbers(text: str, option: str) -> list[int]:
-    return [_number(part, option, "numbers such as 1,8,32") for part in text.split(",")]
+def _numbers(text: str, option: str, example: str = "1,8,32") -> list[int]:
+    return [_number(part, option, f"numbers such as {example}") for part in text.split(",")]
 
 
 def _image_size(text: str) -> tuple[int, int]:

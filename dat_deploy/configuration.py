@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from dat_deploy.errors import ShapeError, VariantError
+from dat_deploy.errors import VariantError
 from dat_deploy.typed_json import typed
 from dat_deploy.variants import PATCH_SIZE, StageConfig, Variant, get_variant
 
@@ -134,11 +134,6 @@ def find_variant(
         variant = get_variant(name)
     if image_size is not None:
         variant = variant.with_image_size(*image_size)
-        if (stage := _stage_without_points(variant)) is not None:
-            raise ShapeError(
-                f"image size {image_size[0]}x{image_size[1]} is too small for variant '{variant.name}': "
-                f"the stride of stage {stage} leaves it too few sampled points. Use a larger image."
-            )
     return variant if features is None else variant.as_backbone(features)
 
 
@@ -366,21 +361,6 @@ def _check_sizes(variant: Variant, options: Options) -> None:
             f"DATA.IMG_SIZE is {size} (224 if not set) and MODEL.DAT.img_size {variant.trained_size}; without ksizes "
             f"(the first paper's code) they are equal. Make them so, and choose another size with --image-size."
         )
-    if (stage := _stage_without_points(variant)) is not None:
-        raise options.refusal("strides", f"it leaves too few sampled points at image size {size}", stage)
-
-
-def _stage_without_points(variant: Variant) -> int | None:
-    """DAT samples one point at least; DAT+ and DAT++ divide by the sides of the grid less one, so two by two."""
-    least = 1 if variant.half_pixel_queries else 2
-    return next(
-        (
-            i
-            for i, stage in enumerate(variant.stages)
-            if "D" in stage.blocks and min(stage.sampled_map(*variant.feature_map(i))) < least
-        ),
-        None,
-    )
 
 
 def _shown(value: Any) -> str:

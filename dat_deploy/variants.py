@@ -19,7 +19,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 PATCH_SIZE = 4
 TOTAL_STRIDE = 32  # the patch and three halvings
-MIN_SIDE = 2 * TOTAL_STRIDE  # in pixels: DAT++ divides by the sides of its maps less one, so none may be 1
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,22 @@ class Variant:
 
     @property
     def min_side(self) -> int:
-        """The shortest side of an image, in pixels."""
-        return max(self.side_multiple, MIN_SIDE)
+        """The shortest side of an image, in pixels.
+
+        DAT+ and DAT++ divide by the sides of their maps and sampled grids less one, so none of them may be 1.
+        """
+        least = 1 if self.family == "DAT" else 2
+        side = self.side_multiple
+        while True:
+            maps = [side // (PATCH_SIZE * 2**i) for i in range(len(self.stages))]
+            sampled = [
+                stage.sampled_map(size, size)[0]
+                for stage, size in zip(self.stages, maps, strict=True)
+                if "D" in stage.blocks
+            ]
+            if min(maps + sampled) >= least:
+                return side
+            side += self.side_multiple
 
     def with_image_size(self, height: int, width: int) -> "Variant":
         """The same network for another image size; the resize before the crop grows in proportion.

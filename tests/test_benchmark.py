@@ -430,8 +430,8 @@ def _edited(**changes: Any) -> str:
 
 NOT_RECORDS = [
     ("{", "not a benchmark record: Expecting property name enclosed in double quotes: line 1 column 2 (char 1). "),
-    ("[]", "not a benchmark record of this version: schema_version is None and must be 1. "),
-    (_edited(schema_version=2), "not a benchmark record of this version: schema_version is 2 and must be 1. "),
+    ("[]", "not a benchmark record of this version: schema_version is None and must be 2. "),
+    (_edited(schema_version=1), "not a benchmark record of this version: schema_version is 1 and must be 2. "),
     (_edited(extra=1), "not a benchmark record: record lacks, or should not have: extra. "),
     (_edited(date=7), "not a benchmark record: record.date is 7 and should be <class 'str'>. "),
     (_edited(rows=[{}]), "not a benchmark record: record.rows[0] lacks, or should not have: batch, "),

@@ -248,15 +248,19 @@ def test_seeded_weights_have_the_scales_of_a_meaningful_network() -> None:
         assert scale[name] == (pytest.approx(mean, abs=slack * std), pytest.approx(std, rel=slack)), name
 
 
-def test_a_seeded_network_samples_away_from_its_grid_and_tells_images_apart() -> None:
-    model = load_model("tiny")
+@pytest.mark.parametrize("name", ["tiny", "pp-tiny"])
+def test_a_seeded_network_samples_away_from_its_grid_and_tells_images_apart(name: str) -> None:
+    model = load_model(name)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         logits = model(images)
-        _, locations = model.forward_features(images)
+        outputs, sampled = model.forward_features(images)
     assert logits.isfinite().all()
     assert (logits[0] - logits[1]).abs().max() > 0.1
-    assert all(points.std(dim=0).max() > 0.01 for points in locations.values())  # offsets depend on the image
+    assert all(0.1 < features.std() < 20 for features in outputs)
+    for points in sampled.values():
+        assert points.locations.std(dim=0).max() > 0.01  # offsets depend on the image
+        assert (points.locations.abs() < 1).double().mean() > 0.5  # most are not clamped
 
 
 def test_an_unknown_variant_is_refused() -> None:
@@ -308,18 +312,25 @@ def test_converting_what_fits_no_variant_is_refused_and_writes_nothing(
     path = save(tmp_path / "mini.pth", tensors)
     with pytest.raises(CheckpointError) as caught:
         convert_checkpoint(path, tmp_path / "out.safetensors")
-    assert str(caught.value) == f"{path} fits no variant: tiny, small, base, base-384."
+    assert str(caught.value) == f"{path} fits no variant: {', '.join(VARIANTS)}."
     assert [p.name for p in tmp_path.iterdir()] == ["mini.pth"]
 
 
 # --- a checkpoint of another network ---
 
+TWINS = {"pp-base", "pp-base-384"}  # the same tensors; they differ in their image size
 
-@pytest.mark.parametrize(("actual", "wanted"), [(a, w) for a in VARIANTS for w in VARIANTS if a != w])
+
+@pytest.mark.parametrize(
+    ("actual", "wanted"), [(a, w) for a in VARIANTS for w in VARIANTS if not {a, w} <= TWINS and a != w]
+)
 def test_a_checkpoint_of_another_variant_names_the_one_it_fits(actual: str, wanted: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": hollow_tensors(VARIANTS[actual])}, path)
-    assert refusal(path, VARIANTS[wanted]).endswith(f". It fits variant '{actual}'; use --variant {actual}.")
+    advice = f". It fits variant '{actual}'; use --variant {actual}."
+    if actual in TWINS:
+        advice = ". It fits variant 'pp-base' or 'pp-base-384'; use --variant pp-base or --variant pp-base-384."
+    assert refusal(path, VARIANTS[wanted]).endswith(advice)
 
 
 def test_a_checkpoint_of_another_variant_names_tensors_and_shapes(tmp_path: Path) -> None:
@@ -340,7 +351,7 @@ def test_missing_unknown_and_misshapen_tensors_are_all_named(tensors: dict[str, 
     assert refusal(path) == (
         f"{path} is not a checkpoint of variant 'mini': missing: cls_norm.norm.weight (64); "
         "unknown: temperature\\n\\x1b[2J (); cls_norm.norm.bias is 3 instead of 64. "
-        "It fits none of: tiny, small, base, base-384."
+        f"It fits none of: {', '.join(VARIANTS)}."
     )
 
 
@@ -348,7 +359,8 @@ def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "finetuned.pth"
     torch.save({"model": hollow_tensors(replace(VARIANTS["tiny"], classes=10))}, path)
     assert refusal(path, VARIANTS["tiny"]) == (
-        f"{path} classifies into 10 classes and variant 'tiny' into 1000. Heads of another size are not supported."
+        f"{path} classifies into 10 classes and variant 'tiny' into 1000. Give its own configuration "
+        f"instead: --config FILE.yaml with num_classes: 10."
     )
 
 

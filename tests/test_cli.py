@@ -157,15 +157,15 @@ def names(folder: Path) -> list[str]:
 MISTAKES = {
     "unknown variant": (
         ["export", "--variant", "tinny", "--output", "{folder}/out.onnx"],
-        "no variant 'tinny'. Did you mean tiny? Variants: tiny, small, base, base-384.",
+        "no variant 'tinny'. Did you mean tiny or pp-tiny? Variants: {variants}.",
     ),
     "unknown variant, several near": (
         ["export", "--variant", "base384", "--output", "{folder}/out.onnx"],
-        "no variant 'base384'. Did you mean base-384 or base? Variants: tiny, small, base, base-384.",
+        "no variant 'base384'. Did you mean base-384 or pp-base-384 or base? Variants: {variants}.",
     ),
     "no variant": (
         ["export", "--output", "{folder}/out.onnx"],
-        "export takes --variant NAME or --from FILE. Variants: tiny, small, base, base-384.",
+        "export takes one of --variant NAME, --config FILE.yaml and --from FILE. Variants: {variants}.",
     ),
     "unknown lowering": (
         ["export", "--variant", "tiny", "--output", "{folder}/out.onnx", "--lowering", "hats"],
@@ -224,8 +224,51 @@ MISTAKES = {
     ),
     "relowering with a setting that needs an export": (
         ["export", "--from", "{mini}", "--output", "{folder}/out.onnx", "--batch", "4"],
-        "--from changes nothing but --lowering; --variant, --checkpoint, --batch, --image-size and --opset need a new "
-        "export, without --from.",
+        "--from changes nothing but --lowering; every other option needs a new export, without --from.",
+    ),
+    "variant and configuration": (
+        ["export", "--variant", "tiny", "--config", "{folder}/dat.yaml", "--output", "{folder}/out.onnx"],
+        "export takes one of --variant NAME, --config FILE.yaml and --from FILE. Variants: {variants}.",
+    ),
+    "missing configuration": (
+        ["export", "--config", "{folder}/dat.yaml", "--output", "{folder}/out.onnx"],
+        "cannot read {folder}/dat.yaml: No such file or directory.",
+    ),
+    "configuration of another ending": (
+        ["export", "--config", "{folder}/notes.txt", "--output", "{folder}/out.onnx"],
+        "--config got '{folder}/notes.txt'; it takes a .yaml file of LeapLabTHU/DAT or like it.",
+    ),
+    "size that DAT++ does not take": (
+        ["export", "--variant", "pp-tiny", "--output", "{folder}/out.onnx", "--image-size", "230x32"],
+        "image size 230x32 does not fit variant 'pp-tiny': its sides are multiples of 32 px, from 64 px on. "
+        "Nearest that work: 224x64 or 256x64.",
+    ),
+    "dynamic size of a network with windows": (
+        ["export", "--variant", "tiny", "--output", "{folder}/out.onnx", "--image-size", "dynamic"],
+        "variant 'tiny' cannot have a dynamic image size: its windows and bias tables are made for one. "
+        "Export it once for each with --image-size HEIGHTxWIDTH.",
+    ),
+    "sampling locations of a dynamic size": (
+        ["export", "--variant", "pp-tiny", "--output", "{folder}/out.onnx", "--image-size", "dynamic"]
+        + ["--sampling-locations"],
+        "--sampling-locations needs a fixed image size, since the number of points follows from it. "
+        "Give --image-size HEIGHTxWIDTH.",
+    ),
+    "features that are no stages": (
+        ["export", "--variant", "tiny", "--output", "{folder}/out.onnx", "--features", "1,4"],
+        "features 1,4 are not stages of 'tiny'; they are some of 0,1,2,3, in this order, each once.",
+    ),
+    "features that are no numbers": (
+        ["export", "--variant", "tiny", "--output", "{folder}/out.onnx", "--features", "all"],
+        "--features got 'all'; it takes numbers such as 0,1,2,3.",
+    ),
+    "features of a file": (
+        ["bench", "--engine", "{mini}", "--features", "0"],
+        "--features is for pytorch:VARIANT, but {mini} holds its own; leave the option out.",
+    ),
+    "another size of a fixed file": (
+        ["validate", "--engine", "{mini}", "--image-size", "320"],
+        "{mini} is made for images of 224x224, not 320x320. Export it again with --image-size 320x320.",
     ),
     "missing engine file": (
         ["validate", "--engine", "{folder}/tiny.onnx"],
@@ -304,7 +347,7 @@ def test_a_mistake_is_one_whole_sentence_and_exit_code_1(
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), tmp_path / "foreign.onnx")
     before = names(tmp_path)
     outcome = run(*(word.format(folder=tmp_path, mini=mini_onnx) for word in words))
-    assert outcome.error == sentence.format(folder=tmp_path, mini=mini_onnx)
+    assert outcome.error == sentence.format(folder=tmp_path, mini=mini_onnx, variants=", ".join(VARIANTS))
     assert (outcome.code, outcome.out) == (1, "")
     assert names(tmp_path) == before
 

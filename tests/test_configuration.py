@@ -300,7 +300,7 @@ def test_training_options_and_those_of_other_blocks_are_ignored(tmp_path: Path) 
         ),
         (
             {"img_size": 80},
-            "MODEL.DAT.img_size is 80; this network takes multiples of 32 from 64 on for its windows to tile the maps.",
+            "MODEL.DAT.img_size is 80; this network takes multiples of 32 from 32 on for its windows to tile the maps.",
         ),
         (
             {"img_size": 96},
@@ -357,7 +357,7 @@ def test_what_the_first_papers_networks_cannot_have_is_refused(
             "MODEL.DAT.offset_range_factor is [1, 2, 'x', 4]; it takes a list of four numbers, one a stage.",
         ),
         ({"use_conv_patches": "yes"}, "MODEL.DAT.use_conv_patches is 'yes'; it takes True or False."),
-        ({"strides": [60, 4, 2, 1]}, "MODEL.DAT.strides[0] is 60; it leaves too few sampled points at image size 224."),
+        ({"strides": [60, 4, 2, 1]}, "DATA.IMG_SIZE is 224; this network takes multiples of 32 from 256 on."),
         ({"img_size": 230}, "MODEL.DAT.img_size is 230; this network takes multiples of 32 from 64 on."),
         ({"img_size": 32}, "MODEL.DAT.img_size is 32; this network takes multiples of 32 from 64 on."),
     ],
@@ -511,6 +511,6 @@ def test_find_variant_refuses_an_image_that_leaves_too_few_points(tmp_path: Path
     with pytest.raises(ShapeError) as caught:
         find_variant(str(path), image_size=(64, 96))
     assert str(caught.value) == (
-        "image size 64x96 is too small for variant 'mine': "
-        "the stride of stage 0 leaves it too few sampled points. Use a larger image."
+        "image size 64x96 does not fit variant 'mine': its sides are multiples of 32 px, from 96 px on. "
+        "Nearest that work: 96x96."
     )

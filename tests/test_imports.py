@@ -11,13 +11,13 @@ PACKAGE = Path(dat_deploy.__file__).parent
 
 # Lowest first; a module may import its own layer and what is before it.
 LAYERS = [
-    {"errors", "variants", "files", "preprocess", "labels", "photographs", "metadata", "typed_json"},
+    {"errors", "variants", "configuration", "files", "preprocess", "labels", "photographs", "metadata", "typed_json"},
     {"plugins"},
     {"untrusted", "model", "checkpoint"},
     {"export"},
     {"engine"},
     {"runners"},
-    {"validate", "benchmark", "serving", "classify", "doctor"},
+    {"validate", "benchmark", "serving", "classify", "visualize", "doctor"},
     {"api", "cli"},
 ]
 HOMES = {

@@ -92,7 +92,7 @@ class _MixesSlots(Runner):
         self.description = inner.description
 
     def _run(self, images_nchw):
-        return np.roll(self.inner(images_nchw), 1, axis=0)
+        return {name: np.roll(output, 1, axis=0) for name, output in self.inner.outputs(images_nchw).items()}
 
     def open_graph(self, onnx_model):
         return self.inner.open_graph(onnx_model)

@@ -112,7 +112,8 @@ def lower(model: ir.Model, lowering: str) -> ir.Model:
     boundaries = [_Boundary.of(node) for node in nodes]
     model.functions.clear()
     if lowering != "plugin":
-        bodies = function_bodies(lowering, model.opset_imports[""])
+        used = {node.op_type for node in nodes}
+        bodies = [body for body in function_bodies(lowering, model.opset_imports[""]) if body.name in used]
         if lowering == "function":
             model.functions.update({body.identifier(): body for body in map(ir.serde.deserialize_function, bodies)})
         else:

@@ -108,14 +108,15 @@ class Runner(abc.ABC):
                 f"{self.description.name}: input 'image' has type {images_nchw.dtype}; it takes normalised float32. "
                 f"Use dat_deploy.preprocess."
             )
-        shape = images_nchw.shape
-        batch = self.description.batch
-        if len(shape) != 4 or shape[0] == 0 or shape[1] != 3 or batch not in (None, shape[0]):
-            sides = (
-                "height, width"
-                if self.description.dynamic_image_size
-                else "{}, {}".format(*self.description.image_size)
-            )
+        shape, batch, fixed = images_nchw.shape, self.description.batch, not self.description.dynamic_image_size
+        if (
+            len(shape) != 4
+            or shape[0] == 0
+            or shape[1] != 3
+            or batch not in (None, shape[0])
+            or (fixed and shape[2:] != self.description.image_size)
+        ):
+            sides = "{}, {}".format(*self.description.image_size) if fixed else "height, width"
             raise ShapeError(
                 f"{self.description.name}: input 'image' has shape {list(shape)}; it takes "
                 f"[{batch or 'any batch'}, 3, {sides}]. Export again with --batch or --image-size for another."

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dat_deploy.benchmark.plotting import check_plot
 from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError, VerificationError
 from dat_deploy.files import check_output
 from dat_deploy.model import reference_points
@@ -15,7 +16,7 @@ from dat_deploy.preprocess import preprocess, read_image
 from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
 from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.variants import Variant
-from dat_deploy.visualize.plotting import BlockPoints, check_plot, distances_px, plot_points
+from dat_deploy.visualize.plotting import BlockPoints, distances_px, plot_points
 
 __all__ = ["BlockSummary", "Visualization", "pixels_from_locations", "visualize"]
 
@@ -101,7 +102,7 @@ def visualize(
 
 
 def pixels_from_locations(
-    locations: NDArray[np.floating], feature_map: tuple[int, int], image_size: tuple[int, int]
+    locations: NDArray[np.float64], feature_map: tuple[int, int], image_size: tuple[int, int]
 ) -> NDArray[np.float64]:
     """Where on the picture a location on a feature map is.
 
@@ -115,7 +116,7 @@ def pixels_from_locations(
     """
     sides = np.array(feature_map)
     strides = np.array(image_size) / sides
-    return ((locations.astype(np.float64) + 1) / 2 * (sides - 1) + 0.5) * strides - 0.5  # type: ignore[no-any-return]
+    return np.asarray(((locations + 1) / 2 * (sides - 1) + 0.5) * strides - 0.5)
 
 
 def _open(engine: str, checkpoint: Path | None, image_size: tuple[int, int] | None) -> Runner:
@@ -151,8 +152,8 @@ def _check_same_network(described: Sequence[EngineDescription]) -> None:
     first, last = described[0], described[-1]
     if first.preprocessing != last.preprocessing or first.network.stages != last.network.stages:
         raise ShapeError(
-            f"{first.name} is {_network(first)}, {last.name} is {_network(last)}; a drift is between the same points of "
-            f"one network and image size. Name two engines of one variant, and give --image-size to those that take it."
+            f"{first.name} is {_network(first)}, {last.name} is {_network(last)}; a drift is between "
+            f"points of one network at one image size. Name two engines of one variant, or give --image-size."
         )
 
 
@@ -162,33 +163,39 @@ def _network(about: EngineDescription) -> str:
 
 def _sampled_points(runner: Runner, image_nchw: NDArray[np.float32]) -> list[BlockPoints]:
     about = runner.description
+    network = about.network
     outputs = runner.outputs(np.repeat(image_nchw, about.batch or 1, axis=0))
     points = []
-    for i, j in _deformable_blocks(about.network):
-        locations, attention = outputs[f"sampling_locations_{i}_{j}"][0], outputs[f"attention_{i}_{j}"][0]
-        for name, values in (("sampling_locations", locations), ("attention", attention)):
-            if not np.isfinite(values).all():
-                wrong = np.count_nonzero(~np.isfinite(values))
-                raise VerificationError(
-                    f"{about.name}: output '{name}_{i}_{j}' has {wrong} of {values.size} values that are NaN or "
-                    f"infinite, so there is nothing to draw. Find out why with: dat-deploy validate --engine {about.name}"
-                )
-        groups, height, width, _ = locations.shape
-        stage = about.network.stages[i]
-        unmoved = reference_points(height, width, half_pixel=about.network.half_pixel_queries).numpy()
-        if stage.offset_range_factor < 0:
+    for i, j in _deformable_blocks(network):
+        locations = _finite(about, f"sampling_locations_{i}_{j}", outputs)  # G, Hk, Wk, 2
+        attention = _finite(about, f"attention_{i}_{j}", outputs)  # G, Hk, Wk
+        groups, height, width = attention.shape
+        unmoved = reference_points(height, width, half_pixel=network.half_pixel_queries).double().numpy()
+        if network.stages[i].offset_range_factor < 0:
             unmoved = unmoved.clip(-1, 1)  # as the network does with the sum
-        feature_map = about.network.feature_map(i)
+        sizes = network.feature_map(i), network.image_size
         points.append(
             BlockPoints(
                 stage=i,
                 block=j,
-                pixels=pixels_from_locations(locations, feature_map, about.image_size).reshape(groups, -1, 2),
-                unmoved=pixels_from_locations(unmoved, feature_map, about.image_size).reshape(-1, 2),
-                attention=attention.reshape(groups, -1).astype(np.float64) * height * width,
+                pixels=pixels_from_locations(locations, *sizes).reshape(groups, -1, 2),
+                unmoved=pixels_from_locations(unmoved, *sizes).reshape(-1, 2),
+                attention=attention.reshape(groups, -1) * (height * width),
             )
         )
     return points
+
+
+def _finite(about: EngineDescription, name: str, outputs: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
+    """The output `name` for the first image."""
+    values: NDArray[np.float64] = outputs[name][0].astype(np.float64)
+    wrong = values.size - np.count_nonzero(np.isfinite(values))
+    if wrong:
+        raise VerificationError(
+            f"{about.name}: {wrong} of {values.size} values of output '{name}' are NaN or infinite; a picture needs "
+            f"finite ones. Find the cause with: dat-deploy validate --engine {about.name}"
+        )
+    return values
 
 
 def _summary(network: Variant, versions: Sequence[BlockPoints]) -> BlockSummary:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dat_deploy.benchmark.plotting import check_plot
 from dat_deploy.files import atomic_output
 from dat_deploy.runners.base import EngineDescription
 
@@ -56,7 +55,7 @@ class BlockPoints:
 
 def distances_px(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
     """[..., 2] twice -> [...]."""
-    return np.linalg.norm(a - b, axis=-1)  # type: ignore[no-any-return]  # numpy's stub
+    return np.asarray(np.linalg.norm(a - b, axis=-1))
 
 
 def plot_points(
@@ -71,9 +70,8 @@ def plot_points(
     """Write `figure_from_points` as a PNG.
 
     Raises:
-        UnsupportedError, OutputError: as `check_plot` and `atomic_output`.
+        OutputError: as `atomic_output`.
     """
-    check_plot(path)
     figure = figure_from_points(photograph, name, engines, points)
     with atomic_output(path, force=force) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
@@ -132,8 +130,8 @@ def figure_from_points(
 
 
 def _backdrop(photograph: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The photograph in grey and with less contrast: colour belongs to the groups, black and white to their outlines."""
-    return photograph.mean(axis=-1) * 0.6 + 0.22
+    """[H, W], grey and with less contrast: colour belongs to the groups, black and white to the marks' outlines."""
+    return np.asarray(photograph.mean(axis=-1) * 0.6 + 0.22)
 
 
 def _margin(points: Sequence[Sequence[BlockPoints]], image_size: tuple[int, int]) -> float:
@@ -274,8 +272,8 @@ def _draw_key(axes: "Axes", groups: int, unit_area: float, engines: Sequence[Eng
 
 def _small_print(engines: Sequence[EngineDescription], name: str) -> str:
     lines = [
-        f"{about.name}: {about.runtime} {about.runtime_version}, {about.device}, {about.precision}, weights: "
-        f"{about.weights_source} (sha256 {about.weights_sha256[:12]})"
+        f"{about.name}: {about.runtime} {about.runtime_version.split('-')[0]}, {about.device}, {about.precision}, "
+        f"weights: {about.weights_source} (sha256 {about.weights_sha256[:12]})"
         for about in engines
     ]
     height, width = engines[0].image_size

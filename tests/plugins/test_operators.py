@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dat_deploy import plugins
 from dat_deploy.export.lowering import LOWERINGS, function_bodies
@@ -22,16 +23,32 @@ BODIES = [lowering for lowering in LOWERINGS if lowering != "plugin"]
 Inputs = dict[str, Tensor]
 
 
-def session(operator: str, lowering: str, inputs: Inputs, attributes: dict[str, int], opset: int = 18):
-    """The operator as one node with its body; the first axis is dynamic, as the batch of an exported file is."""
+def session(
+    operator: str,
+    lowering: str,
+    inputs: Inputs,
+    attributes: dict[str, int],
+    opset: int = 18,
+    free: tuple[str, ...] = (),
+):
+    """The operator as one node with its body; the first axis is dynamic, as the batch of an exported file is.
+
+    Of the inputs in `free` no size is known.
+    """
     node = onnx.helper.make_node(operator, list(inputs), ["out"], domain=DOMAIN_NAME, **attributes, **PLUGIN_ATTRIBUTES)
-    shapes = {name: ["batch", *value.shape[1:]] for name, value in inputs.items()}
-    if "relative_position_bias_table" in inputs:
-        shapes["relative_position_bias_table"] = list(inputs["relative_position_bias_table"].shape)
+    weights = ("relative_position_bias_table", "padding_qkv")
+    shapes = {
+        name: list(value.shape) if name in weights else ["batch", *value.shape[1:]] for name, value in inputs.items()
+    }
     graph = onnx.helper.make_graph(
         [node],
         "operator",
-        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+        [
+            onnx.helper.make_tensor_value_info(
+                name, onnx.TensorProto.FLOAT, [f"{name}_{i}" for i in range(len(shape))] if name in free else shape
+            )
+            for name, shape in shapes.items()
+        ],
         [onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, None)],
     )
     model = onnx.helper.make_model(
@@ -61,7 +78,7 @@ def locations(kind: str, shape: tuple[int, ...], size: tuple[int, int]) -> Tenso
     generator = torch.Generator().manual_seed(3)
     if kind == "network":
         offsets = torch.randn(*shape, 2, generator=generator).tanh() * 2 / torch.tensor(shape[-2:])
-        return reference_points(*shape[-2:]) + offsets
+        return reference_points(*shape[-2:], half_pixel=True) + offsets
     axes = []
     for side in size:
         index = torch.randint(-1, side, shape, generator=generator).float()
@@ -124,6 +141,94 @@ def test_window_attention_body_is_exact(lowering, height, width, window_size, sh
     assert_body_is_exact("window_attention", lowering, inputs, attributes)
 
 
+NEIGHBORHOODS = [
+    (height, width, kernel_size, dilation)
+    for height, width in [(1, 1), (3, 9), (7, 7), (8, 13), (30, 17)]
+    for kernel_size in (3, 5, 7, 13)
+    for dilation in (1, 2, 3)
+]
+
+
+def neighborhood_inputs(height: int, width: int, kernel_size: int, heads: int = 2, head_dim: int = 4) -> Inputs:
+    side = 2 * kernel_size - 1
+    return {
+        "qkv": torch.randn(2, height, width, 3 * heads * head_dim),
+        "padding_qkv": torch.randn(3 * heads * head_dim),
+        "relative_position_bias_table": torch.randn(heads, side, side),
+    }
+
+
+@pytest.mark.parametrize(("height", "width", "kernel_size", "dilation"), NEIGHBORHOODS)
+@pytest.mark.parametrize("lowering", ["function", "hat"])  # gather and gridsample have the body of function
+def test_neighborhood_attention_body_is_exact(lowering, height, width, kernel_size, dilation):
+    inputs = neighborhood_inputs(height, width, kernel_size)
+    attributes = {"num_heads": 2, "kernel_size": kernel_size, "dilation": dilation}
+    assert_body_is_exact("neighborhood_attention", lowering, inputs, attributes)
+
+
+def brute_force_neighborhood_attention(inputs: Inputs, num_heads: int, kernel_size: int, dilation: int) -> Tensor:
+    """Pixel by pixel, from the definition: K neighbors an axis of the same remainder, the nearest K that exist."""
+    qkv, padding, table = inputs.values()
+    batch, height, width, channels3 = qkv.shape
+    canvas = padding.repeat(batch, max(height, kernel_size * dilation), max(width, kernel_size * dilation), 1)
+    canvas[:, :height, :width] = qkv
+    q, k, v = canvas.reshape(*canvas.shape[:3], 3, num_heads, -1).unbind(3)  # B, H, W, M, D
+
+    def neighbors(pixel: int, length: int) -> list[int]:
+        same = list(range(pixel % dilation, length, dilation))
+        first = min(max(same.index(pixel) - kernel_size // 2, 0), len(same) - kernel_size)
+        return same[first : first + kernel_size]
+
+    out = torch.empty(batch, height, width, num_heads, channels3 // 3 // num_heads, dtype=qkv.dtype)
+    for y in range(height):
+        for x in range(width):
+            pairs = [(i, j) for i in neighbors(y, canvas.shape[1]) for j in neighbors(x, canvas.shape[2])]
+            scores = torch.stack([(q[:, y, x] * k[:, i, j]).sum(-1) for i, j in pairs], dim=-1)  # B, M, K²
+            steps = [((i - y) // dilation + kernel_size - 1, (j - x) // dilation + kernel_size - 1) for i, j in pairs]
+            bias = torch.stack([table[:, dy, dx] for dy, dx in steps], dim=-1)
+            weights = (scores / q.shape[-1] ** 0.5 + bias).softmax(dim=-1)
+            out[:, y, x] = sum(weights[..., n, None] * v[:, i, j] for n, (i, j) in enumerate(pairs))
+    return out.flatten(-2)
+
+
+@pytest.mark.parametrize(("height", "width", "kernel_size", "dilation"), NEIGHBORHOODS)
+def test_neighborhood_attention_is_the_sum_over_the_neighbors(height, width, kernel_size, dilation):
+    inputs = {name: value.double() for name, value in neighborhood_inputs(height, width, kernel_size).items()}
+    expected = brute_force_neighborhood_attention(inputs, 2, kernel_size, dilation)
+    got = REFERENCE.neighborhood_attention(*inputs.values(), 2, kernel_size, dilation)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_neighborhood_attention_never_holds_all_pairs_of_pixels():
+    """[H·W, H·W] of this map would be 1.3e8 scores a head; a row of the window makes W² · H of them."""
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            nonlocal largest
+            result = function(*arguments, **(keywords or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    inputs = neighborhood_inputs(96, 120, 7, heads=1)
+    with Sizes():
+        REFERENCE.neighborhood_attention(*inputs.values(), 1, 7, 1)
+    assert 0 < largest <= 2 * 96 * 120 * 120  # a batch of two
+
+
+@pytest.mark.parametrize("lowering", ["function", "hat"])
+def test_neighborhood_body_reads_its_sizes_at_run_time(lowering):
+    inputs = neighborhood_inputs(9, 10, 7)
+    attributes = {"num_heads": 2, "kernel_size": 7, "dilation": 1}
+    run = session("neighborhood_attention", lowering, inputs, attributes, free=("qkv",))
+    for height, width in ((3, 4), (7, 30), (23, 14)):
+        inputs["qkv"] = torch.randn(1, height, width, 24)
+        (got,) = run.run(None, {name: value.numpy() for name, value in inputs.items()})
+        expected = REFERENCE.neighborhood_attention(**inputs, **attributes)
+        np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("opset", [17, 19])
 @pytest.mark.parametrize("lowering", BODIES)
 def test_bodies_mean_the_same_in_opset(lowering, opset):
@@ -143,6 +248,8 @@ def test_bodies_mean_the_same_in_opset(lowering, opset):
     assert_body_is_exact(
         "window_attention", lowering, inputs, {"num_heads": 2, "window_size": 2, "shift_size": 1}, opset
     )
+    attributes = {"num_heads": 2, "kernel_size": 5, "dilation": 2}
+    assert_body_is_exact("neighborhood_attention", lowering, neighborhood_inputs(9, 12, 5), attributes, opset)
 
 
 def test_sampling_at_the_pixels_gives_the_map_back():
@@ -202,6 +309,7 @@ OPERATOR_SAMPLES = {
         *(torch.rand(2, 2, 3, 3, 2) * 2 - 1, torch.randn(4, 9, 11), 4, True),
     ),
     "window_attention": (torch.randn(2, 4, 6, 48), torch.randn(9, 2), 2, 2, 1),
+    "neighborhood_attention": (torch.randn(2, 4, 6, 48), torch.randn(48), torch.randn(2, 9, 9), 2, 5, 1),
 }
 
 

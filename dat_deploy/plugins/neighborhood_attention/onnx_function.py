@@ -14,6 +14,7 @@ from dat_deploy.plugins.onnx_domain import DOMAIN
 
 __all__ = ["BODIES", "HELPERS"]
 
+
 @onnxscript.script(DOMAIN, default_opset=op)
 def axis_tiles(size, kernel_size: int, dilation: int):
     """One axis cut into tiles, as integer tables; n tiles of T queries, and S keys that a tile needs at most.
