@@ -13,6 +13,7 @@ from dat_deploy.export import export, relower
 from dat_deploy.runners import open_runner
 from dat_deploy.validate import validate
 from dat_deploy.variants import VARIANTS as variants  # noqa: N811  # the command's name, not a constant's
+from dat_deploy.visualize import visualize
 
 __all__ = [
     "bench",
@@ -26,4 +27,5 @@ __all__ = [
     "relower",
     "validate",
     "variants",
+    "visualize",
 ]

@@ -309,8 +309,10 @@ def bench(
     if json_file is not None:
         _next("compare", json_file, "LATER.json")
     else:
-        engines = [word for name in engine for word in ("--engine", name)]
-        _next("bench", *engines, *_option("--checkpoint", checkpoint), "--json", "record.json", "--plot", "record.png")
+        again = [word for name in engine for word in ("--engine", name)]
+        for option, value in (("--checkpoint", checkpoint), ("--features", features), ("--image-size", image_size)):
+            again += [] if value is None else [option, str(value)]
+        _next("bench", *again, "--json", "record.json", "--plot", "record.png")
 
 
 @app.command()
@@ -369,6 +371,58 @@ def classify(
         out.print(f"note: the engine holds {result.engine.weights_source}, so these names mean nothing.")
     _write_json(asdict(result), json_file, force=force)
     _next("bench", "--engine", engine, *_option("--checkpoint", checkpoint))
+
+
+@app.command()
+def visualize(
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    engine: Annotated[
+        list[str],
+        typer.Option("--engine", help="pytorch:VARIANT, or a file of export --sampling-locations. Two: their drift."),
+    ],
+    checkpoint: CheckpointOption = None,
+    image_size: Annotated[
+        str | None, typer.Option("--image-size", help="Where an engine has the choice: pytorch:VARIANT.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: IMAGE.points.png.")] = None,
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Draw where the deformable blocks look, or how far two engines differ in it."""
+    pixels = None if image_size is None else _image_size(image_size)
+    _check_pytorch_options(engine, checkpoint, None)
+    from dat_deploy import visualize as library
+
+    _check_json(json_file, force=force)
+    target = output or Path(f"{image.stem}.points.png")
+    with err.status("looking"):
+        found = library.visualize(image, engine, target, checkpoint=checkpoint, image_size=pixels, force=force)
+    table = Table("block", box=None)
+    for heading in ("points", "moved px", "at most", "outside"):
+        table.add_column(heading, justify="right")
+    if len(engine) == 2:
+        table.add_column("drift px", justify="right")
+        table.add_column("at most", justify="right")
+    for row in found.blocks:
+        drift = () if row.median_drift_px is None else (f"{row.median_drift_px:.2g}", f"{row.largest_drift_px:.2g}")
+        table.add_row(
+            f"stages.{row.stage}.attns.{row.block}",
+            str(row.points),
+            f"{row.mean_offset_px:.1f}",
+            f"{row.largest_offset_px:.1f}",
+            f"{row.outside:.0%}",
+            *drift,
+        )
+    out.print(table)
+    out.print(f"picture: {found.path}")
+    if "random weights" in found.engines[0].weights_source:
+        out.print(f"note: the engine holds {found.engines[0].weights_source}, so these places mean nothing.")
+    _write_json(asdict(found), json_file, force=force)
+    if len(engine) == 2:
+        _next("validate", "--engine", engine[1], *_option("--checkpoint", checkpoint))
+    else:
+        name = found.engines[0].variant
+        _next("export", "--variant", name, "--sampling-locations", *_option("--checkpoint", checkpoint))
 
 
 @app.command()

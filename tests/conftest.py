@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,26 @@ import torch
 from dat_deploy.checkpoint import load_model
 from dat_deploy.export import LOWERINGS, export, relower
 from dat_deploy.model import DAT
+from dat_deploy.variants import VARIANTS, StageConfig, Variant
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def mini_pp() -> Variant:
+    """Every kind of block and option of DAT++ in a network that exports in seconds."""
+    shared: dict[str, Any] = {"neighborhood_size": 7, "offset_range_factor": -1.0}
+    shared |= {"local_perception": True, "depthwise_mlp": True}
+    return replace(
+        VARIANTS["pp-tiny"],
+        name="mini-pp",
+        stages=(
+            StageConfig(16, "ND", 2, offset_groups=1, offset_kernel_size=9, offset_stride=8, **shared),
+            StageConfig(32, "N", 2, **shared),
+            StageConfig(64, "D", 4, offset_groups=2, offset_kernel_size=5, offset_stride=2, **shared),
+            StageConfig(128, "DN", 4, offset_groups=4, offset_kernel_size=3, offset_stride=1, **shared),
+        ),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -395,3 +396,73 @@ def test_loading_and_converting_refuse_a_hostile_file(tensors: dict[str, Tensor]
     for read in (lambda: load_checkpoint(path, MINI), lambda: convert_checkpoint(path, tmp_path / "out.safetensors")):
         with pytest.raises(CheckpointError, match=r"asks for the Python object '.*system', which a checkpoint does"):
             read()
+
+
+# --- backbones ---
+
+BACKBONE = MINI.as_backbone((0, 1, 2, 3))
+
+
+def detector(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """As mmdetection saves one."""
+    state = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+    state |= {"neck.fpn_convs.0.conv.weight": torch.zeros(3), "roi_head.bbox_head.fc_cls.weight": torch.zeros(2)}
+    return {"meta": {"epoch": 12, "CLASSES": ("person", "bicycle")}, "state_dict": state, "optimizer": {"state": {}}}
+
+
+def test_the_backbone_of_a_detector_loads_with_its_output_norms(tmp_path: Path) -> None:
+    tensors = official_tensors(BACKBONE)
+    path = tmp_path / "mask_rcnn.pth"
+    torch.save(detector(tensors), path)
+    weights = load_checkpoint(path, BACKBONE)
+    assert weights.notes == ("the checkpoint's neck, roi_head are left out",)
+    for stage in range(4):
+        assert torch.equal(weights.state_dict[f"norms.{stage}.weight"], tensors[f"norms.{stage}.norm.weight"])
+    assert not any(name.startswith("cls_") for name in weights.state_dict)
+    model = load_model(BACKBONE, path)
+    assert len(model(torch.zeros(1, 3, 224, 224))) == 4
+
+
+def test_a_backbone_of_some_stages_leaves_the_other_norms_out(tmp_path: Path) -> None:
+    path = save(tmp_path / "backbone.pth", official_tensors(BACKBONE))
+    norms = [name for name in load_checkpoint(path, MINI.as_backbone((1, 2))).state_dict if name.startswith("norms.")]
+    assert norms == ["norms.1.weight", "norms.1.bias", "norms.2.weight", "norms.2.bias"]
+
+
+def test_a_classifier_becomes_a_backbone_and_the_note_says_what_its_norms_are(
+    tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = save(tmp_path / "mini.pth", tensors)
+    weights = load_checkpoint(path, BACKBONE)
+    assert weights.notes == (
+        "the checkpoint has no output LayerNorms (norms.0 to norms.3), as one of classification has none; "
+        "they get weight 1 and bias 0",
+    )
+    assert all(
+        torch.equal(weights.state_dict[f"norms.{i}.weight"], torch.ones(c)) for i, c in enumerate((8, 16, 32, 64))
+    )
+
+
+def test_a_backbone_does_not_classify(tmp_path: Path) -> None:
+    path = tmp_path / "detector.pth"
+    torch.save(detector(hollow_tensors(VARIANTS["pp-tiny"].as_backbone((0, 1, 2, 3)))), path)
+    assert refusal(path, VARIANTS["pp-tiny"]).endswith(
+        "It is a backbone of 'pp-tiny', without a head; use --variant pp-tiny, with --features 0,1,2,3."
+    )
+
+
+def test_a_detector_is_converted_without_its_other_parts(tmp_path: Path) -> None:
+    path = tmp_path / "detector.pth"
+    variant = VARIANTS["tiny"].as_backbone((0, 1, 2, 3))
+    torch.save(detector(hollow_tensors(variant)), path)
+    found, weights = convert_checkpoint(path, tmp_path / "backbone.safetensors")
+    assert found == variant
+    assert load_checkpoint(tmp_path / "backbone.safetensors", variant).sha256 == weights.sha256
+
+
+def test_a_checkpoint_that_fits_two_variants_is_converted_with_a_note(tmp_path: Path) -> None:
+    path = tmp_path / "pp.pth"
+    torch.save({"model": hollow_tensors(VARIANTS["pp-base"])}, path)
+    variant, weights = convert_checkpoint(path, tmp_path / "pp.safetensors")
+    assert variant.name == "pp-base"
+    assert weights.notes == ("the checkpoint fits pp-base-384 as well, which differs in its image size",)

@@ -25,6 +25,7 @@ import onnx.helper
 import pytest
 import torch
 import typer.main
+import yaml
 from PIL import ExifTags, Image
 from typer.core import TyperCommand, TyperGroup
 
@@ -46,6 +47,7 @@ MINI = replace(
         StageConfig(64, "LD", 4, 7, offset_groups=2, offset_kernel_size=3, offset_range_factor=2.0),
     ),
 )
+GOLDEN = Path(__file__).parent / "golden"
 ENTRY_POINT = "from dat_deploy.cli import main; main()"
 RUNTIME_NAMES = "pytorch, pytorch-compile, onnxruntime, onnxruntime-cuda, openvino, openvino-bf16"
 COFFEE = photographs(3)[2]
@@ -249,8 +251,16 @@ MISTAKES = {
         "Export it once for each with --image-size HEIGHTxWIDTH.",
     ),
     "sampling locations of a dynamic size": (
-        ["export", "--variant", "pp-tiny", "--output", "{folder}/out.onnx", "--image-size", "dynamic"]
-        + ["--sampling-locations"],
+        [
+            "export",
+            "--variant",
+            "pp-tiny",
+            "-o",
+            "{folder}/out.onnx",
+            "--image-size",
+            "dynamic",
+            "--sampling-locations",
+        ],
         "--sampling-locations needs a fixed image size, since the number of points follows from it. "
         "Give --image-size HEIGHTxWIDTH.",
     ),
@@ -330,6 +340,14 @@ MISTAKES = {
     "demo in a file": (
         ["demo", "--directory", "{folder}/notes.txt"],
         "cannot make folder {folder}/notes.txt: File exists; choose another --directory.",
+    ),
+    "points of an engine without them": (
+        ["visualize", str(COFFEE), "--engine", "{mini}", "--output", "{folder}/out.png"],
+        "{mini} gives logits and no sampling locations. Export it again with --sampling-locations to see its points.",
+    ),
+    "points of three engines": (
+        ["visualize", str(COFFEE), *["--engine", "pytorch:tiny"] * 3, "--output", "{folder}/out.png"],
+        "3 engines were named; visualize draws one, or two and their drift. Name one or two.",
     ),
     "missing record": (
         ["compare", "{folder}/a.json", "{folder}/b.json"],
@@ -680,7 +698,7 @@ def test_every_command_takes_json_and_force(name: str) -> None:
 
 @pytest.mark.usefixtures("mini")
 @pytest.mark.parametrize(
-    "name", ["variants", "convert", "export", "validate", "bench", "compare", "classify", "doctor"]
+    "name", ["variants", "convert", "export", "validate", "bench", "compare", "classify", "visualize", "doctor"]
 )
 def test_no_command_overwrites_a_json_file_without_force(
     name: str, run: Run, mini_onnx: Path, record: Path, tmp_path: Path
@@ -692,6 +710,7 @@ def test_no_command_overwrites_a_json_file_without_force(
         "bench": ["--engine", mini_onnx],
         "compare": [record, record],
         "classify": [COFFEE, "--engine", mini_onnx],
+        "visualize": [COFFEE, "--engine", "pytorch:mini", "--output", tmp_path / "out.png"],
     }
     path = tmp_path / "mine.json"
     path.write_text("mine")
@@ -699,13 +718,68 @@ def test_no_command_overwrites_a_json_file_without_force(
     assert outcome.error == f"{path} exists; pass --force to replace it, or choose another name."
     assert outcome.code == 1
     assert path.read_text() == "mine"
-    assert not {"out.safetensors", "out.onnx"} & set(names(tmp_path))  # refused before the work
+    assert not {"out.safetensors", "out.onnx", "out.png"} & set(names(tmp_path))  # refused before the work
     if name in ("variants", "compare", "classify", "doctor"):
         run(name, *words.get(name, []), "--json", path, "--force")
         json.loads(path.read_text())
 
 
 # --- what each command prints and does ---
+
+
+@pytest.mark.usefixtures("mini")
+def test_visualize_draws_two_engines_and_prints_their_drift(run: Run, tmp_path: Path) -> None:
+    exported = run("export", "--variant", "mini", "--sampling-locations", "--output", tmp_path / "points.onnx")
+    assert exported.code == 0
+    words = ["--engine", "pytorch:mini", "--engine", tmp_path / "points.onnx", "--output", tmp_path / "points.png"]
+    outcome = run("visualize", COFFEE, *words, "--json", tmp_path / "points.json")
+    assert outcome.code == 0
+    rows = [line.split() for line in outcome.out.splitlines()]
+    assert [row[0] for row in rows[1:3]] == ["stages.2.attns.1", "stages.3.attns.1"]
+    assert all(float(row[-1]) < 0.01 for row in rows[1:3])
+    assert outcome.next_words == ["validate", "--engine", str(tmp_path / "points.onnx")]
+    with Image.open(tmp_path / "points.png") as picture:
+        assert picture.format == "PNG"
+    blocks = json.loads((tmp_path / "points.json").read_text())["blocks"]
+    assert [(block["stage"], block["block"], block["points"]) for block in blocks] == [(2, 1, 392), (3, 1, 98)]
+
+
+def test_a_backbone_of_a_configuration_with_any_size_goes_all_the_way(
+    run: Run, mini_pp: Variant, tmp_path: Path
+) -> None:
+    """The detector's checkpoint, its YAML file, a dynamic file, validation at two sizes, timing."""
+    section = json.loads((GOLDEN / "manifests" / "pp-tiny.json").read_text())["config"] | {
+        "depths": [len(stage.blocks) for stage in mini_pp.stages],
+        "stage_spec": [list(stage.blocks) for stage in mini_pp.stages],
+        "dims": [stage.channels for stage in mini_pp.stages],
+        "dim_stem": mini_pp.stages[0].channels,
+        "heads": [stage.heads for stage in mini_pp.stages],
+        "groups": [stage.offset_groups or -1 for stage in mini_pp.stages],
+    }
+    config = tmp_path / "detector.yaml"
+    config.write_text(yaml.safe_dump({"MODEL": {"DAT": section}}))
+    backbone = mini_pp.as_backbone((0, 1, 2, 3))
+    tensors = torch.load(checkpoint_of(backbone, tmp_path / "bare.pth"))
+    tensors = {f"backbone.{name}": tensor for name, tensor in tensors.get("model", tensors).items()}
+    checkpoint = tmp_path / "mask_rcnn.pth"
+    torch.save({"meta": {"epoch": 12}, "state_dict": tensors | {"neck.conv.weight": torch.zeros(2)}}, checkpoint)
+
+    words = ["--config", config, "--checkpoint", checkpoint, "--features", "0,1,2,3", "--image-size", "dynamic"]
+    outcome = run("export", *words, "--output", tmp_path / "backbone.onnx")
+    assert outcome.code == 0, outcome.err
+    assert ": detector any size, batch dynamic, lowering function" in outcome.out
+    assert "note: the checkpoint's neck are left out" in outcome.out
+    assert outcome.next_words[:2] == ["validate", "--engine"]
+    words = ["--engine", tmp_path / "backbone.onnx", "--checkpoint", checkpoint, "--batch", "1"]
+    outcome = run("validate", *words, "--image-size", "96x128,128", "--json", tmp_path / "report.json")
+    assert outcome.code == 0, outcome.err
+    checks = json.loads((tmp_path / "report.json").read_text())["checks"]
+    assert {"photographs, 96x128", "photographs, 128x128", "coordinates: border"} <= {c["name"] for c in checks}
+    pytorch = f"pytorch:{config}"
+    words = ["--engine", pytorch, "--engine", tmp_path / "backbone.onnx", "--features", "0,1,2,3", "--image-size", "96"]
+    outcome = run("bench", *words, "--checkpoint", checkpoint, "--rounds", "1", "--seconds", "0.1")
+    assert outcome.code == 0, outcome.err
+    assert [line.split()[0] for line in outcome.out.splitlines()[1:3]] == [pytorch.rpartition("/")[2], "backbone.onnx"]
 
 
 def test_variants_prints_a_row_each(run: Run, tmp_path: Path) -> None:

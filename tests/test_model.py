@@ -112,8 +112,8 @@ def test_features_that_are_no_stages_are_refused(features):
     with pytest.raises(VariantError) as error:
         get_variant("pp-tiny").as_backbone(features)
     assert str(error.value) == (
-        f"features {','.join(map(str, features))} are not stages of 'pp-tiny'; they are some of 0,1,2,3, in this order, "
-        f"each once."
+        f"features {','.join(map(str, features))} are not stages of 'pp-tiny'; "
+        f"they are some of 0,1,2,3, in this order, each once."
     )
 
 

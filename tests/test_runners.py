@@ -80,6 +80,51 @@ def test_image_of_another_shape_is_refused(shape, tiny_onnx):
     )
 
 
+def test_dynamic_file_takes_the_sizes_of_its_network_and_says_so(pp_tiny_onnx):
+    with open_runner(str(pp_tiny_onnx["function"]), image_size=(96, 128)) as runner:
+        assert (runner.description.image_size, runner.description.dynamic_image_size) == ((96, 128), True)
+        assert runner.description.preprocessing.image_size == (96, 128)
+        assert runner(np.zeros((1, 3, 64, 96), dtype=np.float32)).shape == (1, 1000)
+        with pytest.raises(ShapeError) as error:
+            runner(np.zeros((1, 3, 100, 96), dtype=np.float32))
+        assert str(error.value) == (
+            "image size 100x96 does not fit variant 'pp-tiny': its sides are multiples of 32 px, from 64 px on. "
+            "Nearest that work: 96x96 or 128x96."
+        )
+        with pytest.raises(ShapeError, match=r"it takes \[any batch, 3, height, width\]"):
+            runner(np.zeros((1, 1, 96, 96), dtype=np.float32))
+
+
+def test_pytorch_of_dat_pp_takes_any_size_and_that_of_dat_one():
+    with open_runner("pytorch:pp-tiny", image_size=(64, 64)) as runner:
+        assert runner(np.zeros((1, 3, 64, 96), dtype=np.float32)).shape == (1, 1000)
+    with open_runner("pytorch:tiny") as runner, pytest.raises(ShapeError, match=r"it takes .any batch, 3, 224, 224."):
+        runner(np.zeros((1, 3, 448, 448), dtype=np.float32))
+
+
+def test_fixed_file_is_not_opened_for_another_size(tiny_onnx):
+    with pytest.raises(ShapeError) as error:
+        open_runner(str(tiny_onnx["function"]), image_size=(448, 448))
+    assert str(error.value) == (
+        f"{tiny_onnx['function']} is made for images of 224x224, not 448x448. "
+        f"Export it again with --image-size 448x448."
+    )
+
+
+def test_backbone_gives_no_logits():
+    with open_runner("pytorch:pp-tiny", features=(3,), image_size=(64, 64)) as runner:
+        images = np.zeros((1, 3, 64, 64), dtype=np.float32)
+        assert {name: value.shape for name, value in runner.outputs(images).items()} == {
+            "feature_map_3": (1, 512, 2, 2)
+        }
+        with pytest.raises(UnsupportedError) as error:
+            runner(images)
+    assert str(error.value) == (
+        "pytorch:pp-tiny is a backbone: it gives feature_map_3 and no logits. "
+        "Export it again without --features to classify."
+    )
+
+
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_plugin_file_is_refused_where_no_plugin_runs(runtime, tiny_onnx):
     engine = f"{runtime}:{tiny_onnx['plugin']}"

@@ -108,6 +108,36 @@ def test_runtime_that_mixes_up_slots_is_caught_only_by_batches(tiny_onnx, monkey
     assert failed(report) == {"photographs", "slots: images permuted"}
 
 
+class _RightAtOneSize(_MixesSlots):
+    """As a file is in which tracing froze a size."""
+
+    def _run(self, images_nchw):
+        outputs = self.inner.outputs(images_nchw)
+        if images_nchw.shape[2:] == (224, 224):
+            return outputs
+        return {name: output + 1 for name, output in outputs.items()}
+
+
+def test_dynamic_file_that_is_right_at_one_size_alone_is_caught(pp_tiny_onnx, monkeypatch):
+    monkeypatch.setattr(library, "open_runner", lambda *a, **k: _RightAtOneSize(open_runner(*a, **k)))
+    engine = str(pp_tiny_onnx["function"])
+    report = validate(engine, images=photographs(2), batches=[1])
+    assert failed(report)
+    assert all(name.endswith(", 256x320") for name in failed(report))
+    assert validate(engine, images=photographs(2), batches=[1], image_sizes=[(224, 224)]).passed
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_dynamic_pp_tiny_passes_at_the_sizes_asked_for(runtime, pp_tiny_onnx):
+    engine = f"{runtime}:{pp_tiny_onnx['function']}"
+    report = validate(engine, images=photographs(2), batches=[1, 2], image_sizes=[(224, 224), (96, 160)])
+    assert report.passed, report.verdict
+    assert {check.name for check in report.checks if check.name.startswith("photographs")} == {
+        "photographs, 224x224",
+        "photographs, 96x160",
+    }
+
+
 def test_file_that_lost_its_list_of_operators_says_that_coordinates_were_not_checked(tiny_onnx, tmp_path):
     model = onnx.load(tiny_onnx["hat"])
     kept = [entry for entry in model.metadata_props if entry.key != "dat_deploy.operators"]

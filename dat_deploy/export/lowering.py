@@ -31,7 +31,6 @@ from dat_deploy.plugins.window_attention import onnx_function as window_attentio
 
 __all__ = [
     "LOWERINGS",
-    "OPERATORS",
     "OperatorRecord",
     "function_bodies",
     "lower",
@@ -47,7 +46,6 @@ _MODULES = {
     "window_attention": window_attention,
     "neighborhood_attention": neighborhood_attention,
 }
-OPERATORS = tuple(_MODULES)
 
 _RECORDS = "dat_deploy.operators"  # property of a file
 _FOLD_LIMIT = 1 << 20  # elements; a larger constant is cheaper as the few nodes that make it

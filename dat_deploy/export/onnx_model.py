@@ -20,6 +20,7 @@ from dat_deploy.errors import ExportError
 from dat_deploy.export.cleanup import constant_reshape_shapes, name_results
 from dat_deploy.model import DAT
 from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
+from dat_deploy.variants import PATCH_SIZE
 
 __all__ = ["IR_VERSION", "OPSET_VERSIONS", "check_opset", "onnx_from_model"]
 
@@ -80,6 +81,8 @@ def onnx_from_model(
     onnxscript.optimizer.remove_unused_nodes(graph_model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
     name_results(graph_model)
+    if dynamic_image_size:
+        _name_sides(graph_model, model)
     return graph_model
 
 
@@ -226,6 +229,17 @@ def _name_after_modules(model: ir.Model) -> None:
         seen[name] = seen.get(name, 0) + 1
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
         node.metadata_props.clear()  # torch's stack traces hold paths of this machine
+
+
+def _name_sides(graph_model: ir.Model, model: DAT) -> None:
+    """`height` and `width` where torch writes `32*height_32`, and `height/4` for `8*s87`."""
+    graph = graph_model.graph
+    strides = {f"feature_map_{i}": PATCH_SIZE * 2**i for i in model.variant.features}
+    for value in (*graph.inputs, *graph.outputs):
+        shape = value.shape
+        if shape is not None and len(shape) == 4:
+            suffix = f"/{strides[str(value.name)]}" if value.name in strides else ""
+            value.shape = ir.Shape([shape[0], shape[1], f"height{suffix}", f"width{suffix}"])
 
 
 @contextlib.contextmanager

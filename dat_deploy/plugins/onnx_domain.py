@@ -7,6 +7,8 @@ Notes for whoever writes a body, each learned by trying (ONNX Runtime 1.31, Open
 - A body reads sizes from its inputs, and the runtimes fold what follows from them. ONNX Runtime folds `Shape` only
   when every dimension is known, which a dynamic batch prevents. So bodies take the shape of the first image,
   `Gather(x, 0)`: its shape is known, the folding works, and the Gather itself is dropped as unused.
+- Scale the queries, not the scores: MatMul, Div, Add, Softmax, MatMul, Transpose is a pattern that OpenVINO fuses into
+  something wrong for some numbers of heads and keys (off by 0.9 in the logits of `pp-tiny`), and says nothing.
 - Attributes cannot steer control flow, so a body must hold for each of their values by arithmetic alone.
 """
 

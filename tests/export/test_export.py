@@ -8,16 +8,21 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+import yaml
 
 from dat_deploy.checkpoint import load_model
 from dat_deploy.errors import DatDeployError, ExportError, OutputError, ShapeError
 from dat_deploy.export import LOWERINGS, OPSET_VERSIONS, export, relower
 from dat_deploy.labels import imagenet_class_names
 from dat_deploy.metadata import FileMetadata, read_metadata
+from dat_deploy.photographs import photographs
 from dat_deploy.preprocess import Preprocessing
 from dat_deploy.runners import open_runner
+from dat_deploy.runners.pytorch_runner import PytorchRunner
+from dat_deploy.validate import validate
 from dat_deploy.variants import VARIANTS, get_variant
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 INLINED = ("gather", "gridsample", "hat")
 
 
@@ -34,9 +39,10 @@ def pytorch_logits(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
 def test_metadata_says_what_the_file_is(tiny_onnx):
     metadata = read_metadata(tiny_onnx["hat"])
     assert metadata == FileMetadata(
-        variant="tiny",
-        image_size=(224, 224),
+        network=VARIANTS["tiny"],
+        outputs=("logits",),
         batch=None,
+        dynamic_image_size=False,
         lowering="hat",
         precision="fp32",
         opset_version=18,
@@ -153,6 +159,111 @@ def test_small_agrees_with_pytorch_at_the_smallest_and_largest_batch(tmp_path, n
         assert_agrees_at_every_batch_in_every_slot(str(tmp_path / f"{lowering}.onnx"), noise, expected, (1, 8))
 
 
+@pytest.mark.parametrize("lowering", ["function", *INLINED])
+def test_dynamic_pp_tiny_agrees_with_pytorch_at_every_size_and_batch(lowering, pp_tiny_onnx, pp_tiny_model):
+    generator = np.random.default_rng(2)
+    with open_runner(str(pp_tiny_onnx[lowering])) as runner:
+        for batch, height, width in ((1, 224, 224), (3, 224, 224), (2, 256, 320), (1, 480, 640), (2, 64, 96)):
+            images = generator.standard_normal((batch, 3, height, width)).astype(np.float32)
+            np.testing.assert_allclose(runner(images), pytorch_logits(pp_tiny_model, images), rtol=0, atol=1e-4)
+
+
+def test_dynamic_file_names_its_free_dimensions(pp_tiny_onnx, mini_pp, tmp_path):
+    def dimensions(path: Path) -> dict[str, list[object]]:
+        graph = onnx.load(path).graph
+        return {
+            value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+            for value in (*graph.input, *graph.output)
+        }
+
+    assert dimensions(pp_tiny_onnx["hat"]) == {"image": ["batch", 3, "height", "width"], "logits": ["batch", 1000]}
+    export(mini_pp, tmp_path / "backbone.onnx", dynamic_image_size=True, features=(0, 3), batch=2)
+    assert dimensions(tmp_path / "backbone.onnx") == {
+        "image": [2, 3, "height", "width"],
+        "feature_map_0": [2, 16, "height/4", "width/4"],
+        "feature_map_3": [2, 128, "height/32", "width/32"],
+    }
+    assert read_metadata(tmp_path / "backbone.onnx").dynamic_image_size
+
+
+@pytest.mark.parametrize("opset", OPSET_VERSIONS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+def test_every_opset_gives_the_same_logits_of_dat_pp(opset, dynamic, mini_pp, tmp_path):
+    images = np.random.default_rng(3).standard_normal((2, 3, 96, 160)).astype(np.float32)
+    expected = pytorch_logits(load_model(mini_pp), images)
+    paths = {lowering: tmp_path / f"{lowering}.onnx" for lowering in ("function", *INLINED)}
+    export(mini_pp, paths["function"], image_size=(96, 160), dynamic_image_size=dynamic, opset_version=opset)
+    for lowering, path in paths.items():
+        if lowering != "function":
+            relower(paths["function"], path, lowering)
+        onnx.checker.check_model(onnx.load(path), full_check=True)
+        np.testing.assert_allclose(logits(path, images), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lowering", ["function", "hat"])
+def test_backbone_gives_the_maps_of_pytorch(lowering, mini_pp, tmp_path):
+    images = np.random.default_rng(4).standard_normal((2, 3, 96, 128)).astype(np.float32)
+    report = export(mini_pp, tmp_path / "backbone.onnx", image_size=(96, 128), features=(0, 1, 2, 3), lowering=lowering)
+    assert (report.metadata.outputs, report.metadata.class_names) == (tuple(f"feature_map_{i}" for i in range(4)), ())
+    with torch.inference_mode():
+        expected = load_model(mini_pp, features=(0, 1, 2, 3))(torch.from_numpy(images))
+    for runtime in ("onnxruntime", "openvino"):
+        with open_runner(f"{runtime}:{report.path}") as runner:
+            maps = runner.outputs(images)
+        for feature_map, reference in zip(maps.values(), expected, strict=True):
+            np.testing.assert_allclose(feature_map, reference.numpy(), rtol=0, atol=1e-4)
+
+
+def test_backbone_of_dat_gives_the_maps_of_pytorch(tmp_path, noise):
+    export("tiny", tmp_path / "backbone.onnx", features=(1, 2))
+    with torch.inference_mode():
+        expected = load_model("tiny", features=(1, 2))(torch.from_numpy(noise[:1]))
+    with open_runner(str(tmp_path / "backbone.onnx")) as runner:
+        maps = runner.outputs(noise[:1])
+    assert list(maps) == ["feature_map_1", "feature_map_2"]
+    for feature_map, reference in zip(maps.values(), expected, strict=True):
+        np.testing.assert_allclose(feature_map, reference.numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lowering", ["function", *INLINED])
+def test_sampled_points_of_a_file_are_those_of_pytorch(lowering, mini_pp, tmp_path):
+    images = np.random.default_rng(5).standard_normal((2, 3, 128, 96)).astype(np.float32)
+    network = mini_pp.with_image_size(128, 96)
+    report = export(network, tmp_path / "points.onnx", sampling_locations=True, lowering=lowering)
+    with PytorchRunner(network, "pytorch:mini-pp", sampled_points=True) as reference:
+        expected = reference.outputs(images)
+    with open_runner(str(report.path)) as runner:
+        got = runner.outputs(images)
+    assert list(got) == list(expected) == list(report.metadata.outputs)
+    assert len(got) == 1 + 2 * 3
+    for name, values in got.items():
+        np.testing.assert_allclose(values, expected[name], rtol=0, atol=1e-4, err_msg=name)
+        if name.startswith("attention"):
+            np.testing.assert_allclose(values.sum(axis=(2, 3)), 1, rtol=0, atol=1e-5)
+
+
+def test_configuration_file_exports_and_the_file_remembers_it(tmp_path):
+    manifest = json.loads((GOLDEN / "manifests" / "plus.json").read_text())["config"]
+    section = manifest | {
+        "depths": [1, 1, 1, 1],
+        "stage_spec": [["N"], ["D"], ["N"], ["D"]],
+        "num_classes": 10,
+        "dims": [32, 64, 128, 256],
+        "dim_stem": 32,
+        "heads": [1, 2, 4, 8],
+        "groups": [1, 1, 2, 4],
+    }
+    config = tmp_path / "dat.yaml"
+    config.write_text(yaml.safe_dump({"MODEL": {"TYPE": "dat", "DAT": section}}))
+    path = tmp_path / "dat.onnx"
+    export(str(config), path, dynamic_image_size=True)
+    config.unlink()
+    report = validate(str(path), images=photographs(2), batches=[1])  # its reference is made from the file alone
+    assert report.passed
+    assert (report.engine.variant, report.engine.network.classes) == ("dat", 10)
+    assert read_metadata(path).class_names[9] == "class 9"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "tiny"])
 def test_every_lowering_of_the_larger_variants_agrees_with_pytorch(variant, tmp_path):
@@ -173,7 +284,7 @@ def test_weights_of_the_checkpoint_are_in_the_file(tmp_path, golden_checkpoint, 
     path = tmp_path / "tiny.onnx"
     export("tiny", path, checkpoint=golden_checkpoint)
     assert read_metadata(path).weights_source == golden_checkpoint.name
-    golden = np.load(Path(__file__).parents[1] / "golden" / "tiny.npz")
+    golden = np.load(GOLDEN / "tiny.npz")
     images = deterministic_weights.images((224, 224)).numpy()
     np.testing.assert_allclose(logits(path, images), golden["logits"], rtol=0, atol=1e-4)
 
@@ -230,7 +341,13 @@ def test_file_of_another_tool_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("image_size", None), ("image_size", "ab"), ("batch", "two"), ("class_names", [1]), ("preprocessing", {"a": 1})],
+    [
+        ("network", None),
+        ("dynamic_image_size", "ab"),
+        ("batch", "two"),
+        ("class_names", [1]),
+        ("preprocessing", {"a": 1}),
+    ],
 )
 def test_edited_metadata_is_refused(field, value, tiny_onnx, tmp_path):
     model = onnx.load(tiny_onnx["plugin"])

@@ -10,7 +10,7 @@ import pytest
 
 from dat_deploy.errors import ExportError
 from dat_deploy.export import LOWERINGS, export, read_metadata, relower
-from dat_deploy.export.lowering import OPERATORS, operator_records
+from dat_deploy.export.lowering import operator_records
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
 
 INLINED = ("gather", "gridsample", "hat")
@@ -18,6 +18,7 @@ ATTRIBUTES = {
     "deformable_sample": set(),
     "deformable_attention": {"num_heads", "half_pixel_queries"},
     "window_attention": {"num_heads", "window_size", "shift_size"},
+    "neighborhood_attention": {"num_heads", "kernel_size", "dilation"},
 }
 
 
@@ -44,14 +45,23 @@ def test_file_is_valid_onnx_with_the_promised_interface(models, lowering):
     assert not any(tensor.external_data for tensor in model.graph.initializer)
 
 
+EXPECTED = {
+    "tiny": {"window_attention": 8, "deformable_sample": 4, "deformable_attention": 4},
+    "pp-tiny": {"neighborhood_attention": 12, "deformable_sample": 14, "deformable_attention": 14},
+}
+
+
+@pytest.fixture(scope="module", params=EXPECTED)
+def unlowered(request, tiny_onnx, pp_tiny_onnx) -> tuple[dict[str, int], dict[str, Path]]:
+    """The operators that a variant has, and its files."""
+    return EXPECTED[request.param], {"tiny": tiny_onnx, "pp-tiny": pp_tiny_onnx}[request.param]
+
+
 @pytest.mark.parametrize("lowering", ["function", "plugin"])
-def test_operators_are_single_nodes_that_carry_every_attribute(models, lowering):
-    nodes = [node for node in models[lowering].graph.node if node.domain == DOMAIN_NAME]
-    assert Counter(node.op_type for node in nodes) == {
-        "window_attention": 8,
-        "deformable_sample": 4,
-        "deformable_attention": 4,
-    }
+def test_operators_are_single_nodes_that_carry_every_attribute(unlowered, lowering):
+    expected, paths = unlowered
+    nodes = [node for node in onnx.load(paths[lowering]).graph.node if node.domain == DOMAIN_NAME]
+    assert Counter(node.op_type for node in nodes) == expected
     for node in nodes:
         values = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         assert set(values) == ATTRIBUTES[node.op_type] | set(PLUGIN_ATTRIBUTES)
@@ -59,9 +69,10 @@ def test_operators_are_single_nodes_that_carry_every_attribute(models, lowering)
         assert values["plugin_version"] == b"1"
 
 
-def test_function_bodies_declare_every_attribute_and_use_standard_operators_alone(models):
-    functions = {function.name: function for function in models["function"].functions}
-    assert set(functions) == set(OPERATORS)
+def test_function_bodies_declare_every_attribute_and_use_standard_operators_alone(unlowered):
+    expected, paths = unlowered
+    functions = {function.name: function for function in onnx.load(paths["function"]).functions}
+    assert set(functions) == set(expected)
     for name, function in functions.items():
         assert set(function.attribute) == ATTRIBUTES[name] | set(PLUGIN_ATTRIBUTES)
         assert {node.domain for node in function.node} == {""}

@@ -191,7 +191,7 @@ def attention(query, key, value, bias, num_heads: int):
     q = op.Transpose(op.Reshape(query, split), perm=[0, 2, 1, 3])  # B, M, H·W, D
     k = op.Transpose(op.Reshape(key, split), perm=[0, 2, 3, 1])  # B, M, D, Ns
     v = op.Transpose(op.Reshape(value, split), perm=[0, 2, 1, 3])  # B, M, Ns, D
-    scores = op.MatMul(q, k) / op.Sqrt(op.Cast(head_dim, to=1)) + bias
+    scores = op.MatMul(q / op.Sqrt(op.Cast(head_dim, to=1)), k) + bias
     out = op.Transpose(op.MatMul(op.Softmax(scores, axis=-1), v), perm=[0, 2, 1, 3])  # B, H·W, M, D
     return op.Reshape(out, op.Concat(minus, plane, channels, axis=0))
 

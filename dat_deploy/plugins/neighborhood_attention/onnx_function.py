@@ -82,7 +82,7 @@ def tile_bias(table, bias_y, bias_x, is_neighbor_y, is_neighbor_x):
 @onnxscript.script(DOMAIN, default_opset=op)
 def attention_in_tiles(q, k, v, bias, head_dim):
     """Queries [B, M, n, T², D], keys and values [B, M, n, S², D] -> [B, M, n, T², D]."""
-    scores = op.MatMul(q, op.Transpose(k, perm=[0, 1, 2, 4, 3])) / op.Sqrt(op.Cast(head_dim, to=1)) + bias
+    scores = op.MatMul(q / op.Sqrt(op.Cast(head_dim, to=1)), op.Transpose(k, perm=[0, 1, 2, 4, 3])) + bias
     return op.MatMul(op.Softmax(scores, axis=-1), v)
 
 
@@ -193,7 +193,7 @@ def neighborhood_attention_hat(
     is_padding = op.Unsqueeze(op.Cast(is_padding, to=1), minus)  # n·S, n·S, 1
 
     q, kv = op.Split(qkv, op.Concat(channels, channels * 2, axis=0), axis=-1)
-    _, padding_kv = op.Split(padding_qkv, op.Concat(channels, channels * 2, axis=0), axis=0)
+    padding_kv = op.Slice(padding_qkv, channels, channels * 3, zero)
     q = selected_pixels(q, query_y, query_x)
     q = op.Reshape(q, op.Concat(zero, count_y, tile_y, count_x, tile_x, heads, head_dim, axis=0))
     q = op.Transpose(q, perm=[0, 5, 1, 3, 2, 4, 6])

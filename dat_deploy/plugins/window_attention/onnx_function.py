@@ -63,7 +63,7 @@ def attention_in_windows(split, bias, head_dim):
     q = op.Squeeze(q, axis)
     k = op.Squeeze(k, axis)
     v = op.Squeeze(v, axis)
-    scores = op.MatMul(q, op.Transpose(k, perm=[0, 1, 2, 4, 3])) / op.Sqrt(op.Cast(head_dim, to=1)) + bias
+    scores = op.MatMul(q / op.Sqrt(op.Cast(head_dim, to=1)), op.Transpose(k, perm=[0, 1, 2, 4, 3])) + bias
     return op.MatMul(op.Softmax(scores, axis=-1), v)
 
 
