@@ -1,9 +1,9 @@
 """The CPU table of the README: every lowering and runtime beside eager PyTorch, in one run.
 
-    python benchmarks/cpu.py [--variant tiny] [--batch 1] [--rounds 7]
+    python benchmarks/cpu.py [--variant tiny,pp-tiny] [--batch 1] [--rounds 7]
 
-Writes benchmarks/results/cpu/DATE-VARIANT.json and .png, and prints the table in Markdown. Quiet machines only: nothing
-is written if other processes kept more than a tenth of the cores busy.
+Writes benchmarks/results/cpu/DATE-VARIANTS.json and .png, and prints the table in Markdown. Quiet machines only:
+nothing is written if other processes kept more than a tenth of the cores busy.
 """
 
 import argparse
@@ -18,27 +18,32 @@ from rich.console import Console
 from dat_deploy.benchmark import Record, benchmark, plot
 from dat_deploy.export import LOWERINGS, export, relower
 from dat_deploy.runners import RUNTIMES, reasons_against
+from dat_deploy.variants import VARIANTS
 
-FUNCTION, GRIDSAMPLE = "function.onnx", "gridsample.onnx"
 RESULTS = Path(__file__).parent / "results" / "cpu"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="tiny")
+    parser.add_argument("--variant", default="tiny,pp-tiny", help="one or several; the first is the baseline")
     parser.add_argument("--batch", default="1", help="one or several, such as 1,8")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
+    variants = arguments.variant.split(",")
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder, console.status("exporting") as status:
-        files = {lowering: Path(folder, f"{lowering}.onnx") for lowering in LOWERINGS if lowering != "plugin"}
-        export(arguments.variant, files["function"])
-        for lowering, path in files.items():
-            if lowering != "function":
-                relower(files["function"], path, lowering)
-        engines = [f"pytorch:{arguments.variant}"]
-        engines += [f"onnxruntime:{path}" for path in files.values()]
-        engines += [f"{name}:{files['function']}" for name in ("openvino", "openvino-bf16") if _runs(name)]
+        engines = [f"pytorch:{variant}" for variant in variants]
+        for variant in variants:
+            files = {lowering: Path(folder, _file(variant, lowering)) for lowering in LOWERINGS if lowering != "plugin"}
+            export(variant, files["function"])
+            for lowering, path in files.items():
+                if lowering != "function":
+                    relower(files["function"], path, lowering)
+            if VARIANTS[variant].takes_any_size:
+                files["dynamic"] = Path(folder, _file(variant, "dynamic"))
+                export(variant, files["dynamic"], dynamic_image_size=True)
+            engines += [f"onnxruntime:{path}" for path in files.values()]
+            engines += [f"{name}:{files['function']}" for name in ("openvino", "openvino-bf16") if _runs(name)]
         record = benchmark(
             engines,
             batches=[int(size) for size in arguments.batch.split(",")],
@@ -47,22 +52,26 @@ def main() -> None:
         )
     busy = max(row.others_busy_cores or 0.0 for row in record.rows)
     if busy > 0.1 * record.hardware.cores:
-        print(_markdown(record))
+        print(_markdown(record, variants))
         sys.exit(f"not written: other processes kept up to {busy:.2f} cores busy; repeat it on a quiet machine")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    stem = RESULTS / f"{datetime.date.today()}-{arguments.variant}"
+    stem = RESULTS / f"{datetime.date.today()}-{'-'.join(variants)}"
     record.write(stem.with_suffix(".json"), force=True)
     plot(record, stem.with_suffix(".png"), force=True)
-    print(_markdown(record))
+    print(_markdown(record, variants))
+
+
+def _file(variant: str, form: str) -> str:
+    return f"{variant}.{form}.onnx"
 
 
 def _runs(runtime: str) -> bool:
     return not reasons_against(RUNTIMES[runtime])
 
 
-def _markdown(record: Record) -> str:
+def _markdown(record: Record, variants: list[str]) -> str:
     lines = [
-        "| engine | batch | p50 ms | p90 ms | p99 ms | images/s | latency / PyTorch eager |",
+        "| engine | batch | p50 ms | p90 ms | p99 ms | images/s | latency / the first |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in record.rows:
@@ -80,12 +89,18 @@ def _markdown(record: Record) -> str:
     busy = max(row.others_busy_cores or 0.0 for row in record.rows)
     hardware, versions = record.hardware, record.versions
     by_name = {(row.engine, row.batch): np.array(row.round_p50_ms) for row in record.rows}
+    first, *others = variants
+    pairs = [(f"onnxruntime:{_file(v, 'function')}", f"onnxruntime:{_file(v, 'gridsample')}") for v in variants]
+    for other in others:
+        pairs.append((f"pytorch:{other}", f"pytorch:{first}"))
+        pairs.append((f"onnxruntime:{_file(other, 'function')}", f"onnxruntime:{_file(first, 'function')}"))
     for batch in record.settings.batches:
-        ratios = by_name[f"onnxruntime:{FUNCTION}", batch] / by_name[f"onnxruntime:{GRIDSAMPLE}", batch]
-        lines.append(
-            f"\nfunction / gridsample on ONNX Runtime, batch {batch}, round by round: "
-            f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
-        )
+        for one, another in pairs:
+            ratios = by_name[one, batch] / by_name[another, batch]
+            lines.append(
+                f"\n{one} / {another}, batch {batch}, round by round: "
+                f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+            )
     lines += [
         "",
         f"{hardware.cpu}, {hardware.cores} cores, {' '.join(hardware.cpu_flags)}; others kept at most {busy:.2f} cores "

@@ -18,14 +18,13 @@ import yaml
 
 from dat_deploy.errors import VariantError
 from dat_deploy.typed_json import typed
-from dat_deploy.variants import PATCH_SIZE, StageConfig, Variant, get_variant
+from dat_deploy.variants import LARGEST, PATCH_SIZE, StageConfig, Variant, get_variant
 
 __all__ = ["find_variant", "variant_from_config"]
 
 SIZE_LIMIT_BYTES = 2**16  # the official files have 1.3 kB; so many brackets and commas take a second
 DEPTH_LIMIT = 16  # lists and mappings in each other; stage_spec has five
 SCALAR_LIMIT = 1000  # characters; a number of more could not be shown
-LARGEST = 2**16  # of any number
 
 BLOCKS = {"L", "S", "D", "N"}
 OTHER_BLOCKS = {"X": " (convolution)", "E": " (slide)", "P": " (pyramid)", "Q": " (query-and-attend)"}  # upstream's

@@ -19,6 +19,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 PATCH_SIZE = 4
 TOTAL_STRIDE = 32  # the patch and three halvings
+FAMILIES = ("DAT", "DAT+", "DAT++")
+LARGEST = 2**16  # of any size
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,20 @@ class StageConfig:
     offset_range_factor: float = 0.0
     local_perception: bool = False
     depthwise_mlp: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises VariantError for what no network can have; a stranger's file may say anything."""
+        sizes = (self.channels, self.heads, self.offset_stride)
+        kernels = (self.window_size, self.neighborhood_size, self.offset_groups, self.offset_kernel_size)
+        if (
+            not self.blocks
+            or not set(self.blocks) <= set("LSDN")
+            or not all(1 <= size <= LARGEST for size in sizes)
+            or not all(0 <= size <= LARGEST for size in kernels)
+        ):
+            raise VariantError(
+                f"a stage cannot be {self!r:.300}; blocks are of L, S, D, N, and sizes are up to {LARGEST}."
+            )
 
     @property
     def head_dim(self) -> int:
@@ -96,6 +112,15 @@ class Variant:
     mlp_ratio: int = 4
     overlapping_patches: bool = False
     features: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises VariantError for what no network can have."""
+        sizes = (*self.image_size, self.trained_size, self.resize_size, self.classes, self.mlp_ratio)
+        if self.family not in FAMILIES or len(self.stages) != 4 or not all(1 <= size <= LARGEST for size in sizes):
+            raise VariantError(
+                f"a network cannot be {self!r:.300}; its family is one of {', '.join(FAMILIES)}, it has four stages, "
+                f"and sizes from 1 to {LARGEST}."
+            )
 
     @property
     def half_pixel_queries(self) -> bool:

@@ -779,7 +779,7 @@ def test_a_backbone_of_a_configuration_with_any_size_goes_all_the_way(
     words = ["--engine", pytorch, "--engine", tmp_path / "backbone.onnx", "--features", "0,1,2,3", "--image-size", "96"]
     outcome = run("bench", *words, "--checkpoint", checkpoint, "--rounds", "1", "--seconds", "0.1")
     assert outcome.code == 0, outcome.err
-    assert [line.split()[0] for line in outcome.out.splitlines()[1:3]] == [pytorch.rpartition("/")[2], "backbone.onnx"]
+    assert [line.split()[0] for line in outcome.out.splitlines()[1:3]] == ["pytorch:detector.yaml", "backbone.onnx"]
 
 
 def test_variants_prints_a_row_each(run: Run, tmp_path: Path) -> None:

@@ -83,6 +83,13 @@ MALFORMED = {
     ),
     "names are text": ("class_names", '"ab"', "metadata.class_names is 'ab' and should be tuple[str, ...]"),
     "name is a number": ("network", network(name=3), "metadata.network.name is 3 and should be <class 'str'>"),
+    "a stage without blocks": (
+        "network",
+        network(stages=[asdict(METADATA.network.stages[0]) | {"blocks": ""}] * 4),
+        "a stage cannot be StageConfig(channels=96, blocks='', heads=3, window_size=7, neighborhood_size=0, "
+        "offset_groups=0, offset_kernel_size=0, offset_stride=1, offset_range_factor=0.0, local_perception=False, "
+        "depthwise_mlp=False); blocks are of L, S, D, N, and sizes are up to 65536.",
+    ),
     "network is none": (
         "network",
         "null",

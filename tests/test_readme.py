@@ -61,11 +61,9 @@ def test_link_inside_the_repository_leads_somewhere(link):
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
 def test_table_of_variants_is_that_of_the_code(variant):
     height, width = variant.image_size
-    row = (
-        f"| `{variant.name}` | {height}×{width} | {variant.parameters / 1e6:.1f} M | {variant.gmacs:.1f} | "
-        f"{variant.published_top1:.1f} % |"
-    )
-    assert row in README
+    top1 = "–" if variant.published_top1 is None else f"{variant.published_top1:.1f} %"
+    row = f"{height}×{width} | {variant.parameters / 1e6:.1f} M | {variant.gmacs:.1f} | {top1} |"
+    assert re.search(rf"^\| `{variant.name}`[^|]* \| {re.escape(row)}", README, re.MULTILINE)
 
 
 def test_every_lowering_and_runtime_is_explained():

@@ -117,7 +117,7 @@ def test_backbone_gives_no_logits():
         assert {name: value.shape for name, value in runner.outputs(images).items()} == {
             "feature_map_3": (1, 512, 2, 2)
         }
-        with pytest.raises(UnsupportedError) as error:
+        with pytest.raises(DatDeployError) as error:
             runner(images)
     assert str(error.value) == (
         "pytorch:pp-tiny is a backbone: it gives feature_map_3 and no logits. "

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dat_deploy import visualize as module
-from dat_deploy.errors import DatDeployError, ImageError, OutputError, ShapeError, UnsupportedError, VerificationError
+from dat_deploy.errors import DatDeployError, ImageError, OutputError, ShapeError, VerificationError
 from dat_deploy.export import export
 from dat_deploy.model import reference_points
 from dat_deploy.preprocess import Preprocessing
@@ -388,7 +388,7 @@ def test_exported_files_agree_between_runtimes(photograph: Path, tmp_path: Path)
 
 def test_an_engine_without_points_says_how_to_export_it(draw: Callable[..., Visualization], tmp_path: Path) -> None:
     runner = FakeRunner({"logits": np.zeros((1, 1000), dtype=np.float32)})
-    with nothing_new(tmp_path), pytest.raises(UnsupportedError) as refused:
+    with nothing_new(tmp_path), pytest.raises(DatDeployError) as refused:
         draw(runner)
     assert str(refused.value) == (
         "fake.onnx gives logits and no sampling locations. Export it again with --sampling-locations to see its points."
@@ -400,7 +400,7 @@ def test_a_network_without_deformable_blocks_has_nothing_to_draw(
     draw: Callable[..., Visualization], tmp_path: Path
 ) -> None:
     variant = replace(WIDE, name="flat", stages=tuple(replace(stage, blocks="NN") for stage in WIDE.stages))
-    with nothing_new(tmp_path), pytest.raises(UnsupportedError) as refused:
+    with nothing_new(tmp_path), pytest.raises(DatDeployError) as refused:
         draw(FakeRunner(points(variant), variant))
     assert str(refused.value) == (
         "fake.onnx: variant 'flat' has no deformable block (letter D), so it samples no points. "
@@ -471,7 +471,7 @@ def test_the_output_is_refused_before_anything_is_opened(
             visualize(photograph, ["no-such:engine"], Path())
         find_spec = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
-        with pytest.raises(UnsupportedError) as missing:
+        with pytest.raises(DatDeployError) as missing:
             visualize(photograph, ["no-such:engine"], tmp_path / "points.png")
         assert str(missing.value) == "plots need matplotlib: pip install 'dat-deploy[plot]'"
     assert taken.read_text() == "keep"

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
+from dat_deploy.errors import DatDeployError, EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.preprocess import Preprocessing
 from dat_deploy.variants import Variant
@@ -88,10 +88,10 @@ class Runner(abc.ABC):
 
         Raises:
             ShapeError: if the engine does not take that shape, or the images are not floating-point numbers.
-            UnsupportedError: if the engine is a backbone.
+            DatDeployError: if the engine is a backbone.
         """
         if "logits" not in self.description.outputs:
-            raise UnsupportedError(
+            raise DatDeployError(
                 f"{self.description.name} is a backbone: it gives {', '.join(self.description.outputs)} and no logits. "
                 f"Export it again without --features to classify."
             )

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dat_deploy.benchmark.plotting import check_plot
-from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError, VerificationError
+from dat_deploy.errors import DatDeployError, ShapeError, VerificationError
 from dat_deploy.files import check_output
 from dat_deploy.model import reference_points
 from dat_deploy.preprocess import preprocess, read_image
@@ -74,10 +74,10 @@ def visualize(
         force: replace `output` if it exists.
 
     Raises:
-        UnsupportedError: if an engine gives no sampling locations, or matplotlib is missing.
+        DatDeployError: if an engine gives no sampling locations; and as `open_runner`, `read_image`, `check_output` and
+            `check_plot`.
         VerificationError: if an engine gives locations or attention that are not finite.
         ShapeError: if two engines do not sample the same maps of the same picture.
-        DatDeployError: as `open_runner`, `read_image` and `check_output`.
     """
     check_output(output, force=force)
     check_plot(output)
@@ -137,12 +137,12 @@ def _deformable_blocks(network: Variant) -> list[tuple[int, int]]:
 def _check_has_points(about: EngineDescription) -> None:
     blocks = _deformable_blocks(about.network)
     if not blocks:
-        raise UnsupportedError(
+        raise DatDeployError(
             f"{about.name}: variant '{about.variant}' has no deformable block (letter D), so it samples no points. "
             f"Name an engine of a variant that has some, such as pytorch:tiny."
         )
     if not {f"sampling_locations_{i}_{j}" for i, j in blocks} <= set(about.outputs):
-        raise UnsupportedError(
+        raise DatDeployError(
             f"{about.name} gives {', '.join(about.outputs)} and no sampling locations. "
             f"Export it again with --sampling-locations to see its points."
         )
