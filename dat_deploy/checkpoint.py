@@ -24,7 +24,7 @@ from dat_deploy.files import atomic_output
 from dat_deploy.model import DAT
 from dat_deploy.plugins.window_attention.reference import relative_position_index, shifted_window_mask
 from dat_deploy.untrusted import plain_text, read_tensors
-from dat_deploy.variants import PATCH_SIZE, VARIANTS, Variant
+from dat_deploy.variants import LARGEST, PATCH_SIZE, VARIANTS, Variant
 
 __all__ = [
     "Weights",
@@ -151,6 +151,8 @@ def convert_checkpoint(path: Path, output: Path, *, force: bool = False) -> tupl
     notes += tuple(
         f"the checkpoint fits {other.name} as well, which differs in its image size" for other in fitting[1:]
     )
+    if not variant.features and variant.classes != VARIANTS[variant.name].classes:
+        notes += (f"it has {variant.classes} classes: export it with --config FILE.yaml that says num_classes",)
     parameters = _official_parameters(path, tensors, variant)
     weights = _weights_from_official(path, parameters, variant, notes)
     metadata = {"format": "pt", "variant": variant.name, "source": path.name, "sha256": weights.sha256}
@@ -264,20 +266,27 @@ def _network_tensors(tensors: dict[str, Tensor], variant: Variant) -> tuple[dict
     notes = []
     inside = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
     if inside:
-        parts = dict.fromkeys(name.split(".")[0] for name in tensors if not name.startswith("backbone."))
+        outside = [name for name in tensors if not name.startswith("backbone.")]
+        parts = dict.fromkeys("EMA copies" if name.startswith("ema_") else name.split(".")[0] for name in outside)
         if parts:
-            notes.append(f"the checkpoint's {_enumerate([plain_text(part) for part in parts])} are left out")
+            notes.append(f"left out of the checkpoint: {_enumerate([plain_text(part) for part in parts])}")
         tensors = inside
-    if variant.features and not any(name.startswith("norms.") for name in tensors):
+    if variant.features and not _output_norms(tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("cls_norm.", "cls_head."))}
-        for i, stage in enumerate(variant.stages):
-            tensors[f"norms.{i}.norm.weight"] = torch.ones(stage.channels)
-            tensors[f"norms.{i}.norm.bias"] = torch.zeros(stage.channels)
+        for i in variant.features:
+            tensors[f"norms.{i}.norm.weight"] = torch.ones(variant.stages[i].channels)
+            tensors[f"norms.{i}.norm.bias"] = torch.zeros(variant.stages[i].channels)
         notes.append(
             "the checkpoint has no output LayerNorms (norms.0 to norms.3), as one of classification has none; "
             "they get weight 1 and bias 0"
         )
     return tensors, tuple(notes)
+
+
+def _output_norms(tensors: dict[str, Tensor]) -> list[int]:
+    """The stages whose output LayerNorms a backbone's checkpoint has; a detector's has those that its neck uses."""
+    prefixes = ("", "backbone.")
+    return [i for i in range(4) if any(f"{prefix}norms.{i}.norm.weight" in tensors for prefix in prefixes)]
 
 
 def _official_parameters(path: Path, tensors: dict[str, Tensor], variant: Variant) -> dict[str, Tensor]:
@@ -286,7 +295,7 @@ def _official_parameters(path: Path, tensors: dict[str, Tensor], variant: Varian
     parameters = {}
     for name in official_state_dict_shapes(variant):
         if name not in tensors:
-            continue  # an absent buffer
+            continue  # a buffer, or a norm of a stage that is not asked for
         tensor = tensors[name]
         if name.endswith(BUFFERS):
             _check_buffer(path, name, tensor, variant)
@@ -332,18 +341,18 @@ def _weights_from_official(
 def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], variant: Variant) -> None:
     if _fits(tensors, variant):
         return
-    head = tensors.get("cls_head.weight")
-    if head is not None and head.ndim == 2 and _fits(tensors, replace(variant, classes=head.shape[0])):
+    if not variant.features and _fits(tensors, _with_head_of(tensors, variant)):
+        classes = tensors["cls_head.weight"].shape[0]
         raise CheckpointError(
-            f"{path} classifies into {head.shape[0]} classes and variant '{variant.name}' into {variant.classes}. "
-            f"Give its own configuration instead: --config FILE.yaml with num_classes: {head.shape[0]}."
+            f"{path} classifies into {classes} classes and variant '{variant.name}' into {variant.classes}. "
+            f"Give its own configuration instead: --config FILE.yaml with num_classes: {classes}."
         )
     expected = official_state_dict_shapes(variant)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     missing = [
         f"{name} ({_sides(shape)})"
         for name, shape in expected.items()
-        if name not in shapes and not name.endswith(BUFFERS)
+        if name not in shapes and name not in _optional(variant)
     ]
     extra = [f"{plain_text(name)} ({_sides(shape)})" for name, shape in shapes.items() if name not in expected]
     other = [
@@ -359,30 +368,49 @@ def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], variant: Var
     if not fitting:
         advice = f"It fits none of: {', '.join(VARIANTS)}."
     elif fitting[0].features:
-        advice = f"It is a backbone of {names}, without a head; use {options}, with --features 0,1,2,3."
+        features = ",".join(map(str, fitting[0].features))
+        advice = f"It is a backbone of {names}, without a head; use {options}, with --features {features}."
+    elif fitting[0].classes != VARIANTS[fitting[0].name].classes:
+        advice = (
+            f"It fits variant {names} but for its {fitting[0].classes} classes; use --config FILE.yaml "
+            f"with num_classes: {fitting[0].classes}."
+        )
     else:
         advice = f"It fits variant {names}; use {options}."
     raise CheckpointError(f"{path} is not a checkpoint of variant '{variant.name}': {differences}. {advice}")
 
 
 def _fits(tensors: dict[str, Tensor], variant: Variant) -> bool:
-    """Whether names and shapes are those of the variant; buffers may be absent."""
-    expected = official_state_dict_shapes(variant)
-    return all(name in tensors or name.endswith(BUFFERS) for name in expected) and all(
+    """Whether names and shapes are those of the variant."""
+    expected, optional = official_state_dict_shapes(variant), _optional(variant)
+    return all(name in tensors or name in optional for name in expected) and all(
         tuple(tensor.shape) == expected.get(name) for name, tensor in tensors.items()
     )
 
 
+def _optional(variant: Variant) -> set[str]:
+    """What a checkpoint may lack: buffers, and the output LayerNorms of stages that are not asked for."""
+    unused = tuple(f"norms.{i}." for i in range(len(variant.stages)) if i not in variant.features)
+    return {name for name in official_state_dict_shapes(variant) if name.endswith(BUFFERS) or name.startswith(unused)}
+
+
+def _with_head_of(tensors: dict[str, Tensor], variant: Variant) -> Variant:
+    """The variant with as many classes as the checkpoint's head, if it has one."""
+    head = tensors.get("cls_head.weight")
+    return (
+        variant
+        if head is None or head.ndim != 2 or not 1 <= head.shape[0] <= LARGEST
+        else replace(variant, classes=head.shape[0])
+    )
+
+
 def _fitting_variants(tensors: dict[str, Tensor]) -> list[Variant]:
-    """Those whose names and shapes are in the checkpoint, classifiers if any; else backbones, which need less."""
-    for candidates in (
-        list(VARIANTS.values()),
-        [variant.as_backbone(range(len(variant.stages))) for variant in VARIANTS.values()],
-    ):
-        fitting = [variant for variant in candidates if _fits(_network_tensors(tensors, variant)[0], variant)]
-        if fitting:
-            return fitting
-    return []
+    """Those whose names and shapes are in the checkpoint: backbones if it has output LayerNorms, else classifiers."""
+    features = _output_norms(tensors)
+    candidates = [
+        variant.as_backbone(features) if features else _with_head_of(tensors, variant) for variant in VARIANTS.values()
+    ]
+    return [variant for variant in candidates if _fits(_network_tensors(tensors, variant)[0], variant)]
 
 
 def _check_buffer(path: Path, name: str, tensor: Tensor, variant: Variant) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dat_deploy.errors import DatDeployError, OutputError
-from dat_deploy.variants import VARIANTS, get_variant
+from dat_deploy.variants import VARIANTS, Variant, get_variant
 
 if TYPE_CHECKING:
     from dat_deploy.benchmark import Record
@@ -98,8 +98,7 @@ def convert(
     out.print(f"{output}: variant {variant.name}, weights sha256 {weights.sha256[:12]}")
     _notes(weights.notes)
     _write_json({"variant": variant.name, "weights_sha256": weights.sha256}, json_file, force=force)
-    backbone = ("--features", "0,1,2,3") if variant.features else ()
-    _next("export", "--variant", variant.name, "--checkpoint", output, *backbone)
+    _next("export", "--variant", variant.name, "--checkpoint", output, *_features(variant))
 
 
 @app.command()
@@ -244,12 +243,18 @@ def validate(
     report.raise_if_failed()
     out.print(report.verdict)
     network = report.engine.network
-    if network.name not in VARIANTS or network.stages != VARIANTS[network.name].stages:  # a configuration of one's own
+    again = ["--engine", engine, *_option("--checkpoint", checkpoint)]
+    if not _is_released(network):
         _next("bench", "--engine", engine)
-        return
-    engines = ("--engine", f"pytorch:{network.name}", "--engine", engine)
-    backbone = ("--features", ",".join(map(str, network.features))) if network.features else ()
-    _next("bench", *engines, *_option("--checkpoint", checkpoint), *backbone)
+    elif len(report.engine.outputs) > max(1, len(network.features)):  # the points, which PyTorch does not give there
+        _next("visualize", "PHOTOGRAPH.jpg", "--engine", f"pytorch:{network.name}", *again)
+    else:
+        size = (
+            ()
+            if network.image_size == VARIANTS[network.name].image_size
+            else ("--image-size", _size(network.image_size))
+        )
+        _next("bench", "--engine", f"pytorch:{network.name}", *again, *_features(network), *size)
 
 
 @app.command()
@@ -301,6 +306,9 @@ def bench(
     busy = max(row.others_busy_cores for row in record.rows)
     if busy > 0.1 * record.hardware.cores:
         out.print(f"note: other processes kept up to {busy:.1f} cores busy meanwhile; repeat it on a quiet machine.")
+    given = {", ".join(settings.outputs) for settings in record.settings.engines.values()}
+    if len(given) > 1:
+        out.print(f"note: these engines do not compute the same: some give {' and some '.join(sorted(given))}.")
     if json_file is not None:
         record.write(json_file, force=force)
     if plot is not None:
@@ -420,9 +428,12 @@ def visualize(
     _write_json(asdict(found), json_file, force=force)
     if len(engine) == 2:
         _next("validate", "--engine", engine[1], *_option("--checkpoint", checkpoint))
-    else:
+    elif engine[0].startswith("pytorch") and _is_released(found.engines[0].network):
         name = found.engines[0].variant
-        _next("export", "--variant", name, "--sampling-locations", *_option("--checkpoint", checkpoint))
+        size = () if image_size is None else ("--image-size", image_size)
+        _next("export", "--variant", name, "--sampling-locations", *_option("--checkpoint", checkpoint), *size)
+    else:
+        _next("validate", "--engine", engine[0])
 
 
 @app.command()
@@ -563,6 +574,20 @@ def _notes(notes: tuple[str, ...]) -> None:
 
 def _size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+def _is_released(network: Variant) -> bool:
+    """Whether `--variant` names it, its image size and features aside."""
+    row = VARIANTS.get(network.name)
+    return row is not None and (row.family, row.stages, row.classes) == (
+        network.family,
+        network.stages,
+        network.classes,
+    )
+
+
+def _features(network: Variant) -> tuple[str, ...]:
+    return ("--features", ",".join(map(str, network.features))) if network.features else ()
 
 
 def _option(name: str, value: Path | None) -> tuple[str, ...]:

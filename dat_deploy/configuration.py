@@ -10,7 +10,7 @@ import difflib
 import reprlib
 import typing
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -302,33 +302,34 @@ def _stage(options: Options, i: int) -> StageConfig:
     blocks = "".join(options.stage_spec[i])
     channels, heads = options.dims[i], options.heads[i]
     options.require(heads >= 1 and channels % heads == 0, "heads", f"it takes a divisor of {channels} channels", i)
-    stage = StageConfig(
+    sizes: dict[str, Any] = {}
+    if "L" in blocks or "S" in blocks:
+        least = 2 if "S" in blocks else 1
+        options.require(options.window_sizes[i] >= least, "window_sizes", f"it takes {least} or more", i)
+        sizes["window_size"] = options.window_sizes[i]
+    if any("N" in letters for letters in options.stage_spec):  # the released rows name it in every stage, too
+        kernel = options.nat_ksizes[i]
+        options.require(kernel in range(3, 14, 2), "nat_ksizes", "it takes an odd number from 3 to 13", i)
+        sizes["neighborhood_size"] = kernel
+    if "D" in blocks:
+        sizes |= _offsets(options, i)
+    return StageConfig(
         channels=channels,
         blocks=blocks,
         heads=heads,
         local_perception=options.use_lpus[i],
         depthwise_mlp=options.use_dwc_mlps[i],
+        **sizes,
     )
-    if "L" in blocks or "S" in blocks:
-        least = 2 if "S" in blocks else 1
-        options.require(options.window_sizes[i] >= least, "window_sizes", f"it takes {least} or more", i)
-        stage = replace(stage, window_size=options.window_sizes[i])
-    if any("N" in letters for letters in options.stage_spec):  # the released rows name it in every stage, too
-        kernel = options.nat_ksizes[i]
-        options.require(kernel in range(3, 14, 2), "nat_ksizes", "it takes an odd number from 3 to 13", i)
-        stage = replace(stage, neighborhood_size=kernel)
-    return _with_offsets(stage, options, i) if "D" in blocks else stage
 
 
-def _with_offsets(stage: StageConfig, options: Options, i: int) -> StageConfig:
+def _offsets(options: Options, i: int) -> dict[str, Any]:
+    """The fields of a stage with deformable blocks."""
     groups, kernel, stride = options.groups[i], options.ksizes[i], options.strides[i]
-    factor = options.offset_range_factor[i]
+    heads, factor = options.heads[i], options.offset_range_factor[i]
     options.require(options.use_pes[i], "use_pes", "with a block D it takes True", i)
     options.require(
-        groups >= 1 and stage.heads % groups == 0,
-        "groups",
-        f"with a block D it takes a divisor of {stage.heads} heads",
-        i,
+        groups >= 1 and heads % groups == 0, "groups", f"with a block D it takes a divisor of {heads} heads", i
     )
     # `checkpoint.py` takes every 1×1 convolution for a Linear.
     options.require(kernel >= 2, "ksizes", "with a block D it takes 2 or more", i)
@@ -338,13 +339,12 @@ def _with_offsets(stage: StageConfig, options: Options, i: int) -> StageConfig:
         first = "without ksizes (the first paper's code)"
         options.require(stride != kernel, "strides", f"{first} it takes any but {kernel}, the kernel size", i)
         options.require(factor > 0, "offset_range_factor", f"{first} a block D takes a number above 0", i)
-    return replace(
-        stage,
-        offset_groups=groups,
-        offset_kernel_size=kernel,
-        offset_stride=stride,
-        offset_range_factor=factor,
-    )
+    return {
+        "offset_groups": groups,
+        "offset_kernel_size": kernel,
+        "offset_stride": stride,
+        "offset_range_factor": factor,
+    }
 
 
 def _check_sizes(variant: Variant, options: Options) -> None:
@@ -355,6 +355,12 @@ def _check_sizes(variant: Variant, options: Options) -> None:
             raise VariantError(
                 f"{place} is {side}; this network takes multiples of {step} from {variant.min_side} on{windows}."
             )
+    shifted = any("S" in stage.blocks for stage in variant.stages)
+    if shifted and not options.first_paper and size != variant.trained_size:
+        raise VariantError(
+            f"DATA.IMG_SIZE is {size} (224 if not set) and MODEL.DAT.img_size {variant.trained_size}; with a block S "
+            f"they are equal, since upstream masks shifted windows for the latter alone."
+        )
     if options.first_paper and size != variant.trained_size:
         raise VariantError(
             f"DATA.IMG_SIZE is {size} (224 if not set) and MODEL.DAT.img_size {variant.trained_size}; without ksizes "

@@ -43,7 +43,7 @@ class CheckpointError(DatDeployError):
 
 
 class VariantError(DatDeployError):
-    """A variant name that is not in the table."""
+    """A network that there is not: an unknown name, a configuration that is refused, stages that it lacks."""
 
 
 class ShapeError(DatDeployError):

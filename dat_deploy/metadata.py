@@ -23,7 +23,6 @@ class FileMetadata:
 
     Attributes:
         network: what the file computes, a released variant or a configuration of the user's.
-        outputs: names of the file's outputs, in order.
         batch: the fixed batch, or None if it is dynamic.
         dynamic_image_size: the file takes images of any size that the network takes, not `network.image_size` alone.
         weights_sha256: of the weights' names, types, shapes and bytes, whatever file they came from.
@@ -32,7 +31,6 @@ class FileMetadata:
     """
 
     network: Variant
-    outputs: tuple[str, ...]
     batch: int | None
     dynamic_image_size: bool
     lowering: str

@@ -370,12 +370,7 @@ class DAT(nn.Module):
         """Names of what `forward` returns, in order."""
         names = [f"feature_map_{i}" for i in self.variant.features] or ["logits"]
         if self.sampled_points:
-            blocks = [
-                (i, j)
-                for i, stage in enumerate(self.variant.stages)
-                for j, letter in enumerate(stage.blocks)
-                if letter == "D"
-            ]
+            blocks = self.variant.deformable_blocks
             names += [f"{kind}_{i}_{j}" for kind in ("sampling_locations", "attention") for i, j in blocks]
         return names
 
@@ -403,8 +398,8 @@ class DAT(nn.Module):
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
         """[B, 3, H, W] -> logits [B, classes].
 
-        A backbone gives the map [B, C, H, W] of each of `variant.features` instead. With `sampled_points`, the
-        locations of all deformable blocks and then their attention follow (see `SampledPoints`).
+        A backbone gives a tuple of the maps [B, C, H, W] of `variant.features` instead. With `sampled_points` it is a
+        tuple, too: the locations of all deformable blocks and then their attention follow (see `SampledPoints`).
         """
         outputs, sampled = self.forward_features(image)
         if self.variant.features:
@@ -414,4 +409,4 @@ class DAT(nn.Module):
         if self.sampled_points:
             results += [points.locations for points in sampled.values()]
             results += [points.attention for points in sampled.values() if points.attention is not None]
-        return results[0] if len(results) == 1 else tuple(results)
+        return tuple(results) if self.variant.features or self.sampled_points else results[0]

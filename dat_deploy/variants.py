@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from dat_deploy.errors import ShapeError, VariantError
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "VARIANTS", "StageConfig", "Variant", "get_variant"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "VARIANTS", "StageConfig", "Variant", "get_variant", "stride"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -21,6 +21,11 @@ PATCH_SIZE = 4
 TOTAL_STRIDE = 32  # the patch and three halvings
 FAMILIES = ("DAT", "DAT+", "DAT++")
 LARGEST = 2**16  # of any size
+
+
+def stride(stage: int) -> int:
+    """Pixels of the image a side of one pixel of the stage's feature map."""
+    return PATCH_SIZE << stage
 
 
 @dataclass(frozen=True)
@@ -49,17 +54,23 @@ class StageConfig:
     depthwise_mlp: bool = False
 
     def __post_init__(self) -> None:
-        """Raises VariantError for what no network can have; a stranger's file may say anything."""
+        """Raises VariantError for what no stage can be; a stranger's file may say anything."""
         sizes = (self.channels, self.heads, self.offset_stride)
         kernels = (self.window_size, self.neighborhood_size, self.offset_groups, self.offset_kernel_size)
-        if (
-            not self.blocks
-            or not set(self.blocks) <= set("LSDN")
-            or not all(1 <= size <= LARGEST for size in sizes)
-            or not all(0 <= size <= LARGEST for size in kernels)
-        ):
+        possible = (
+            set(self.blocks) <= set("LSDN") and 1 <= len(self.blocks) <= 1000 and all(1 <= n <= LARGEST for n in sizes)
+        )
+        possible = possible and all(0 <= n <= LARGEST for n in kernels) and self.channels % self.heads == 0
+        if possible and ("L" in self.blocks or "S" in self.blocks):
+            possible = self.window_size >= 1
+        if possible and "N" in self.blocks:
+            possible = self.neighborhood_size % 2 == 1
+        if possible and "D" in self.blocks:
+            possible = self.offset_groups >= 1 and self.heads % self.offset_groups == 0 and self.offset_kernel_size >= 1
+        if not possible:
             raise VariantError(
-                f"a stage cannot be {self!r:.300}; blocks are of L, S, D, N, and sizes are up to {LARGEST}."
+                f"a stage cannot be {self!r:.300}; blocks are of L, S, D, N, heads divide channels, groups divide "
+                f"heads, and what its blocks need is set, up to {LARGEST}."
             )
 
     @property
@@ -114,12 +125,18 @@ class Variant:
     features: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises VariantError for what no network can have."""
+        """Raises VariantError for what no network can be."""
         sizes = (*self.image_size, self.trained_size, self.resize_size, self.classes, self.mlp_ratio)
-        if self.family not in FAMILIES or len(self.stages) != 4 or not all(1 <= size <= LARGEST for size in sizes):
+        stages = list(range(len(self.stages)))
+        if (
+            self.family not in FAMILIES
+            or len(stages) != 4
+            or not all(1 <= size <= LARGEST for size in sizes)
+            or list(self.features) != [i for i in stages if i in self.features]
+        ):
             raise VariantError(
                 f"a network cannot be {self!r:.300}; its family is one of {', '.join(FAMILIES)}, it has four stages, "
-                f"and sizes from 1 to {LARGEST}."
+                f"its features are some of them in order, and its sizes are from 1 to {LARGEST}."
             )
 
     @property
@@ -136,17 +153,21 @@ class Variant:
         """Whether the same network, tables and all, takes images of any size in multiples of `side_multiple`."""
         return self.family != "DAT" and not self.has_windows
 
+    @property
+    def deformable_blocks(self) -> list[tuple[int, int]]:
+        """(stage, block) of each deformable block, in order."""
+        return [(i, j) for i, stage in enumerate(self.stages) for j, letter in enumerate(stage.blocks) if letter == "D"]
+
     def feature_map(self, stage: int) -> tuple[int, int]:
         """(H, W) of the tensors inside stage `stage` (0 to 3)."""
-        stride = PATCH_SIZE * 2**stage
-        return self.image_size[0] // stride, self.image_size[1] // stride
+        return self.image_size[0] // stride(stage), self.image_size[1] // stride(stage)
 
     def bias_table(self, stage: int) -> tuple[int, int]:
         """(Th, Tw) of the bias tables of the deformable blocks in stage `stage`."""
         if self.family == "DAT":
             height, width = self.feature_map(stage)
         else:
-            height = width = self.trained_size // (PATCH_SIZE * 2**stage)
+            height = width = self.trained_size // stride(stage)
         return 2 * height - 1, 2 * width - 1
 
     @property
@@ -154,7 +175,7 @@ class Variant:
         """Every side of an image must be a multiple of this, in pixels, for the windows to tile each feature map."""
         return math.lcm(
             *(
-                PATCH_SIZE * 2**i * stage.window_size
+                stride(i) * stage.window_size
                 for i, stage in enumerate(self.stages)
                 if "L" in stage.blocks or "S" in stage.blocks
             ),
@@ -170,7 +191,7 @@ class Variant:
         least = 1 if self.family == "DAT" else 2
         side = self.side_multiple
         while True:
-            maps = [side // (PATCH_SIZE * 2**i) for i in range(len(self.stages))]
+            maps = [side // stride(i) for i in range(len(self.stages))]
             sampled = [
                 stage.sampled_map(size, size)[0]
                 for stage, size in zip(self.stages, maps, strict=True)
@@ -204,7 +225,7 @@ class Variant:
                 f"image size {height}x{width} does not fit variant '{self.name}': {reason}. "
                 f"Nearest that work: {nearest}."
             )
-        resize = round(self.resize_size * max(height / self.image_size[0], width / self.image_size[1]))
+        resize = round(self.resize_size * max(height, width) / max(self.image_size))
         return replace(self, image_size=(height, width), resize_size=resize)
 
     def _down(self, side: int) -> int:
@@ -243,10 +264,8 @@ def _dat(
     stages = []
     for i, (blocks, kernel) in enumerate(zip(specs, (9, 7, 5, 3), strict=True)):
         width = channels * 2**i
-        stage = StageConfig(channels=width, blocks=blocks, heads=width // 32, window_size=window)
-        if "D" in blocks:
-            stage = replace(stage, offset_groups=width // 128, offset_kernel_size=kernel, offset_range_factor=2.0)
-        stages.append(stage)
+        offsets = (width // 128, kernel, 1, 2.0) if "D" in blocks else (0, 0, 1, 0.0)
+        stages.append(StageConfig(width, blocks, width // 32, window, 0, *offsets))
     return Variant(
         name=name,
         family="DAT",

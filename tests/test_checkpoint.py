@@ -415,7 +415,7 @@ def test_the_backbone_of_a_detector_loads_with_its_output_norms(tmp_path: Path) 
     path = tmp_path / "mask_rcnn.pth"
     torch.save(detector(tensors), path)
     weights = load_checkpoint(path, BACKBONE)
-    assert weights.notes == ("the checkpoint's neck, roi_head are left out",)
+    assert weights.notes == ("left out of the checkpoint: neck, roi_head",)
     for stage in range(4):
         assert torch.equal(weights.state_dict[f"norms.{stage}.weight"], tensors[f"norms.{stage}.norm.weight"])
     assert not any(name.startswith("cls_") for name in weights.state_dict)
@@ -466,3 +466,44 @@ def test_a_checkpoint_that_fits_two_variants_is_converted_with_a_note(tmp_path: 
     variant, weights = convert_checkpoint(path, tmp_path / "pp.safetensors")
     assert variant.name == "pp-base"
     assert weights.notes == ("the checkpoint fits pp-base-384 as well, which differs in its image size",)
+
+
+def test_a_detector_has_the_norms_that_its_neck_uses(tmp_path: Path) -> None:
+    """RetinaNet's of DAT-Detection start at stage 1: `out_indices=(1, 2, 3)`."""
+    variant = VARIANTS["pp-tiny"]
+    tensors = hollow_tensors(variant.as_backbone((0, 1, 2, 3)))
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("norms.0.")}
+    path = tmp_path / "retinanet.pth"
+    torch.save(detector(tensors), path)
+    assert load_checkpoint(path, variant.as_backbone((1, 2, 3))).notes == (
+        "left out of the checkpoint: neck, roi_head",
+    )
+    load_checkpoint(path, variant.as_backbone((2,)))
+    found, _ = convert_checkpoint(path, tmp_path / "backbone.safetensors")
+    assert found == variant.as_backbone((1, 2, 3))
+    assert refusal(path, variant.as_backbone((0, 1))) == (
+        f"{path} is not a checkpoint of variant 'pp-tiny': missing: norms.0.norm.weight (64), norms.0.norm.bias (64). "
+        "It is a backbone of 'pp-tiny', without a head; use --variant pp-tiny, with --features 1,2,3."
+    )
+
+
+def test_the_averaged_copies_of_a_detector_are_one_part_of_what_is_left_out(tmp_path: Path) -> None:
+    content = detector(hollow_tensors(BACKBONE))
+    content["state_dict"] |= {f"ema_backbone_{i}": torch.zeros(1) for i in range(5)}
+    torch.save(content, tmp_path / "ema.pth")
+    assert load_checkpoint(tmp_path / "ema.pth", BACKBONE).notes == (
+        "left out of the checkpoint: neck, roi_head, EMA copies",
+    )
+
+
+def test_a_classifier_of_other_classes_is_no_backbone(tmp_path: Path) -> None:
+    path = tmp_path / "finetuned.pth"
+    torch.save({"model": hollow_tensors(replace(VARIANTS["pp-tiny"], classes=10))}, path)
+    assert refusal(path, VARIANTS["tiny"]).endswith(
+        "It fits variant 'pp-tiny' but for its 10 classes; use --config FILE.yaml with num_classes: 10."
+    )
+    variant, weights = convert_checkpoint(path, tmp_path / "finetuned.safetensors")
+    assert (variant.features, variant.classes) == ((), 10)
+    assert weights.notes == ("it has 10 classes: export it with --config FILE.yaml that says num_classes",)
+    with safe_open(tmp_path / "finetuned.safetensors", "pt") as file:
+        assert file.get_slice("cls_head.weight").get_shape() == [10, 512]

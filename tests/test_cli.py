@@ -768,7 +768,7 @@ def test_a_backbone_of_a_configuration_with_any_size_goes_all_the_way(
     outcome = run("export", *words, "--output", tmp_path / "backbone.onnx")
     assert outcome.code == 0, outcome.err
     assert ": detector any size, batch dynamic, lowering function" in outcome.out
-    assert "note: the checkpoint's neck are left out" in outcome.out
+    assert "note: left out of the checkpoint: neck" in outcome.out
     assert outcome.next_words[:2] == ["validate", "--engine"]
     words = ["--engine", tmp_path / "backbone.onnx", "--checkpoint", checkpoint, "--batch", "1"]
     outcome = run("validate", *words, "--image-size", "96x128,128", "--json", tmp_path / "report.json")

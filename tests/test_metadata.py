@@ -15,7 +15,6 @@ from dat_deploy.variants import VARIANTS
 PATH = Path("folder/tiny.onnx")
 METADATA = FileMetadata(
     network=VARIANTS["tiny"].with_image_size(224, 448),
-    outputs=("logits",),
     batch=None,
     dynamic_image_size=False,
     lowering="function",
@@ -88,7 +87,8 @@ MALFORMED = {
         network(stages=[asdict(METADATA.network.stages[0]) | {"blocks": ""}] * 4),
         "a stage cannot be StageConfig(channels=96, blocks='', heads=3, window_size=7, neighborhood_size=0, "
         "offset_groups=0, offset_kernel_size=0, offset_stride=1, offset_range_factor=0.0, local_perception=False, "
-        "depthwise_mlp=False); blocks are of L, S, D, N, and sizes are up to 65536.",
+        "depthwise_mlp=False); blocks are of L, S, D, N, heads divide channels, groups divide heads, and what its "
+        "blocks need is set, up to 65536.",
     ),
     "network is none": (
         "network",

@@ -1,5 +1,6 @@
 """The networks against the official implementation's numbers."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -188,6 +189,50 @@ def test_size_that_dat_pp_does_not_take_names_the_nearest_that_work(size):
         f"image size {size[0]}x{size[1]} does not fit variant 'pp-tiny': its sides are multiples of 32 px, from 64 px "
         f"on. Nearest that work: {nearest}."
     )
+
+
+def test_image_size_may_be_changed_again_without_a_trace():
+    variant = get_variant("tiny")
+    for size in ((224, 448), (448, 448), (672, 224), (224, 224)):
+        assert variant.with_image_size(448, 224).with_image_size(*size) == variant.with_image_size(*size)
+
+
+def test_backbone_of_one_stage_gives_a_tuple_too():
+    with torch.device("meta"):
+        maps = DAT(get_variant("pp-tiny").as_backbone((3,)))(torch.zeros(2, 3, 64, 64))
+    assert [tuple(feature_map.shape) for feature_map in maps] == [(2, 512, 2, 2)]
+
+
+IMPOSSIBLE = {
+    "no blocks": {"blocks": ""},
+    "letters": {"blocks": "NX"},
+    "endless": {"blocks": "N" * 2000},
+    "heads": {"heads": 3},
+    "no groups": {"blocks": "D", "offset_groups": 0},
+    "groups": {"blocks": "D", "offset_groups": 3},
+    "no offset kernel": {"blocks": "D", "offset_kernel_size": 0},
+    "no stride": {"offset_stride": 0},
+    "no window": {"blocks": "LS"},
+    "no neighborhood": {"neighborhood_size": 0},
+    "even neighborhood": {"neighborhood_size": 6},
+    "size": {"channels": 2**20},
+}
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_impossible_stage_is_refused(change):
+    with pytest.raises(VariantError, match="a stage cannot be StageConfig"):
+        replace(get_variant("pp-tiny").stages[0], **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"family": "ViT"}, {"stages": ()}, {"features": (7,)}, {"features": (1, 0)}, {"image_size": (0, 224)}],
+    ids=str,
+)
+def test_impossible_network_is_refused(change):
+    with pytest.raises(VariantError, match="a network cannot be Variant"):
+        replace(get_variant("pp-tiny"), **change)
 
 
 def test_dat_pp_reads_tables_of_one_size_at_any_image_size_and_dat_does_not():

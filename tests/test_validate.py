@@ -10,6 +10,7 @@ from onnx import numpy_helper
 
 import dat_deploy.validate as library
 from dat_deploy.errors import DatDeployError, UnsupportedError, VerificationError
+from dat_deploy.export import export
 from dat_deploy.photographs import photographs
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.validate import FP32_TOLERANCE, validate
@@ -136,6 +137,35 @@ def test_dynamic_pp_tiny_passes_at_the_sizes_asked_for(runtime, pp_tiny_onnx):
         "photographs, 224x224",
         "photographs, 96x160",
     }
+
+
+class _LosesAttention(_MixesSlots):
+    """Wrong in outputs whose numbers are small."""
+
+    def _run(self, images_nchw):
+        outputs = self.inner.outputs(images_nchw)
+        return {name: output * (not name.startswith("attention")) for name, output in outputs.items()}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino-bf16"])
+def test_each_output_has_its_own_tolerance(runtime, mini_pp, tmp_path, monkeypatch):
+    path = tmp_path / "points.onnx"
+    export(mini_pp, path, sampling_locations=True)
+    engine = f"{runtime}:{path}"
+    try:
+        assert validate(engine, images=photographs(2), batches=[1]).passed
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(library, "open_runner", lambda *a, **k: _LosesAttention(open_runner(*a, **k)))
+    report = validate(engine, images=photographs(2), batches=[1])
+    assert "photographs" in failed(report)
+    assert next(check.detail for check in report.checks if check.name == "photographs").startswith("attention_")
+
+
+def test_each_operator_is_tried_once_where_the_points_are_outputs(mini_pp, tmp_path):
+    export(mini_pp, tmp_path / "points.onnx", sampling_locations=True)
+    report = validate(str(tmp_path / "points.onnx"), images=photographs(2), batches=[1])
+    assert report.checks[-1].detail.startswith("6 operators, ")
 
 
 def test_file_that_lost_its_list_of_operators_says_that_coordinates_were_not_checked(tiny_onnx, tmp_path):

@@ -45,6 +45,7 @@ class ExportReport:
     size_bytes: int
     nodes: int
     operators: int
+    outputs: tuple[str, ...]
     seconds: float
     notes: tuple[str, ...]
 
@@ -96,7 +97,6 @@ def export(
     module = model_from_weights(weights, network, fused=True, sampled_points=sampling_locations)
     metadata = FileMetadata(
         network=network,
-        outputs=tuple(module.output_names),
         batch=batch,
         dynamic_image_size=dynamic_image_size,
         lowering=lowering,
@@ -118,6 +118,7 @@ def export(
         size_bytes=output.stat().st_size,
         nodes=len(model.graph),
         operators=operators,
+        outputs=tuple(module.output_names),
         seconds=time.monotonic() - started,
         notes=weights.notes,
     )
@@ -138,7 +139,8 @@ def relower(source: Path, output: Path, lowering: str, *, force: bool = False) -
     metadata = dataclasses.replace(metadata, lowering=lowering)
     _save(model, metadata, output, force=force)
     size = output.stat().st_size
-    return ExportReport(output, metadata, size, len(model.graph), operators, time.monotonic() - started, ())
+    outputs = tuple(str(value.name) for value in model.graph.outputs)
+    return ExportReport(output, metadata, size, len(model.graph), operators, outputs, time.monotonic() - started, ())
 
 
 def _check_dynamic_image_size(network: Variant, *, sampling_locations: bool) -> None:

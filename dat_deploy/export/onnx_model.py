@@ -20,7 +20,7 @@ from dat_deploy.errors import ExportError
 from dat_deploy.export.cleanup import constant_reshape_shapes, name_results
 from dat_deploy.model import DAT
 from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
-from dat_deploy.variants import PATCH_SIZE
+from dat_deploy.variants import stride
 
 __all__ = ["IR_VERSION", "OPSET_VERSIONS", "check_opset", "onnx_from_model"]
 
@@ -234,7 +234,7 @@ def _name_after_modules(model: ir.Model) -> None:
 def _name_sides(graph_model: ir.Model, model: DAT) -> None:
     """`height` and `width` where torch writes `32*height_32`, and `height/4` for `8*s87`."""
     graph = graph_model.graph
-    strides = {f"feature_map_{i}": PATCH_SIZE * 2**i for i in model.variant.features}
+    strides = {f"feature_map_{i}": stride(i) for i in model.variant.features}
     for value in (*graph.inputs, *graph.outputs):
         shape = value.shape
         if shape is not None and len(shape) == 4:

@@ -104,7 +104,6 @@ def open_runner(
     reasons = reasons_against(runtime)
     if reasons:
         raise UnsupportedError(f"{runtime.name} cannot run here: {'; '.join(reasons)}")
-    runner: Runner
     match runtime.package:
         case "torch":
             from dat_deploy.runners.pytorch_runner import PytorchRunner
@@ -122,14 +121,11 @@ def open_runner(
         case "onnxruntime":
             from dat_deploy.runners.onnxruntime_runner import OnnxruntimeRunner
 
-            runner = OnnxruntimeRunner(Path(target), engine, threads=threads, cuda=runtime.name == "onnxruntime-cuda")
+            cuda = runtime.name == "onnxruntime-cuda"
+            return OnnxruntimeRunner(Path(target), engine, image_size=image_size, threads=threads, cuda=cuda)
         case "openvino":
             from dat_deploy.runners.openvino_runner import OpenvinoRunner
 
             precision = "bf16" if runtime.name == "openvino-bf16" else "fp32"
-            runner = OpenvinoRunner(Path(target), engine, threads=threads, precision=precision)
-        case _:
-            raise AssertionError(f"{runtime.name} has no runner")
-    if image_size is not None:
-        runner.description = runner.description.at_image_size(*image_size)
-    return runner
+            return OpenvinoRunner(Path(target), engine, image_size=image_size, threads=threads, precision=precision)
+    raise AssertionError(f"{runtime.name} has no runner")

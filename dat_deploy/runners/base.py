@@ -2,7 +2,7 @@
 
 import abc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -159,6 +159,7 @@ def describe(
     metadata: FileMetadata,
     name: str,
     *,
+    outputs: Iterable[str],
     runtime: str,
     runtime_version: str,
     device: str,
@@ -173,7 +174,7 @@ def describe(
         device=device,
         precision=precision,
         network=metadata.network,
-        outputs=metadata.outputs,
+        outputs=tuple(outputs),
         batch=metadata.batch,
         dynamic_image_size=metadata.dynamic_image_size,
         lowering=metadata.lowering,

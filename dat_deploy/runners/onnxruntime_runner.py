@@ -17,7 +17,15 @@ __all__ = ["OnnxruntimeRunner"]
 class OnnxruntimeRunner(Runner):
     """An exported file on ONNX Runtime; float32."""
 
-    def __init__(self, path: Path, name: str, *, threads: int | None = None, cuda: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        *,
+        image_size: tuple[int, int] | None = None,
+        threads: int | None = None,
+        cuda: bool = False,
+    ) -> None:
         self._providers = ["CPUExecutionProvider"]
         if cuda:
             if "CUDAExecutionProvider" not in ort.get_available_providers():
@@ -38,12 +46,15 @@ class OnnxruntimeRunner(Runner):
         self.description = describe(
             metadata,
             name,
+            outputs=[output.name for output in self._session.get_outputs()],
             runtime="onnxruntime-cuda" if cuda else "onnxruntime",
             runtime_version=ort.__version__,
             device="cuda" if cuda else "cpu",
             precision=metadata.precision,
             threads=self._threads,
         )
+        if image_size is not None:
+            self.description = self.description.at_image_size(*image_size)
 
     def _open(self, model: Path | bytes, name: str) -> ort.InferenceSession:
         options = ort.SessionOptions()

@@ -20,11 +20,20 @@ class OpenvinoRunner(Runner):
     """An exported file on OpenVINO.
 
     Args:
+        image_size: (height, width) in pixels to compile for at once; others are compiled when they come.
         precision: `fp32` or `bf16`; bf16 is refused where the CPU has no bfloat16 instructions, since OpenVINO would
             run float32 there and say nothing.
     """
 
-    def __init__(self, path: Path, name: str, *, threads: int | None = None, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        *,
+        image_size: tuple[int, int] | None = None,
+        threads: int | None = None,
+        precision: str = "fp32",
+    ) -> None:
         self._core = ov.Core()
         self._threads = threads or available_cores()
         if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -44,12 +53,15 @@ class OpenvinoRunner(Runner):
         self.description = describe(
             metadata,
             name,
+            outputs=[output.name for output in self._model.graph.output],
             runtime="openvino",
             runtime_version=ov.__version__,
             device="cpu",
             precision=precision,
             threads=self._threads,
         )
+        if image_size is not None:
+            self.description = self.description.at_image_size(*image_size)
         self._requests: dict[tuple[int, ...], ov.InferRequest] = {}
         self._request((self.description.batch or 1, 3, *self.description.image_size))
 

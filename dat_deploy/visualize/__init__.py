@@ -129,13 +129,8 @@ def _open(engine: str, checkpoint: Path | None, image_size: tuple[int, int] | No
     )
 
 
-def _deformable_blocks(network: Variant) -> list[tuple[int, int]]:
-    """(stage, block) of each."""
-    return [(i, j) for i, stage in enumerate(network.stages) for j, letter in enumerate(stage.blocks) if letter == "D"]
-
-
 def _check_has_points(about: EngineDescription) -> None:
-    blocks = _deformable_blocks(about.network)
+    blocks = about.network.deformable_blocks
     if not blocks:
         raise DatDeployError(
             f"{about.name}: variant '{about.variant}' has no deformable block (letter D), so it samples no points. "
@@ -155,6 +150,12 @@ def _check_same_network(described: Sequence[EngineDescription]) -> None:
             f"{first.name} is {_network(first)}, {last.name} is {_network(last)}; a drift is between "
             f"points of one network at one image size. Name two engines of one variant, or give --image-size."
         )
+    if first.weights_sha256 != last.weights_sha256:
+        raise DatDeployError(
+            f"{first.name} holds the weights of {first.weights_source} (sha256 {first.weights_sha256[:12]}), "
+            f"{last.name} those of {last.weights_source} ({last.weights_sha256[:12]}); "
+            f"a drift is between engines of the same weights. Pass the --checkpoint that the file was exported with."
+        )
 
 
 def _network(about: EngineDescription) -> str:
@@ -166,7 +167,7 @@ def _sampled_points(runner: Runner, image_nchw: NDArray[np.float32]) -> list[Blo
     network = about.network
     outputs = runner.outputs(np.repeat(image_nchw, about.batch or 1, axis=0))
     points = []
-    for i, j in _deformable_blocks(network):
+    for i, j in network.deformable_blocks:
         locations = _finite(about, f"sampling_locations_{i}_{j}", outputs)  # G, Hk, Wk, 2
         attention = _finite(about, f"attention_{i}_{j}", outputs)  # G, Hk, Wk
         groups, height, width = attention.shape

@@ -1,6 +1,8 @@
 """Files that `export` writes: batches, sizes, opsets, weights, metadata; and that nothing partial is left behind."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,6 @@ def test_metadata_says_what_the_file_is(tiny_onnx):
     metadata = read_metadata(tiny_onnx["hat"])
     assert metadata == FileMetadata(
         network=VARIANTS["tiny"],
-        outputs=("logits",),
         batch=None,
         dynamic_image_size=False,
         lowering="hat",
@@ -204,7 +205,7 @@ def test_every_opset_gives_the_same_logits_of_dat_pp(opset, dynamic, mini_pp, tm
 def test_backbone_gives_the_maps_of_pytorch(lowering, mini_pp, tmp_path):
     images = np.random.default_rng(4).standard_normal((2, 3, 96, 128)).astype(np.float32)
     report = export(mini_pp, tmp_path / "backbone.onnx", image_size=(96, 128), features=(0, 1, 2, 3), lowering=lowering)
-    assert (report.metadata.outputs, report.metadata.class_names) == (tuple(f"feature_map_{i}" for i in range(4)), ())
+    assert (report.outputs, report.metadata.class_names) == (tuple(f"feature_map_{i}" for i in range(4)), ())
     with torch.inference_mode():
         expected = load_model(mini_pp, features=(0, 1, 2, 3))(torch.from_numpy(images))
     for runtime in ("onnxruntime", "openvino"):
@@ -234,7 +235,7 @@ def test_sampled_points_of_a_file_are_those_of_pytorch(lowering, mini_pp, tmp_pa
         expected = reference.outputs(images)
     with open_runner(str(report.path)) as runner:
         got = runner.outputs(images)
-    assert list(got) == list(expected) == list(report.metadata.outputs)
+    assert list(got) == list(expected) == list(report.outputs)
     assert len(got) == 1 + 2 * 3
     for name, values in got.items():
         np.testing.assert_allclose(values, expected[name], rtol=0, atol=1e-4, err_msg=name)
@@ -262,6 +263,38 @@ def test_configuration_file_exports_and_the_file_remembers_it(tmp_path):
     assert report.passed
     assert (report.engine.variant, report.engine.network.classes) == ("dat", 10)
     assert read_metadata(path).class_names[9] == "class 9"
+
+
+def test_fixed_hat_file_of_dat_pp_gathers_nothing(mini_pp, tmp_path):
+    """At 224 px the bias of stage 0 is a constant of a million elements."""
+    export(mini_pp, tmp_path / "hat.onnx", lowering="hat")
+    assert not {"Gather", "GatherND", "GatherElements", "GridSample"} & {
+        node.op_type for node in onnx.load(tmp_path / "hat.onnx").graph.node
+    }
+
+
+LARGE = """
+import re, sys
+import numpy as np
+from dat_deploy.runners import open_runner
+with open_runner(sys.argv[1]) as run:
+    logits = run(np.random.default_rng(6).standard_normal((1, 3, 800, 1344)).astype(np.float32))
+np.save(sys.argv[2], logits)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["function", *INLINED])
+def test_dynamic_pp_tiny_at_800x1344_is_right_and_takes_less_than_8_gib(
+    lowering, pp_tiny_onnx, pp_tiny_model, tmp_path
+):
+    command = [sys.executable, "-c", LARGE, str(pp_tiny_onnx[lowering]), str(tmp_path / "logits.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  # ours
+    images = np.random.default_rng(6).standard_normal((1, 3, 800, 1344)).astype(np.float32)
+    expected = pytorch_logits(pp_tiny_model, images)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=0, atol=1e-4)
+    assert int(done.stdout) < 8 * 2**20  # kB
 
 
 @pytest.mark.slow

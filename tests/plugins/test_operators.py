@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dat_deploy import plugins
+from dat_deploy.errors import ShapeError
 from dat_deploy.export.lowering import LOWERINGS, function_bodies
 from dat_deploy.model import REFERENCE, reference_points
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
@@ -200,7 +201,7 @@ def test_neighborhood_attention_is_the_sum_over_the_neighbors(height, width, ker
 
 
 def test_neighborhood_attention_never_holds_all_pairs_of_pixels():
-    """[H·W, H·W] of this map would be 1.3e8 scores a head; a row of the window makes W² · H of them."""
+    """[H·W, H·W] of the first map would be 1.3e8 scores a head; a row of the window makes W² · H of them."""
     largest = 0
 
     class Sizes(TorchDispatchMode):
@@ -211,10 +212,23 @@ def test_neighborhood_attention_never_holds_all_pairs_of_pixels():
                 largest = max(largest, result.numel())
             return result
 
-    inputs = neighborhood_inputs(96, 120, 7, heads=1)
-    with Sizes():
-        REFERENCE.neighborhood_attention(*inputs.values(), 1, 7, 1)
-    assert 0 < largest <= 2 * 96 * 120 * 120  # a batch of two
+    for height, width, kernel_size in ((96, 120, 7), (20, 20, 13)):
+        largest = 0
+        inputs = neighborhood_inputs(height, width, kernel_size, heads=1)
+        with Sizes():
+            REFERENCE.neighborhood_attention(*inputs.values(), 1, kernel_size, 1)
+        assert 0 < largest <= 2 * height * width * max(width, kernel_size**2)  # a batch of two
+
+
+@pytest.mark.parametrize("operator", [REFERENCE.neighborhood_attention, plugins.neighborhood_attention])
+@pytest.mark.parametrize(("kernel_size", "side"), [(6, 11), (7, 15), (7, 11)])
+def test_neighborhood_attention_refuses_an_even_window_and_a_table_of_another_size(operator, kernel_size, side):
+    with pytest.raises(ShapeError) as error:
+        operator(torch.randn(1, 14, 14, 24), torch.randn(24), torch.randn(2, side, side), 2, kernel_size, 1)
+    assert str(error.value) == (
+        f"neighborhood_attention got kernel_size {kernel_size} and a bias table of shape [2, {side}, {side}]; it takes "
+        f"an odd K and a table [2, 2K - 1, 2K - 1]. Take both from one block of a checkpoint."
+    )
 
 
 @pytest.mark.parametrize("lowering", ["function", "hat"])

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dat_deploy.errors import ShapeError
+
 __all__ = ["neighborhood_attention", "neighborhood_index"]
 
 
@@ -37,7 +39,7 @@ def neighborhood_attention(
     """`softmax(q · k / sqrt(D) + bias) v` over the K × K neighbors of each pixel (arXiv 2204.07143, §3.1).
 
     Row by row of the window: the products of a row of queries with one row of keys hold those with its neighbors, so
-    nothing larger than [B, M, H, W, W] is ever made.
+    nothing larger than [B, M, H, W, W] or the scores themselves, [B, M, H, W, K²], is ever made.
 
     Args:
         qkv: [B, H, W, 3C], query, key and value side by side, each with its heads side by side.
@@ -50,7 +52,17 @@ def neighborhood_attention(
 
     Returns:
         [B, H, W, C] in the type of `qkv`.
+
+    Raises:
+        ShapeError: if K is even, or the table has another size.
     """
+    side = 2 * kernel_size - 1
+    if kernel_size % 2 == 0 or tuple(relative_position_bias_table.shape) != (num_heads, side, side):
+        raise ShapeError(
+            f"neighborhood_attention got kernel_size {kernel_size} and a bias table of shape "
+            f"{list(relative_position_bias_table.shape)}; it takes an odd K and a table "
+            f"[{num_heads}, 2K - 1, 2K - 1]. Take both from one block of a checkpoint."
+        )
     batch, height, width, channels3 = qkv.shape
     head_dim = channels3 // (3 * num_heads)
     padded_height, padded_width = max(height, kernel_size * dilation), max(width, kernel_size * dilation)
