@@ -74,9 +74,9 @@ def test_every_lowering_and_runtime_is_explained():
 
 
 def test_python_example_uses_names_that_exist():
-    (block,) = blocks("python")
     names = {
         node.attr
+        for block in blocks("python")
         for node in ast.walk(ast.parse(block))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "api"
     }

@@ -121,7 +121,7 @@ def test_backbone_gives_no_logits():
             runner(images)
     assert str(error.value) == (
         "pytorch:pp-tiny is a backbone: it gives feature_map_3 and no logits. "
-        "Export it again without --features to classify."
+        "Use outputs(images) for its maps, or export it again without --features to classify."
     )
 
 

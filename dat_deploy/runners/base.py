@@ -93,7 +93,7 @@ class Runner(abc.ABC):
         if "logits" not in self.description.outputs:
             raise DatDeployError(
                 f"{self.description.name} is a backbone: it gives {', '.join(self.description.outputs)} and no logits. "
-                f"Export it again without --features to classify."
+                f"Use outputs(images) for its maps, or export it again without --features to classify."
             )
         return self.outputs(images_nchw)["logits"]
 

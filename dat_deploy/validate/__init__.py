@@ -158,7 +158,7 @@ def validate(
         described = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]
         checks: list[Check] = []
         for at_size in described:
-            where = "" if len(described) == 1 else f", {at_size.image_size[0]}x{at_size.image_size[1]}"
+            where = "" if described == [about] else f", {at_size.image_size[0]}x{at_size.image_size[1]}"
 
             def announce(what: str, where: str = where) -> None:
                 progress(what + where)
