@@ -8,7 +8,7 @@ Notes for whoever writes a body, each learned by trying (ONNX Runtime 1.31, Open
   when every dimension is known, which a dynamic batch prevents. So bodies take the shape of the first image,
   `Gather(x, 0)`: its shape is known, the folding works, and the Gather itself is dropped as unused.
 - Scale the queries, not the scores: MatMul, Div, Add, Softmax, MatMul, Transpose is a pattern that OpenVINO fuses into
-  something wrong for some numbers of heads and keys (off by 0.9 in the logits of `pp-tiny`), and says nothing.
+  something wrong for some numbers of heads and keys (off by up to 0.9 in the logits of `plus`), and says nothing.
 - Attributes cannot steer control flow, so a body must hold for each of their values by arithmetic alone.
 """
 
