@@ -71,7 +71,7 @@ class EngineDescription:
             return self
         if not self.dynamic_image_size:
             raise ShapeError(
-                f"{self.name} is made for images of {_size(self.image_size)}, not {height}x{width}. "
+                f"{self.name} is made for images of {self.image_size[0]}x{self.image_size[1]}, not {height}x{width}. "
                 f"Export it again with --image-size {height}x{width}."
             )
         network = self.network.with_image_size(height, width)
@@ -158,6 +158,7 @@ def available_cores() -> int:
 def describe(
     metadata: FileMetadata,
     name: str,
+    image_size: tuple[int, int] | None,
     *,
     outputs: Iterable[str],
     runtime: str,
@@ -166,8 +167,8 @@ def describe(
     precision: str,
     threads: int,
 ) -> EngineDescription:
-    """An exported file's description of itself, with what its runtime adds."""
-    return EngineDescription(
+    """An exported file's description of itself, with what its runtime adds, for images of `image_size` if given."""
+    about = EngineDescription(
         name=name,
         runtime=runtime,
         runtime_version=runtime_version,
@@ -183,10 +184,7 @@ def describe(
         weights_source=metadata.weights_source,
         preprocessing=metadata.preprocessing,
     )
-
-
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+    return about if image_size is None else about.at_image_size(*image_size)
 
 
 def no_plugin_here(name: str) -> EngineBuildError:

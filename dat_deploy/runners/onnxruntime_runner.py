@@ -46,6 +46,7 @@ class OnnxruntimeRunner(Runner):
         self.description = describe(
             metadata,
             name,
+            image_size,
             outputs=[output.name for output in self._session.get_outputs()],
             runtime="onnxruntime-cuda" if cuda else "onnxruntime",
             runtime_version=ort.__version__,
@@ -53,8 +54,6 @@ class OnnxruntimeRunner(Runner):
             precision=metadata.precision,
             threads=self._threads,
         )
-        if image_size is not None:
-            self.description = self.description.at_image_size(*image_size)
 
     def _open(self, model: Path | bytes, name: str) -> ort.InferenceSession:
         options = ort.SessionOptions()

@@ -53,6 +53,7 @@ class OpenvinoRunner(Runner):
         self.description = describe(
             metadata,
             name,
+            image_size,
             outputs=[output.name for output in self._model.graph.output],
             runtime="openvino",
             runtime_version=ov.__version__,
@@ -60,8 +61,6 @@ class OpenvinoRunner(Runner):
             precision=precision,
             threads=self._threads,
         )
-        if image_size is not None:
-            self.description = self.description.at_image_size(*image_size)
         self._requests: dict[tuple[int, ...], ov.InferRequest] = {}
         self._request((self.description.batch or 1, 3, *self.description.image_size))
 
