@@ -1,0 +1,312 @@
+"""`deformable_attention` in one launch: scores, interpolated bias, softmax and values; only the output reaches memory.
+
+One program computes one head of one image for a tile of TILE_ROWS × TILE_COLUMNS queries, over blocks of keys with the
+running softmax of FlashAttention (arXiv 2205.14135). What is this kernel's own is the bias. Its coordinate in the table
+is separable: y depends on the query's row and the key, x on the query's column and the key. So for a block of keys
+
+- the two columns of the table and their weights are worked out once, [BLOCK_KEYS, TILE_COLUMNS], for all query rows;
+- a row of the table, read at those columns and blended in x, serves all query rows beside it. Where the query rows are
+  as far apart as the rows of the table (DAT+, DAT++) or nearly so (DAT), which rows those are is known when the kernel
+  is compiled, and only their weights depend on the key.
+
+That is two reads a bias in place of four. Neighbours in a warp are neighbouring queries of one key, and those read
+neighbouring entries of one row of the table.
+"""
+
+import triton
+import triton.language as tl
+
+from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, ceil_div, next_power_of_two
+
+__all__ = ["configurations", "deformable_attention_kernel", "launch", "problem"]
+
+INPUTS = ("query", "key", "value", "sampling_locations", "relative_position_bias_table")
+SCALARS = ("height", "width", "keys", "table_height")
+TILES = [(8, 8, 64, 4), (16, 8, 64, 8), (4, 16, 64, 4), (8, 16, 64, 8), (4, 32, 64, 8), (8, 8, 32, 4)]
+
+
+@triton.jit
+def _grid_coordinate(index, size, HALF_PIXEL: tl.constexpr):
+    """Queries in the frame of the sampling locations, see reference.query_grid."""
+    if HALF_PIXEL:
+        coordinate = (index + 0.5) / size * 2 - 1
+    else:
+        coordinate = index / tl.maximum(size - 1, 1) * 2 - 1
+    return coordinate
+
+
+@triton.jit
+def _table_coordinate(query, location, size):
+    """Where the bias of a query and a key lies on an axis of the table, in entries.
+
+    Far outside all is zero, so far outside it ends. A NaN ends there, too; `_bias` puts it back.
+    """
+    coordinate = ((query - location) * 0.5 + 1) * 0.5 * (size - 1)
+    return tl.minimum(tl.maximum(coordinate, -65536.0), 65536.0)
+
+
+@triton.jit
+def _hat(distance):
+    return tl.maximum(1 - tl.abs(distance), 0.0)
+
+
+@triton.jit
+def _taps(coordinate, size):
+    """The first of the two entries around a coordinate, and the weights of both; zeros outside of the table."""
+    first = tl.minimum(tl.maximum(tl.floor(coordinate), 0.0), tl.maximum(size - 2, 0) * 1.0)
+    second_weight = tl.where(size > 1, _hat(coordinate - first - 1), 0.0)
+    return first.to(tl.int32), _hat(coordinate - first), second_weight
+
+
+@triton.jit
+def _stack(rows, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """`rows[FIRST], rows[FIRST + STEP], ...` on a new last axis: [BLOCK_KEYS, TILE_COLUMNS, COUNT]."""
+    if COUNT == 1:
+        stacked = tl.expand_dims(rows[FIRST], 2)
+    elif COUNT == 2:
+        stacked = tl.join(rows[FIRST], rows[FIRST + STEP])
+    else:
+        even = _stack(rows, FIRST, STEP * 2, COUNT // 2)
+        odd = _stack(rows, FIRST + STEP, STEP * 2, COUNT // 2)
+        stacked = tl.reshape(tl.join(even, odd), (even.shape[0], even.shape[1], COUNT))
+    return stacked
+
+
+@triton.jit
+def _bias(
+    table,
+    location_y,
+    location_x,
+    is_key,
+    first_row,
+    first_column,
+    height,
+    width,
+    table_height,
+    factor,
+    HALF_PIXEL: tl.constexpr,
+    ROW_TAPS: tl.constexpr,
+    TABLE_WIDTH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """The bias of each query of the tile to each key of the block, times `factor`; -inf where there is no key.
+
+    Returns [TILE_ROWS · TILE_COLUMNS, BLOCK_KEYS] float32.
+    """
+    column = first_column + tl.arange(0, TILE_COLUMNS)
+    x = _table_coordinate(_grid_coordinate(column, width, HALF_PIXEL)[None, :], location_x[:, None], TABLE_WIDTH)
+    left, left_weight, right_weight = _taps(x, TABLE_WIDTH)  # BLOCK_KEYS, TILE_COLUMNS
+    left_weight *= factor
+    right_weight *= factor
+    RIGHT: tl.constexpr = 1 if TABLE_WIDTH > 1 else 0
+
+    is_number = (location_y == location_y) & (location_x == location_x)
+    nothing = tl.where(is_key, tl.where(is_number, 0.0, float("nan")), float("-inf"))[:, None]
+
+    biases = ()
+    if ROW_TAPS == 0:
+        BELOW = tl.minimum(table_height - 1, 1) * TABLE_WIDTH
+        for i in tl.static_range(TILE_ROWS):
+            query_y = _grid_coordinate(first_row + i, height, HALF_PIXEL)
+            upper, upper_weight, lower_weight = _taps(_table_coordinate(query_y, location_y, table_height), table_height)
+            start = table + (upper[:, None] * TABLE_WIDTH + left)
+            upper_row = left_weight * tl.load(start) + right_weight * tl.load(start + RIGHT)
+            lower_row = left_weight * tl.load(start + BELOW) + right_weight * tl.load(start + BELOW + RIGHT)
+            bias = nothing + upper_weight[:, None] * upper_row + lower_weight[:, None] * lower_row
+            biases = biases + (bias,)
+    else:
+        # Query row i lies between rows i and i + 1 of two taps; of three, around row i + 1.
+        y = _table_coordinate(_grid_coordinate(first_row, height, HALF_PIXEL), location_y, table_height)
+        fraction = y - tl.floor(y)
+        table_row = tl.floor(y).to(tl.int32) - (ROW_TAPS - 2)
+        start = table + (table_row[:, None] * TABLE_WIDTH + left)
+        table_rows = ()
+        for r in tl.static_range(TILE_ROWS + ROW_TAPS - 1):
+            inside = ((table_row + r >= 0) & (table_row + r < table_height))[:, None]
+            left_entry = tl.load(start + r * TABLE_WIDTH, mask=inside, other=0.0)
+            right_entry = tl.load(start + (r * TABLE_WIDTH + RIGHT), mask=inside, other=0.0)
+            table_rows = table_rows + (left_weight * left_entry + right_weight * right_entry,)
+        # Rows of the table from one row of queries to the next.
+        second, first = _grid_coordinate(1, height, HALF_PIXEL), _grid_coordinate(0, height, HALF_PIXEL)
+        step = (second - first) * 0.25 * (table_height - 1)
+        for i in tl.static_range(TILE_ROWS):
+            if ROW_TAPS == 2:
+                upper_weight, lower_weight = 1 - fraction, fraction
+                bias = nothing + upper_weight[:, None] * table_rows[i] + lower_weight[:, None] * table_rows[i + 1]
+            else:
+                distance = fraction + i * (step - 1)  # from the middle row, -1 to 1
+                bias = nothing + tl.maximum(-distance, 0.0)[:, None] * table_rows[i]
+                bias += (1 - tl.abs(distance))[:, None] * table_rows[i + 1]
+                bias += tl.maximum(distance, 0.0)[:, None] * table_rows[i + 2]
+            biases = biases + (bias,)
+    stacked = _stack(biases, 0, 1, TILE_ROWS)  # BLOCK_KEYS, TILE_COLUMNS, TILE_ROWS
+    return tl.reshape(tl.trans(stacked, 2, 1, 0), (TILE_ROWS * TILE_COLUMNS, BLOCK_KEYS))
+
+
+@triton.jit(do_not_specialize=list(SCALARS))
+def deformable_attention_kernel(
+    query,
+    key,
+    value,
+    sampling_locations,
+    relative_position_bias_table,
+    height,
+    width,
+    keys,
+    table_height,
+    output,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    OFFSET_GROUPS: tl.constexpr,
+    HALF_PIXEL: tl.constexpr,
+    TABLE_WIDTH: tl.constexpr,
+    ROW_TAPS: tl.constexpr,
+    EVEN_KEYS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """Grid: image, head, tile of queries, the last fastest. Layouts as in reference.deformable_attention."""
+    CHANNELS: tl.constexpr = NUM_HEADS * HEAD_DIM
+    TILE: tl.constexpr = TILE_ROWS * TILE_COLUMNS
+    tiles_across = tl.cdiv(width, TILE_COLUMNS)
+    tiles = tl.cdiv(height, TILE_ROWS) * tiles_across
+    program = tl.program_id(0)
+    tile = program % tiles
+    head = program // tiles % NUM_HEADS
+    image = (program // tiles // NUM_HEADS).to(tl.int64)
+    group = head // (NUM_HEADS // OFFSET_GROUPS)
+    first_row, first_column = tile // tiles_across * TILE_ROWS, tile % tiles_across * TILE_COLUMNS
+
+    query += image * (height * width * CHANNELS) + head * HEAD_DIM
+    output += image * (height * width * CHANNELS) + head * HEAD_DIM
+    key += image * (keys * CHANNELS) + head * HEAD_DIM
+    value += image * (keys * CHANNELS) + head * HEAD_DIM
+    sampling_locations += (image * OFFSET_GROUPS + group) * (keys * 2)
+    table = relative_position_bias_table + head * (table_height * TABLE_WIDTH)
+
+    dim = tl.arange(0, BLOCK_DIM)
+    in_tile = tl.arange(0, TILE)
+    row, column = first_row + in_tile // TILE_COLUMNS, first_column + in_tile % TILE_COLUMNS
+    is_query = (row < height) & (column < width)
+    query_offset = (row * width + column)[:, None] * CHANNELS + dim[None, :]
+    query_mask = is_query[:, None] & (dim < HEAD_DIM)[None, :]
+    q = tl.load(query + query_offset, mask=query_mask, other=0.0)  # TILE, BLOCK_DIM
+
+    # The bias enters as the accumulator of q · k, so it is divided by what q · k is still to be multiplied by.
+    scale: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5
+    factor: tl.constexpr = HEAD_DIM**0.5
+    largest = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    attended = tl.zeros((TILE, BLOCK_DIM), tl.float32)
+    for first_key in range(0, keys, BLOCK_KEYS):
+        n = first_key + tl.arange(0, BLOCK_KEYS)
+        is_key = n < keys
+        key_offset = n[:, None] * CHANNELS + dim[None, :]
+        if EVEN_KEYS and BLOCK_DIM == HEAD_DIM:
+            k = tl.load(key + key_offset)
+            v = tl.load(value + key_offset)
+        else:
+            key_mask = is_key[:, None] & (dim < HEAD_DIM)[None, :]
+            k = tl.load(key + key_offset, mask=key_mask, other=0.0)
+            v = tl.load(value + key_offset, mask=key_mask, other=0.0)
+        location_y = tl.load(sampling_locations + 2 * n, mask=is_key, other=0.0)
+        location_x = tl.load(sampling_locations + 2 * n + 1, mask=is_key, other=0.0)
+        bias = _bias(
+            table,
+            location_y,
+            location_x,
+            is_key,
+            first_row,
+            first_column,
+            height,
+            width,
+            table_height,
+            factor,
+            HALF_PIXEL,
+            ROW_TAPS,
+            TABLE_WIDTH,
+            TILE_ROWS,
+            TILE_COLUMNS,
+            BLOCK_KEYS,
+        )
+        scores = tl.dot(q, tl.trans(k), acc=bias, input_precision="ieee")  # TILE, BLOCK_KEYS
+        new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_largest[:, None])
+        correction = tl.exp2(largest - new_largest)
+        total = total * correction + tl.sum(weights, 1)
+        attended = tl.dot(weights.to(v.dtype), v, acc=attended * correction[:, None], input_precision="ieee")
+        largest = new_largest
+    attended = attended / total[:, None]
+    tl.store(output + query_offset, attended.to(output.dtype.element_ty), mask=query_mask)
+
+
+def problem(
+    query: Shape, key: Shape, sampling_locations: Shape, table: Shape, num_heads: int, half_pixel_queries: bool
+) -> Problem:
+    """What the speed of a launch depends on, from the shapes of reference.deformable_attention."""
+    batch, height, width, channels = query
+    return {
+        "batch": batch,
+        "height": height,
+        "width": width,
+        "keys": key[1],
+        "heads": num_heads,
+        "head_dim": channels // num_heads,
+        "offset_groups": sampling_locations[1],
+        "table_height": table[1],
+        "table_width": table[2],
+        "half_pixel": half_pixel_queries,
+    }
+
+
+def configurations(problem: Problem) -> list[Configuration]:
+    """Every way to cut the problem up; the first, the one of least padding, is taken where nothing was measured."""
+
+    def padded_scores(tile: tuple[int, int, int, int]) -> int:
+        rows, columns, keys, _ = tile
+        padded_queries = ceil_div(problem["height"], rows) * rows * ceil_div(problem["width"], columns) * columns
+        return padded_queries * ceil_div(problem["keys"], keys) * keys
+
+    return [
+        Configuration((("TILE_ROWS", rows), ("TILE_COLUMNS", columns), ("BLOCK_KEYS", keys)), num_warps, 2)
+        for rows, columns, keys, num_warps in sorted(TILES, key=padded_scores)
+    ]
+
+
+def launch(problem: Problem, configuration: Configuration) -> Launch:
+    tiles = dict(configuration.tiles)
+    rows, columns = tiles["TILE_ROWS"], tiles["TILE_COLUMNS"]
+    programs = ceil_div(problem["height"], rows) * ceil_div(problem["width"], columns)
+    return Launch(
+        kernel=deformable_attention_kernel,
+        programs=problem["batch"] * problem["heads"] * programs,
+        inputs=INPUTS,
+        scalars={name: problem[name] for name in SCALARS},
+        constants={
+            "NUM_HEADS": problem["heads"],
+            "HEAD_DIM": problem["head_dim"],
+            "OFFSET_GROUPS": problem["offset_groups"],
+            "HALF_PIXEL": bool(problem["half_pixel"]),
+            "TABLE_WIDTH": problem["table_width"],
+            "ROW_TAPS": _row_taps(problem, rows),
+            "EVEN_KEYS": problem["keys"] % tiles["BLOCK_KEYS"] == 0,
+            "BLOCK_DIM": max(16, next_power_of_two(problem["head_dim"])),
+            **tiles,
+        },
+        num_warps=configuration.num_warps,
+        num_stages=configuration.num_stages,
+    )
+
+
+def _row_taps(problem: Problem, tile_rows: int) -> int:
+    """2 if rows of queries are as far apart as rows of the table, 3 if they are closer, but by less than one row from
+    the first of a tile to its last; else 0."""
+    height, table_steps = problem["height"], problem["table_height"] - 1
+    spans = 2 * height if problem["half_pixel"] else 2 * max(height - 1, 1)
+    if table_steps == spans:
+        return 2
+    return 3 if 0 <= (min(tile_rows, height) - 1) * (spans - table_steps) <= spans else 0

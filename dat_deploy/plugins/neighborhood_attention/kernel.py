@@ -1,0 +1,178 @@
+"""`neighborhood_attention` in one launch: bias, softmax and values; only the output reaches memory.
+
+One program computes one head of one image for a tile of TILE_ROWS × TILE_COLUMNS queries. The neighbors of all of them
+lie in a rectangle of (TILE_ROWS + K - 1) × (TILE_COLUMNS + K - 1) keys; it is walked KEY_ROWS rows at a time, and what
+is no neighbor of a query is masked. With a dilation, pixels of the same remainders form maps of their own, and a tile is
+of one of them.
+"""
+
+import triton
+import triton.language as tl
+
+from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, ceil_div, next_power_of_two
+
+__all__ = ["configurations", "launch", "neighborhood_attention_kernel", "problem"]
+
+INPUTS = ("qkv", "padding_qkv", "relative_position_bias_table")
+SCALARS = ("height", "width")
+TILES = [(8, 8, 4, 4), (8, 8, 2, 4), (16, 8, 4, 8), (4, 16, 2, 4)]
+
+
+@triton.jit
+def _window(position, positions, KERNEL_SIZE: tl.constexpr):
+    """The first of the K neighbors on an axis: a window that would leave the map is shifted inwards."""
+    return tl.minimum(tl.maximum(position - KERNEL_SIZE // 2, 0), positions - KERNEL_SIZE)
+
+
+@triton.jit(do_not_specialize=list(SCALARS))
+def neighborhood_attention_kernel(
+    qkv,
+    padding_qkv,
+    relative_position_bias_table,
+    height,
+    width,
+    output,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    DILATION: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    KEY_ROWS: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+):
+    """Grid: image, head, pair of remainders, tile of queries, the last fastest. Layouts as in the reference."""
+    CHANNELS: tl.constexpr = NUM_HEADS * HEAD_DIM
+    TILE: tl.constexpr = TILE_ROWS * TILE_COLUMNS
+    TABLE_SIDE: tl.constexpr = 2 * KERNEL_SIZE - 1
+    BLOCK_KEYS: tl.constexpr = KEY_ROWS * KEY_COLUMNS
+    # The bias enters as the accumulator of q · k, so it is divided by what q · k is still to be multiplied by.
+    scale: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5
+    factor: tl.constexpr = HEAD_DIM**0.5
+
+    tiles_across = tl.cdiv(tl.cdiv(width, DILATION), TILE_COLUMNS)
+    tiles = tl.cdiv(tl.cdiv(height, DILATION), TILE_ROWS) * tiles_across
+    program = tl.program_id(0)
+    tile = program % tiles
+    remainders = program // tiles % (DILATION * DILATION)
+    head = program // tiles // (DILATION * DILATION) % NUM_HEADS
+    image = (program // tiles // (DILATION * DILATION * NUM_HEADS)).to(tl.int64) * (height * width)
+    remainder_y, remainder_x = remainders // DILATION, remainders % DILATION
+    positions_y = tl.cdiv(tl.maximum(height, KERNEL_SIZE * DILATION) - remainder_y, DILATION)
+    positions_x = tl.cdiv(tl.maximum(width, KERNEL_SIZE * DILATION) - remainder_x, DILATION)
+
+    qkv += image * (3 * CHANNELS) + head * HEAD_DIM
+    output += image * CHANNELS + head * HEAD_DIM
+    padding_qkv += head * HEAD_DIM
+    table = relative_position_bias_table + head * (TABLE_SIDE * TABLE_SIDE)
+
+    dim = tl.arange(0, BLOCK_DIM)
+    is_dim = (dim < HEAD_DIM)[None, :]
+    in_tile = tl.arange(0, TILE)
+    first_row, first_column = tile // tiles_across * TILE_ROWS, tile % tiles_across * TILE_COLUMNS
+    row, column = first_row + in_tile // TILE_COLUMNS, first_column + in_tile % TILE_COLUMNS
+    query_y, query_x = row * DILATION + remainder_y, column * DILATION + remainder_x
+    query_mask = ((query_y < height) & (query_x < width))[:, None] & is_dim
+    query_pixel = query_y * width + query_x
+    q = tl.load(qkv + (query_pixel[:, None] * (3 * CHANNELS) + dim[None, :]), mask=query_mask, other=0.0)
+    row, column = tl.minimum(row, positions_y - 1), tl.minimum(column, positions_x - 1)  # none outside of the map
+    window_y, window_x = _window(row, positions_y, KERNEL_SIZE), _window(column, positions_x, KERNEL_SIZE)
+    query_entry = row * TABLE_SIDE + column - (KERNEL_SIZE - 1) * (TABLE_SIDE + 1)
+
+    first_key_row = _window(first_row, positions_y, KERNEL_SIZE)
+    first_key_column = _window(first_column, positions_x, KERNEL_SIZE)
+    in_block = tl.arange(0, BLOCK_KEYS)
+    largest = tl.full((TILE,), -1e30, tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    attended = tl.zeros((TILE, BLOCK_DIM), tl.float32)
+    for block_row in range(0, TILE_ROWS + KERNEL_SIZE - 1, KEY_ROWS):
+        key_row = first_key_row + block_row + in_block // KEY_COLUMNS
+        key_column = first_key_column + in_block % KEY_COLUMNS
+        key_y, key_x = key_row * DILATION + remainder_y, key_column * DILATION + remainder_x
+        in_map = (key_y < height) & (key_x < width)
+        key_mask = in_map[:, None] & is_dim
+        key_offset = (key_y * width + key_x)[:, None] * (3 * CHANNELS) + dim[None, :]
+        k = tl.load(qkv + CHANNELS + key_offset, mask=key_mask, other=0.0)
+        v = tl.load(qkv + 2 * CHANNELS + key_offset, mask=key_mask, other=0.0)
+        if PADDED:
+            padding_k = tl.load(padding_qkv + CHANNELS + dim, mask=dim < HEAD_DIM, other=0.0).to(k.dtype)
+            padding_v = tl.load(padding_qkv + 2 * CHANNELS + dim, mask=dim < HEAD_DIM, other=0.0).to(v.dtype)
+            k = tl.where(in_map[:, None], k, padding_k[None, :])
+            v = tl.where(in_map[:, None], v, padding_v[None, :])
+        step_y, step_x = key_row[None, :] - window_y[:, None], key_column[None, :] - window_x[:, None]
+        is_neighbor = (step_y >= 0) & (step_y < KERNEL_SIZE) & (step_x >= 0) & (step_x < KERNEL_SIZE)
+        entry = (key_row * TABLE_SIDE + key_column)[None, :] - query_entry[:, None]
+        # Finite, because a block may hold no neighbor of a query; what it adds then, the first that does takes away.
+        bias = tl.load(table + entry, mask=is_neighbor, other=0.0).to(tl.float32) * factor
+        bias = tl.where(is_neighbor, bias, -1e30)
+        scores = tl.dot(q, tl.trans(k), acc=bias, input_precision="ieee")  # TILE, BLOCK_KEYS
+        new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_largest[:, None])
+        correction = tl.exp2(largest - new_largest)
+        total = total * correction + tl.sum(weights, 1)
+        attended = tl.dot(weights.to(v.dtype), v, acc=attended * correction[:, None], input_precision="ieee")
+        largest = new_largest
+    attended = attended / total[:, None]
+    end = output + (query_pixel[:, None] * CHANNELS + dim[None, :])
+    tl.store(end, attended.to(output.dtype.element_ty), mask=query_mask)
+
+
+def problem(qkv: Shape, num_heads: int, kernel_size: int, dilation: int) -> Problem:
+    """What the speed of a launch depends on, from the shapes of reference.neighborhood_attention."""
+    batch, height, width, channels3 = qkv
+    return {
+        "batch": batch,
+        "height": height,
+        "width": width,
+        "heads": num_heads,
+        "head_dim": channels3 // (3 * num_heads),
+        "kernel_size": kernel_size,
+        "dilation": dilation,
+    }
+
+
+def configurations(problem: Problem) -> list[Configuration]:
+    """Every way to cut the problem up; the first, the one of fewest scores, is taken where nothing was measured."""
+
+    def scores(tile: tuple[int, int, int, int]) -> int:
+        rows, columns, key_rows, _ = tile
+        key_columns = next_power_of_two(columns + problem["kernel_size"] - 1)
+        keys = ceil_div(rows + problem["kernel_size"] - 1, key_rows) * key_rows * key_columns
+        return _tiles(problem, rows, columns) * rows * columns * keys
+
+    return [
+        Configuration((("TILE_ROWS", rows), ("TILE_COLUMNS", columns), ("KEY_ROWS", key_rows)), num_warps, 2)
+        for rows, columns, key_rows, num_warps in sorted(TILES, key=scores)
+    ]
+
+
+def _tiles(problem: Problem, rows: int, columns: int) -> int:
+    """Of one map of the pixels of the same remainders."""
+    height, width = (ceil_div(problem[side], problem["dilation"]) for side in ("height", "width"))
+    return ceil_div(height, rows) * ceil_div(width, columns)
+
+
+def launch(problem: Problem, configuration: Configuration) -> Launch:
+    tiles = dict(configuration.tiles)
+    dilation, reach = problem["dilation"], problem["kernel_size"] * problem["dilation"]
+    programs = dilation**2 * _tiles(problem, tiles["TILE_ROWS"], tiles["TILE_COLUMNS"])
+    return Launch(
+        kernel=neighborhood_attention_kernel,
+        programs=problem["batch"] * problem["heads"] * programs,
+        inputs=INPUTS,
+        scalars={name: problem[name] for name in SCALARS},
+        constants={
+            "NUM_HEADS": problem["heads"],
+            "HEAD_DIM": problem["head_dim"],
+            "KERNEL_SIZE": problem["kernel_size"],
+            "DILATION": dilation,
+            "PADDED": problem["height"] < reach or problem["width"] < reach,
+            "BLOCK_DIM": max(16, next_power_of_two(problem["head_dim"])),
+            "KEY_COLUMNS": next_power_of_two(tiles["TILE_COLUMNS"] + problem["kernel_size"] - 1),
+            **tiles,
+        },
+        num_warps=configuration.num_warps,
+        num_stages=configuration.num_stages,
+    )
