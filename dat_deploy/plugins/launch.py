@@ -1,7 +1,7 @@
 """How a kernel is launched: one description that the torch operator, the TensorRT plugin and the tests all use.
 
-The arguments of every kernel stand in one order, that of TensorRT's ahead-of-time plugins: pointers to the inputs, int32
-scalars, the pointer to the output. All that is left is compiled in.
+The arguments of every kernel stand in one order, that of TensorRT's ahead-of-time plugins: pointers to the inputs,
+int32 scalars, the pointer to the output. All that is left is compiled in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ class Launch:
     programs: int
     inputs: tuple[str, ...]
     scalars: Mapping[str, int]
-    constants: Mapping[str, int]
+    constants: Mapping[str, int | float]
     num_warps: int
     num_stages: int
 

@@ -17,22 +17,20 @@ import triton
 import triton.language as tl
 
 from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, ceil_div, next_power_of_two
+from dat_deploy.plugins.online_softmax import attend
 
 __all__ = ["configurations", "deformable_attention_kernel", "launch", "problem"]
 
 INPUTS = ("query", "key", "value", "sampling_locations", "relative_position_bias_table")
 SCALARS = ("height", "width", "keys", "table_height")
-TILES = [(8, 8, 64, 4), (16, 8, 64, 8), (4, 16, 64, 4), (8, 16, 64, 8), (4, 32, 64, 8), (8, 8, 32, 4)]
+TILES = [(8, 8, 64, 4), (16, 8, 32, 4), (4, 16, 64, 4), (8, 16, 32, 4), (4, 32, 32, 4), (8, 8, 32, 4)]
+FLOAT32_TILES = [(8, 8, 32, 4)]  # larger ones spill registers
 
 
 @triton.jit
 def _grid_coordinate(index, size, HALF_PIXEL: tl.constexpr):
     """Queries in the frame of the sampling locations, see reference.query_grid."""
-    if HALF_PIXEL:
-        coordinate = (index + 0.5) / size * 2 - 1
-    else:
-        coordinate = index / tl.maximum(size - 1, 1) * 2 - 1
-    return coordinate
+    return (index + 0.5) / size * 2 - 1 if HALF_PIXEL else index / tl.maximum(size - 1, 1) * 2 - 1
 
 
 @triton.jit
@@ -110,7 +108,9 @@ def _bias(
         BELOW = tl.minimum(table_height - 1, 1) * TABLE_WIDTH
         for i in tl.static_range(TILE_ROWS):
             query_y = _grid_coordinate(first_row + i, height, HALF_PIXEL)
-            upper, upper_weight, lower_weight = _taps(_table_coordinate(query_y, location_y, table_height), table_height)
+            upper, upper_weight, lower_weight = _taps(
+                _table_coordinate(query_y, location_y, table_height), table_height
+            )
             start = table + (upper[:, None] * TABLE_WIDTH + left)
             upper_row = left_weight * tl.load(start) + right_weight * tl.load(start + RIGHT)
             lower_row = left_weight * tl.load(start + BELOW) + right_weight * tl.load(start + BELOW + RIGHT)
@@ -196,9 +196,6 @@ def deformable_attention_kernel(
     query_mask = is_query[:, None] & (dim < HEAD_DIM)[None, :]
     q = tl.load(query + query_offset, mask=query_mask, other=0.0)  # TILE, BLOCK_DIM
 
-    # The bias enters as the accumulator of q · k, so it is divided by what q · k is still to be multiplied by.
-    scale: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5
-    factor: tl.constexpr = HEAD_DIM**0.5
     largest = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     attended = tl.zeros((TILE, BLOCK_DIM), tl.float32)
@@ -225,7 +222,7 @@ def deformable_attention_kernel(
             height,
             width,
             table_height,
-            factor,
+            HEAD_DIM**0.5,
             HALF_PIXEL,
             ROW_TAPS,
             TABLE_WIDTH,
@@ -233,19 +230,19 @@ def deformable_attention_kernel(
             TILE_COLUMNS,
             BLOCK_KEYS,
         )
-        scores = tl.dot(q, tl.trans(k), acc=bias, input_precision="ieee")  # TILE, BLOCK_KEYS
-        new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_largest[:, None])
-        correction = tl.exp2(largest - new_largest)
-        total = total * correction + tl.sum(weights, 1)
-        attended = tl.dot(weights.to(v.dtype), v, acc=attended * correction[:, None], input_precision="ieee")
-        largest = new_largest
+        largest, total, attended = attend(q, k, v, bias, largest, total, attended, HEAD_DIM)
     attended = attended / total[:, None]
     tl.store(output + query_offset, attended.to(output.dtype.element_ty), mask=query_mask)
 
 
 def problem(
-    query: Shape, key: Shape, sampling_locations: Shape, table: Shape, num_heads: int, half_pixel_queries: bool
+    query: Shape,
+    key: Shape,
+    sampling_locations: Shape,
+    table: Shape,
+    num_heads: int,
+    half_pixel_queries: bool,
+    element_bytes: int,
 ) -> Problem:
     """What the speed of a launch depends on, from the shapes of reference.deformable_attention."""
     batch, height, width, channels = query
@@ -260,11 +257,13 @@ def problem(
         "table_height": table[1],
         "table_width": table[2],
         "half_pixel": half_pixel_queries,
+        "element_bytes": element_bytes,
     }
 
 
 def configurations(problem: Problem) -> list[Configuration]:
     """Every way to cut the problem up; the first, the one of least padding, is taken where nothing was measured."""
+    tiles = FLOAT32_TILES if problem["element_bytes"] == 4 else TILES
 
     def padded_scores(tile: tuple[int, int, int, int]) -> int:
         rows, columns, keys, _ = tile
@@ -273,7 +272,7 @@ def configurations(problem: Problem) -> list[Configuration]:
 
     return [
         Configuration((("TILE_ROWS", rows), ("TILE_COLUMNS", columns), ("BLOCK_KEYS", keys)), num_warps, 2)
-        for rows, columns, keys, num_warps in sorted(TILES, key=padded_scores)
+        for rows, columns, keys, num_warps in sorted(tiles, key=padded_scores)
     ]
 
 

@@ -74,7 +74,7 @@ def deformable_sample_kernel(
     tl.store(output + offset, sampled.to(output.dtype.element_ty), mask=mask)
 
 
-def problem(value: Shape, sampling_locations: Shape) -> Problem:
+def problem(value: Shape, sampling_locations: Shape, element_bytes: int) -> Problem:
     """What the speed of a launch depends on, from the shapes of reference.deformable_sample."""
     batch, height, width, channels = value
     _, groups, sampled_height, sampled_width, _ = sampling_locations
@@ -85,6 +85,7 @@ def problem(value: Shape, sampling_locations: Shape) -> Problem:
         "points": sampled_height * sampled_width,
         "channels": channels,
         "offset_groups": groups,
+        "element_bytes": element_bytes,
     }
 
 

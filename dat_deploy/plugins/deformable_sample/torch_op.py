@@ -1,20 +1,52 @@
-"""`torch.ops.dat_deploy.deformable_sample`: one node for torch.export."""
+"""`torch.ops.dat_deploy.deformable_sample`: the kernel on CUDA, else the reference; one node for torch.export."""
 
 import torch
 from torch import Tensor
 
 from dat_deploy.plugins.deformable_sample import reference
+from dat_deploy.plugins.dispatch import kernel_computes, launch_kernel, require, require_alike, require_locations
 
 __all__ = ["deformable_sample"]
 
 
-@torch.library.custom_op("dat_deploy::deformable_sample", mutates_args=())
+@torch.library.triton_op("dat_deploy::deformable_sample", mutates_args={})
 def deformable_sample(value: Tensor, sampling_locations: Tensor) -> Tensor:
-    return reference.deformable_sample(value, sampling_locations)
+    """Read a channels-last feature map between its pixels, at points that a network chose.
 
+    This is `torch.nn.functional.grid_sample` (bilinear, `align_corners=True`, zeros outside) for channels-last maps,
+    with one set of points for each group of channels: group g owns the channels g·C/G to (g + 1)·C/G. It has no
+    gradient. Source: arXiv 2201.00520, §3.2.
 
-@deformable_sample.register_fake
-def _(value: Tensor, sampling_locations: Tensor) -> Tensor:
+    Args:
+        value: [B, H, W, C], the feature map.
+        sampling_locations: [B, G, Hk, Wk, 2] float32, where each group reads, last axis (y, x); -1 and +1 are the
+            centres of the first and last pixel of an axis. Points outside read zeros.
+
+    Returns:
+        [B, Hk·Wk, C] in the type of `value`, the points row by row.
+
+    Raises:
+        ShapeError: if shapes, types or devices do not fit each other.
+    """
+    name = "deformable_sample"
+    require(value.ndim == 4, name, f"value of shape {list(value.shape)}", "[B, H, W, C]")
+    require(value.shape[1:].numel() > 0, name, f"value of shape {list(value.shape)}", "maps that are not empty")
+    require_alike(name, {"value": value})
+    require_locations(name, sampling_locations, value)
     batch, _, _, channels = value.shape
-    _, _, sampled_height, sampled_width, _ = sampling_locations.shape
-    return value.new_empty(batch, sampled_height * sampled_width, channels)
+    groups, sampled_height, sampled_width = sampling_locations.shape[1:4]
+    require(
+        groups > 0 and channels % groups == 0,
+        name,
+        f"{channels} channels and {groups} groups of locations",
+        "groups that divide the channels",
+    )
+    if not kernel_computes(value):
+        return reference.deformable_sample(value, sampling_locations)
+    from dat_deploy.plugins.deformable_sample import kernel
+
+    output = value.new_empty(batch, sampled_height * sampled_width, channels)
+    problem = kernel.problem(value.shape, sampling_locations.shape, value.element_size())
+    inputs = {"value": value, "sampling_locations": sampling_locations.float()}
+    launch_kernel(name, kernel, problem, inputs, output)
+    return output

@@ -2,20 +2,22 @@
 
 One program computes one head of one image for a tile of TILE_ROWS × TILE_COLUMNS queries. The neighbors of all of them
 lie in a rectangle of (TILE_ROWS + K - 1) × (TILE_COLUMNS + K - 1) keys; it is walked KEY_ROWS rows at a time, and what
-is no neighbor of a query is masked. With a dilation, pixels of the same remainders form maps of their own, and a tile is
-of one of them.
+is no neighbor of a query is masked. With a dilation, pixels of the same remainders form maps of their own, and a tile
+is of one of them.
 """
 
 import triton
 import triton.language as tl
 
 from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, ceil_div, next_power_of_two
+from dat_deploy.plugins.online_softmax import attend
 
 __all__ = ["configurations", "launch", "neighborhood_attention_kernel", "problem"]
 
 INPUTS = ("qkv", "padding_qkv", "relative_position_bias_table")
 SCALARS = ("height", "width")
-TILES = [(8, 8, 4, 4), (8, 8, 2, 4), (16, 8, 4, 8), (4, 16, 2, 4)]
+TILES = [(8, 8, 4, 4), (8, 8, 2, 4), (16, 8, 2, 8), (4, 16, 2, 4)]
+FLOAT32_TILES = [(8, 8, 2, 4), (16, 8, 2, 8)]  # larger ones spill registers
 
 
 @triton.jit
@@ -48,10 +50,6 @@ def neighborhood_attention_kernel(
     TILE: tl.constexpr = TILE_ROWS * TILE_COLUMNS
     TABLE_SIDE: tl.constexpr = 2 * KERNEL_SIZE - 1
     BLOCK_KEYS: tl.constexpr = KEY_ROWS * KEY_COLUMNS
-    # The bias enters as the accumulator of q · k, so it is divided by what q · k is still to be multiplied by.
-    scale: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5
-    factor: tl.constexpr = HEAD_DIM**0.5
-
     tiles_across = tl.cdiv(tl.cdiv(width, DILATION), TILE_COLUMNS)
     tiles = tl.cdiv(tl.cdiv(height, DILATION), TILE_ROWS) * tiles_across
     program = tl.program_id(0)
@@ -105,21 +103,15 @@ def neighborhood_attention_kernel(
         is_neighbor = (step_y >= 0) & (step_y < KERNEL_SIZE) & (step_x >= 0) & (step_x < KERNEL_SIZE)
         entry = (key_row * TABLE_SIDE + key_column)[None, :] - query_entry[:, None]
         # Finite, because a block may hold no neighbor of a query; what it adds then, the first that does takes away.
-        bias = tl.load(table + entry, mask=is_neighbor, other=0.0).to(tl.float32) * factor
+        bias = tl.load(table + entry, mask=is_neighbor, other=0.0).to(tl.float32) * HEAD_DIM**0.5
         bias = tl.where(is_neighbor, bias, -1e30)
-        scores = tl.dot(q, tl.trans(k), acc=bias, input_precision="ieee")  # TILE, BLOCK_KEYS
-        new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_largest[:, None])
-        correction = tl.exp2(largest - new_largest)
-        total = total * correction + tl.sum(weights, 1)
-        attended = tl.dot(weights.to(v.dtype), v, acc=attended * correction[:, None], input_precision="ieee")
-        largest = new_largest
+        largest, total, attended = attend(q, k, v, bias, largest, total, attended, HEAD_DIM)
     attended = attended / total[:, None]
     end = output + (query_pixel[:, None] * CHANNELS + dim[None, :])
     tl.store(end, attended.to(output.dtype.element_ty), mask=query_mask)
 
 
-def problem(qkv: Shape, num_heads: int, kernel_size: int, dilation: int) -> Problem:
+def problem(qkv: Shape, num_heads: int, kernel_size: int, dilation: int, element_bytes: int) -> Problem:
     """What the speed of a launch depends on, from the shapes of reference.neighborhood_attention."""
     batch, height, width, channels3 = qkv
     return {
@@ -130,11 +122,13 @@ def problem(qkv: Shape, num_heads: int, kernel_size: int, dilation: int) -> Prob
         "head_dim": channels3 // (3 * num_heads),
         "kernel_size": kernel_size,
         "dilation": dilation,
+        "element_bytes": element_bytes,
     }
 
 
 def configurations(problem: Problem) -> list[Configuration]:
     """Every way to cut the problem up; the first, the one of fewest scores, is taken where nothing was measured."""
+    tiles = FLOAT32_TILES if problem["element_bytes"] == 4 else TILES
 
     def scores(tile: tuple[int, int, int, int]) -> int:
         rows, columns, key_rows, _ = tile
@@ -144,7 +138,7 @@ def configurations(problem: Problem) -> list[Configuration]:
 
     return [
         Configuration((("TILE_ROWS", rows), ("TILE_COLUMNS", columns), ("KEY_ROWS", key_rows)), num_warps, 2)
-        for rows, columns, key_rows, num_warps in sorted(TILES, key=scores)
+        for rows, columns, key_rows, num_warps in sorted(tiles, key=scores)
     ]
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dat_deploy.errors import ShapeError
 
-__all__ = ["neighborhood_attention", "neighborhood_index"]
+__all__ = ["neighborhood_attention", "neighborhood_index", "require_table"]
 
 
 def neighborhood_index(
@@ -26,6 +26,17 @@ def neighborhood_index(
     first = torch.minimum((position - kernel_size // 2).clamp(min=0), positions - kernel_size)
     neighbor = first[:, None] + torch.arange(kernel_size, device=device)
     return neighbor * dilation + remainder[:, None], neighbor - position[:, None] + kernel_size - 1
+
+
+def require_table(relative_position_bias_table: Tensor, num_heads: int, kernel_size: int) -> None:
+    """Raises ShapeError if K is even, or the table has another size than [M, 2K-1, 2K-1]."""
+    side = 2 * kernel_size - 1
+    if kernel_size % 2 == 0 or tuple(relative_position_bias_table.shape) != (num_heads, side, side):
+        raise ShapeError(
+            f"neighborhood_attention got kernel_size {kernel_size} and a bias table of shape "
+            f"{list(relative_position_bias_table.shape)}; it takes an odd K and a table "
+            f"[{num_heads}, 2K - 1, 2K - 1]. Take both from one block of a checkpoint."
+        )
 
 
 def neighborhood_attention(
@@ -56,13 +67,7 @@ def neighborhood_attention(
     Raises:
         ShapeError: if K is even, or the table has another size.
     """
-    side = 2 * kernel_size - 1
-    if kernel_size % 2 == 0 or tuple(relative_position_bias_table.shape) != (num_heads, side, side):
-        raise ShapeError(
-            f"neighborhood_attention got kernel_size {kernel_size} and a bias table of shape "
-            f"{list(relative_position_bias_table.shape)}; it takes an odd K and a table "
-            f"[{num_heads}, 2K - 1, 2K - 1]. Take both from one block of a checkpoint."
-        )
+    require_table(relative_position_bias_table, num_heads, kernel_size)
     batch, height, width, channels3 = qkv.shape
     head_dim = channels3 // (3 * num_heads)
     padded_height, padded_width = max(height, kernel_size * dilation), max(width, kernel_size * dilation)

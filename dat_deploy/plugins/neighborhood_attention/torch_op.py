@@ -1,14 +1,15 @@
-"""`torch.ops.dat_deploy.neighborhood_attention`: one node for torch.export."""
+"""`torch.ops.dat_deploy.neighborhood_attention`: the kernel on CUDA, else the reference; one node for torch.export."""
 
 import torch
 from torch import Tensor
 
+from dat_deploy.plugins.dispatch import kernel_computes, launch_kernel, require, require_alike
 from dat_deploy.plugins.neighborhood_attention import reference
 
 __all__ = ["neighborhood_attention"]
 
 
-@torch.library.custom_op("dat_deploy::neighborhood_attention", mutates_args=())
+@torch.library.triton_op("dat_deploy::neighborhood_attention", mutates_args={})
 def neighborhood_attention(
     qkv: Tensor,
     padding_qkv: Tensor,
@@ -17,19 +18,54 @@ def neighborhood_attention(
     kernel_size: int,
     dilation: int,
 ) -> Tensor:
-    return reference.neighborhood_attention(
-        qkv, padding_qkv, relative_position_bias_table, num_heads, kernel_size, dilation
-    )
+    """Self-attention of every pixel of a map to the K × K pixels around it, with a bias for each distance.
 
+    At the border the square is moved inwards, so every pixel sees K² others. This is NATTEN's `na2d` with the relative
+    position bias that its later versions dropped and DAT++ needs. On CUDA neither scores nor bias reach memory. It has
+    no gradient. Source: arXiv 2204.07143, §3.1; dilation: arXiv 2209.15001.
 
-@neighborhood_attention.register_fake
-def _(
-    qkv: Tensor,
-    padding_qkv: Tensor,
-    relative_position_bias_table: Tensor,
-    num_heads: int,
-    kernel_size: int,
-    dilation: int,
-) -> Tensor:
+    Args:
+        qkv: [B, H, W, 3C], query, key and value side by side, each with its heads side by side.
+        padding_qkv: [3C], what a pixel of zeros projects to, in the type of `qkv` or float32: the bias of the
+            projection. A side shorter than K · dilation is continued with such pixels, which are keys like any other.
+        relative_position_bias_table: [M, 2K-1, 2K-1], by (neighbor - pixel + K - 1), y first, in the type of `qkv` or
+            float32.
+        num_heads: M; the head dim D is C / M.
+        kernel_size: K, odd.
+        dilation: the step between neighbors, in pixels.
+
+    Returns:
+        [B, H, W, C] in the type of `qkv`.
+
+    Raises:
+        ShapeError: if shapes, types or devices do not fit each other.
+    """
+    name, table = "neighborhood_attention", relative_position_bias_table
+    require(qkv.ndim == 4 and qkv.shape[1:].numel() > 0, name, f"qkv of shape {list(qkv.shape)}", "[B, H, W, 3C]")
     batch, height, width, channels3 = qkv.shape
-    return qkv.new_empty(batch, height, width, channels3 // 3)
+    require(
+        num_heads > 0 and channels3 % (3 * num_heads) == 0,
+        name,
+        f"{channels3} channels of query, key and value and {num_heads} heads",
+        "heads that divide each of the three",
+    )
+    require(
+        kernel_size > 0 and dilation > 0, name, f"kernel_size {kernel_size}, dilation {dilation}", "at least 1 each"
+    )
+    require_alike(name, {"qkv": qkv}, tables={"padding_qkv": padding_qkv, "relative_position_bias_table": table})
+    require(
+        tuple(padding_qkv.shape) == (channels3,),
+        name,
+        f"padding_qkv of shape {list(padding_qkv.shape)}",
+        f"a value a channel of qkv, [{channels3}]",
+    )
+    reference.require_table(table, num_heads, kernel_size)
+    if not kernel_computes(qkv, channels3 // (3 * num_heads)):
+        return reference.neighborhood_attention(qkv, padding_qkv, table, num_heads, kernel_size, dilation)
+    from dat_deploy.plugins.neighborhood_attention import kernel
+
+    output = qkv.new_empty(batch, height, width, channels3 // 3)
+    problem = kernel.problem(qkv.shape, num_heads, kernel_size, dilation, qkv.element_size())
+    inputs = {"qkv": qkv, "padding_qkv": padding_qkv, "relative_position_bias_table": table}
+    launch_kernel(name, kernel, problem, inputs, output)
+    return output

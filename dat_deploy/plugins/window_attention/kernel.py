@@ -1,20 +1,23 @@
 """`window_attention` in one launch: shift, partition, bias, mask, softmax and merge; only the output reaches memory.
 
 One program computes one head of one block of queries, for the same place in WINDOWS windows after another: their bias
-is the same, so it is gathered once and stays in registers. A window never moves: the roll is in the addresses.
+is the same, so that of small windows is gathered once and stays in registers. A window never moves: the roll is in the
+addresses.
 """
 
 import triton
 import triton.language as tl
 
 from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, ceil_div, next_power_of_two
+from dat_deploy.plugins.online_softmax import attend
 
 __all__ = ["configurations", "launch", "problem", "window_attention_kernel"]
 
 INPUTS = ("qkv", "relative_position_bias_table")
 SCALARS = ("batch", "height", "width")
-TILES = [(64, 64, 4), (64, 32, 4), (32, 32, 2), (16, 16, 1)]
-MAX_KEY_BLOCKS = 9  # of which the bias is kept in registers
+TILES = [(64, 64, 4), (64, 32, 4), (32, 32, 2), (64, 16, 4)]
+FLOAT32_TILES = [(32, 32, 2), (64, 16, 4)]  # larger ones spill registers
+MAX_KEPT = 2  # blocks of keys whose bias stays in registers from window to window
 MASKED = -100.0  # between pixels that only the roll has made neighbours; reference.shifted_window_mask
 
 
@@ -43,6 +46,53 @@ def _pixels(
     return y * width + x, region
 
 
+@triton.jit
+def _bias(table, m, n, head, NUM_HEADS: tl.constexpr, WINDOW_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The bias of pixels m to pixels n of a window, as `attend` takes it; -inf where there is no key: [M, N]."""
+    PIXELS: tl.constexpr = WINDOW_SIZE * WINDOW_SIZE
+    dy = m[:, None] // WINDOW_SIZE - n[None, :] // WINDOW_SIZE + (WINDOW_SIZE - 1)
+    dx = m[:, None] % WINDOW_SIZE - n[None, :] % WINDOW_SIZE + (WINDOW_SIZE - 1)
+    entry = (dy * (2 * WINDOW_SIZE - 1) + dx) * NUM_HEADS + head
+    is_key = (n < PIXELS)[None, :]
+    bias = tl.load(table + entry, mask=(m < PIXELS)[:, None] & is_key, other=0.0).to(tl.float32)
+    return tl.where(is_key, bias * HEAD_DIM**0.5, float("-inf"))
+
+
+@triton.jit
+def _attend_block(
+    start,
+    q,
+    query_region,
+    bias,
+    block,
+    window_y,
+    window_x,
+    height,
+    width,
+    largest,
+    total,
+    attended,
+    CHANNELS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    WINDOW_SIZE: tl.constexpr,
+    SHIFT_SIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Take block `block` of the keys of a window into the softmax; see `attend`."""
+    n = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    dim = tl.arange(0, BLOCK_DIM)
+    pixel, region = _pixels(n, window_y, window_x, height, width, WINDOW_SIZE, SHIFT_SIZE)
+    offset = pixel[:, None] * (3 * CHANNELS) + dim[None, :]
+    mask = (n < WINDOW_SIZE * WINDOW_SIZE)[:, None] & (dim < HEAD_DIM)[None, :]
+    k = tl.load(start + CHANNELS + offset, mask=mask, other=0.0)
+    v = tl.load(start + 2 * CHANNELS + offset, mask=mask, other=0.0)
+    if SHIFT_SIZE > 0:
+        bias += tl.where(query_region[:, None] == region[None, :], 0.0, MASKED * HEAD_DIM**0.5)
+    return attend(q, k, v, bias, largest, total, attended, HEAD_DIM)
+
+
 @triton.jit(do_not_specialize=list(SCALARS))
 def window_attention_kernel(
     qkv,
@@ -56,6 +106,7 @@ def window_attention_kernel(
     WINDOW_SIZE: tl.constexpr,
     SHIFT_SIZE: tl.constexpr,
     MASKED: tl.constexpr,
+    KEEP_BIAS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -66,9 +117,6 @@ def window_attention_kernel(
     PIXELS: tl.constexpr = WINDOW_SIZE * WINDOW_SIZE
     QUERY_BLOCKS: tl.constexpr = (PIXELS + BLOCK_QUERIES - 1) // BLOCK_QUERIES
     KEY_BLOCKS: tl.constexpr = (PIXELS + BLOCK_KEYS - 1) // BLOCK_KEYS
-    # The bias enters as the accumulator of q · k, so it is divided by what q · k is still to be multiplied by.
-    scale: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5
-    factor: tl.constexpr = HEAD_DIM**0.5
 
     program = tl.program_id(0)
     head = program // QUERY_BLOCKS % NUM_HEADS
@@ -79,53 +127,81 @@ def window_attention_kernel(
     m = program % QUERY_BLOCKS * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     dim = tl.arange(0, BLOCK_DIM)
     is_dim = (dim < HEAD_DIM)[None, :]
+    query_mask = (m < PIXELS)[:, None] & is_dim
     biases = ()
-    for block in tl.static_range(KEY_BLOCKS):
-        n = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-        dy = m[:, None] // WINDOW_SIZE - n[None, :] // WINDOW_SIZE + (WINDOW_SIZE - 1)
-        dx = m[:, None] % WINDOW_SIZE - n[None, :] % WINDOW_SIZE + (WINDOW_SIZE - 1)
-        entry = (dy * (2 * WINDOW_SIZE - 1) + dx) * NUM_HEADS + head
-        mask = (m < PIXELS)[:, None] & (n < PIXELS)[None, :]
-        bias = tl.load(relative_position_bias_table + entry, mask=mask, other=0.0).to(tl.float32) * factor
-        biases = biases + (tl.where((n < PIXELS)[None, :], bias, float("-inf")),)
+    if KEEP_BIAS:
+        for i in tl.static_range(KEY_BLOCKS):
+            kept = i * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+            biases = biases + (_bias(relative_position_bias_table, m, kept, head, NUM_HEADS, WINDOW_SIZE, HEAD_DIM),)
 
     for window in range(first_window, min(first_window + WINDOWS, batch * windows_an_image)):
         image = (window // windows_an_image).to(tl.int64) * (height * width)
         window_y = window % windows_an_image // windows_across
         window_x = window % windows_across
         pixel, query_region = _pixels(m, window_y, window_x, height, width, WINDOW_SIZE, SHIFT_SIZE)
-        mask = (m < PIXELS)[:, None] & is_dim
         start = qkv + image * (3 * CHANNELS) + head * HEAD_DIM
-        q = tl.load(start + (pixel[:, None] * (3 * CHANNELS) + dim[None, :]), mask=mask, other=0.0)
+        q = tl.load(start + (pixel[:, None] * (3 * CHANNELS) + dim[None, :]), mask=query_mask, other=0.0)
 
         largest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_QUERIES,), tl.float32)
         attended = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
-        for block in tl.static_range(KEY_BLOCKS):
-            n = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-            key_pixel, key_region = _pixels(n, window_y, window_x, height, width, WINDOW_SIZE, SHIFT_SIZE)
-            key_offset = key_pixel[:, None] * (3 * CHANNELS) + dim[None, :]
-            key_mask = (n < PIXELS)[:, None] & is_dim
-            k = tl.load(start + CHANNELS + key_offset, mask=key_mask, other=0.0)
-            v = tl.load(start + 2 * CHANNELS + key_offset, mask=key_mask, other=0.0)
-            bias = biases[block]
-            if SHIFT_SIZE > 0:
-                bias += tl.where(query_region[:, None] == key_region[None, :], 0.0, MASKED * factor)
-            scores = tl.dot(q, tl.trans(k), acc=bias, input_precision="ieee")
-            new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
-            weights = tl.exp2(scores * scale - new_largest[:, None])
-            correction = tl.exp2(largest - new_largest)
-            total = total * correction + tl.sum(weights, 1)
-            attended = tl.dot(weights.to(v.dtype), v, acc=attended * correction[:, None], input_precision="ieee")
-            largest = new_largest
+        if KEEP_BIAS:
+            for block in tl.static_range(KEY_BLOCKS):
+                bias = biases[block]
+                largest, total, attended = _attend_block(
+                    start,
+                    q,
+                    query_region,
+                    bias,
+                    block,
+                    window_y,
+                    window_x,
+                    height,
+                    width,
+                    largest,
+                    total,
+                    attended,
+                    CHANNELS,
+                    HEAD_DIM,
+                    BLOCK_DIM,
+                    BLOCK_KEYS,
+                    WINDOW_SIZE,
+                    SHIFT_SIZE,
+                    MASKED,
+                )
+        else:
+            for block in range(0, KEY_BLOCKS):
+                n = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+                bias = _bias(relative_position_bias_table, m, n, head, NUM_HEADS, WINDOW_SIZE, HEAD_DIM)
+                largest, total, attended = _attend_block(
+                    start,
+                    q,
+                    query_region,
+                    bias,
+                    block,
+                    window_y,
+                    window_x,
+                    height,
+                    width,
+                    largest,
+                    total,
+                    attended,
+                    CHANNELS,
+                    HEAD_DIM,
+                    BLOCK_DIM,
+                    BLOCK_KEYS,
+                    WINDOW_SIZE,
+                    SHIFT_SIZE,
+                    MASKED,
+                )
         attended = attended / total[:, None]
         end = output + image * CHANNELS + head * HEAD_DIM
         tl.store(
-            end + (pixel[:, None] * CHANNELS + dim[None, :]), attended.to(output.dtype.element_ty), mask=mask
+            end + (pixel[:, None] * CHANNELS + dim[None, :]), attended.to(output.dtype.element_ty), mask=query_mask
         )
 
 
-def problem(qkv: Shape, num_heads: int, window_size: int, shift_size: int) -> Problem:
+def problem(qkv: Shape, num_heads: int, window_size: int, shift_size: int, element_bytes: int) -> Problem:
     """What the speed of a launch depends on, from the shapes of reference.window_attention."""
     batch, height, width, channels3 = qkv
     return {
@@ -136,28 +212,33 @@ def problem(qkv: Shape, num_heads: int, window_size: int, shift_size: int) -> Pr
         "head_dim": channels3 // (3 * num_heads),
         "window_size": window_size,
         "shift_size": shift_size,
+        "element_bytes": element_bytes,
     }
 
 
 def configurations(problem: Problem) -> list[Configuration]:
     """Every way to cut the problem up; the first, the one of least padding, is taken where nothing was measured.
 
-    Programs take several windows once there are enough of them to keep a large GPU busy all the same.
+    Where the bias stays in registers, programs take several windows once there are enough to keep a large GPU busy.
     """
     pixels = problem["window_size"] ** 2
+    tiles = FLOAT32_TILES if problem["element_bytes"] == 4 else TILES
+    windows = problem["batch"] * (problem["height"] * problem["width"] // pixels) * problem["heads"]
+    chunks = sorted((16, 4, 1), key=lambda chunk: windows < 1024 * chunk)
 
     def padded_scores(tile: tuple[int, int, int]) -> int:
         queries, keys, _ = tile
         return ceil_div(pixels, queries) * queries * ceil_div(pixels, keys) * keys
 
-    tiles = sorted((tile for tile in TILES if ceil_div(pixels, tile[1]) <= MAX_KEY_BLOCKS), key=padded_scores)
-    windows = problem["batch"] * (problem["height"] * problem["width"] // pixels) * problem["heads"]
-    chunks = sorted((1, 4, 16), key=lambda chunk: windows < 2048 * chunk)
     return [
         Configuration((("BLOCK_QUERIES", queries), ("BLOCK_KEYS", keys), ("WINDOWS", chunk)), num_warps, 2)
-        for chunk in chunks
-        for queries, keys, num_warps in tiles
+        for queries, keys, num_warps in sorted(tiles, key=padded_scores)
+        for chunk in (chunks if _keeps_bias(problem, keys) else (1,))
     ]
+
+
+def _keeps_bias(problem: Problem, block_keys: int) -> bool:
+    return problem["element_bytes"] == 2 and ceil_div(problem["window_size"] ** 2, block_keys) <= MAX_KEPT
 
 
 def launch(problem: Problem, configuration: Configuration) -> Launch:
@@ -176,6 +257,7 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
             "WINDOW_SIZE": problem["window_size"],
             "SHIFT_SIZE": problem["shift_size"],
             "MASKED": MASKED,
+            "KEEP_BIAS": _keeps_bias(problem, tiles["BLOCK_KEYS"]),
             "BLOCK_DIM": max(16, next_power_of_two(problem["head_dim"])),
             **tiles,
         },

@@ -1,21 +1,65 @@
-"""`torch.ops.dat_deploy.window_attention`: one node for torch.export."""
+"""`torch.ops.dat_deploy.window_attention`: the kernel on CUDA, else the reference; one node for torch.export."""
 
 import torch
 from torch import Tensor
 
+from dat_deploy.plugins.dispatch import kernel_computes, launch_kernel, require, require_alike
 from dat_deploy.plugins.window_attention import reference
 
 __all__ = ["window_attention"]
 
 
-@torch.library.custom_op("dat_deploy::window_attention", mutates_args=())
+@torch.library.triton_op("dat_deploy::window_attention", mutates_args={})
 def window_attention(
     qkv: Tensor, relative_position_bias_table: Tensor, num_heads: int, window_size: int, shift_size: int
 ) -> Tensor:
-    return reference.window_attention(qkv, relative_position_bias_table, num_heads, window_size, shift_size)
+    """Self-attention inside square windows of a map, as in Swin transformers, from the projection to the merged map.
 
+    The windows tile the map. With a shift they are moved down and right by it; what then leaves the map comes in again
+    on the other side, and pixels that are neighbours only so do not see each other (-100 is added to their score).
+    On CUDA no rolled or partitioned copy is made. It has no gradient. Source: arXiv 2103.14030, §3.2.
 
-@window_attention.register_fake
-def _(qkv: Tensor, relative_position_bias_table: Tensor, num_heads: int, window_size: int, shift_size: int) -> Tensor:
+    Args:
+        qkv: [B, H, W, 3C], query, key and value side by side, each with its heads side by side.
+        relative_position_bias_table: [(2·Ws - 1)², M], a row for each distance in y and x, the y of a row slower, in
+            the type of `qkv` or float32.
+        num_heads: M; the head dim D is C / M.
+        window_size: Ws, in pixels of the map; it divides H and W.
+        shift_size: 0 to Ws - 1, in pixels of the map.
+
+    Returns:
+        [B, H, W, C] in the type of `qkv`.
+
+    Raises:
+        ShapeError: if shapes, types or devices do not fit each other.
+    """
+    name, table = "window_attention", relative_position_bias_table
+    require(qkv.ndim == 4 and qkv.shape[1:].numel() > 0, name, f"qkv of shape {list(qkv.shape)}", "[B, H, W, 3C]")
     batch, height, width, channels3 = qkv.shape
-    return qkv.new_empty(batch, height, width, channels3 // 3)
+    require(
+        num_heads > 0 and channels3 % (3 * num_heads) == 0,
+        name,
+        f"{channels3} channels of query, key and value and {num_heads} heads",
+        "heads that divide each of the three",
+    )
+    require(
+        window_size > 0 and height % window_size == 0 and width % window_size == 0 and 0 <= shift_size < window_size,
+        name,
+        f"a map of {height}x{width}, window_size {window_size} and shift_size {shift_size}",
+        "windows that tile the map, and a shift of less than a window",
+    )
+    require_alike(name, {"qkv": qkv}, tables={"relative_position_bias_table": table})
+    require(
+        tuple(table.shape) == ((2 * window_size - 1) ** 2, num_heads),
+        name,
+        f"relative_position_bias_table of shape {list(table.shape)}",
+        f"a row a distance, [{(2 * window_size - 1) ** 2}, {num_heads}]",
+    )
+    if not kernel_computes(qkv, channels3 // (3 * num_heads)):
+        return reference.window_attention(qkv, table, num_heads, window_size, shift_size)
+    from dat_deploy.plugins.window_attention import kernel
+
+    output = qkv.new_empty(batch, height, width, channels3 // 3)
+    problem = kernel.problem(qkv.shape, num_heads, window_size, shift_size, qkv.element_size())
+    launch_kernel(name, kernel, problem, {"qkv": qkv, "relative_position_bias_table": table}, output)
+    return output

@@ -1,0 +1,97 @@
+"""Where the torch operators meet: what they refuse, and whether the kernel or the reference computes."""
+
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dat_deploy.errors import ShapeError
+from dat_deploy.plugins.launch import Problem
+from dat_deploy.plugins.tuning import tuned_configuration
+
+__all__ = ["LARGEST_HEAD_DIM", "kernel_computes", "launch_kernel", "require", "require_alike", "require_locations"]
+
+LARGEST_HEAD_DIM = 128
+LARGEST_IMAGE = 2**31 - 1  # elements of a tensor's image: the kernels count them in int32
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def require(holds: bool, operator: str, got: str, takes: str) -> None:
+    """Raises ShapeError unless `holds`."""
+    if not holds:
+        raise ShapeError(f"{operator} got {got}; it takes {takes}.")
+
+
+def require_alike(operator: str, tensors: dict[str, Tensor], *, tables: dict[str, Tensor] | None = None) -> None:
+    """All on one device and of one floating-point type; tables may be float32, too.
+
+    Raises:
+        ShapeError: if they are not, or if one image of a tensor has 2^31 elements or more.
+    """
+    (first_name, first), *_ = tensors.items()
+    for name, tensor in {**tensors, **(tables or {})}.items():
+        dtypes = (first.dtype, torch.float32) if tables and name in tables else (first.dtype,)
+        require(
+            tensor.is_floating_point() and tensor.dtype in dtypes,
+            operator,
+            f"{name} of {tensor.dtype} beside {first_name} of {first.dtype}",
+            "tensors of one floating-point type; tables may be float32, too",
+        )
+        require(
+            tensor.device == first.device,
+            operator,
+            f"{name} on {tensor.device} and {first_name} on {first.device}",
+            "tensors on one device",
+        )
+    for name, tensor in tensors.items():
+        image = tensor.shape[1:].numel()
+        require(image <= LARGEST_IMAGE, operator, f"{image} elements of {name} an image", f"up to {LARGEST_IMAGE}")
+
+
+def require_locations(operator: str, locations: Tensor, beside: Tensor) -> None:
+    """[B, G, Hk, Wk, 2] on the device of `beside`, in float32 or more: half precision would move the points.
+
+    Raises:
+        ShapeError: if they are not.
+    """
+    require(
+        locations.ndim == 5 and locations.shape[0] == beside.shape[0] and locations.shape[-1] == 2,
+        operator,
+        f"sampling_locations of shape {list(locations.shape)} for a batch of {beside.shape[0]}",
+        "[B, G, Hk, Wk, 2], last axis (y, x)",
+    )
+    require(
+        locations.dtype in (torch.float32, torch.float64) and locations.device == beside.device,
+        operator,
+        f"sampling_locations of {locations.dtype} on {locations.device} beside a tensor on {beside.device}",
+        "float32 or float64 locations on the same device: half precision would move the points",
+    )
+
+
+def kernel_computes(tensor: Tensor, head_dim: int = 1) -> bool:
+    """Whether the Triton kernel computes on this tensor; else, on a CPU or in float64, the reference does."""
+    return (
+        tensor.is_cuda
+        and tensor.dtype in KERNEL_DTYPES
+        and head_dim <= LARGEST_HEAD_DIM
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def launch_kernel(
+    operator: str, kernel: ModuleType, problem: Problem, inputs: dict[str, Tensor], output: Tensor
+) -> None:
+    """Compute `output` by the operator's kernel, in the configuration that was measured to be the fastest."""
+    if output.numel() == 0:
+        return
+    configuration = tuned_configuration(operator, problem, output) or kernel.configurations(problem)[0]
+    launch = kernel.launch(problem, configuration)
+    torch.library.wrap_triton(launch.kernel)[launch.grid](
+        *(inputs[name].contiguous() for name in launch.inputs),
+        *launch.scalars.values(),
+        output,
+        **launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )

@@ -1,0 +1,105 @@
+"""Which configuration of a kernel is the fastest: measured once on a GPU, kept in a file, looked up at each launch.
+
+The file is `$DAT_DEPLOY_CONFIGURATIONS`, else `~/.cache/dat-deploy/configurations.json`:
+`{GPU: {operator: {problem without its batch: {batch: configuration}}}}`. Without an entry the kernels choose by rule.
+"""
+
+import functools
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dat_deploy.files import atomic_output
+from dat_deploy.plugins.launch import Configuration, Problem
+
+__all__ = ["configurations_path", "fastest", "store", "tuned_configuration"]
+
+Stored = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]
+
+
+def configurations_path() -> Path:
+    """The file that `dat-deploy tune` writes and the operators read."""
+    named = os.environ.get("DAT_DEPLOY_CONFIGURATIONS")
+    return Path(named) if named else Path.home() / ".cache" / "dat-deploy" / "configurations.json"
+
+
+def _key(problem: Problem) -> str:
+    return " ".join(f"{name}={int(value)}" for name, value in sorted(problem.items()) if name != "batch")
+
+
+@functools.cache
+def _read(path: Path) -> Stored:
+    """What the file holds; nothing if there is none, or if it is broken: it only makes things faster."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def tuned_configuration(operator: str, problem: Problem, tensor: Tensor) -> Configuration | None:
+    """The configuration measured on this GPU for this problem, at the batch that is nearest; None if there is none."""
+    if not torch.cuda.is_available() or any(isinstance(value, torch.SymInt) for value in problem.values()):
+        return None
+    gpu = torch.cuda.get_device_name(tensor.device)
+    try:
+        by_batch = _read(configurations_path())[gpu][operator][_key(problem)]
+        nearest = min(by_batch, key=lambda batch: abs(math.log(int(batch) / problem["batch"])))
+        return _configuration(by_batch[nearest])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _configuration(stored: Mapping[str, Any]) -> Configuration:
+    tiles = tuple((str(name), int(size)) for name, size in stored["tiles"].items())
+    return Configuration(tiles, int(stored["num_warps"]), int(stored["num_stages"]))
+
+
+def store(gpu: str, measured: list[tuple[str, Problem, Configuration, float]]) -> Path:
+    """Add (operator, problem, its fastest configuration, microseconds) to the file; earlier entries are replaced."""
+    path = configurations_path()
+    _read.cache_clear()
+    stored = json.loads(json.dumps(_read(path)))
+    for operator, problem, configuration, microseconds in measured:
+        by_batch = stored.setdefault(gpu, {}).setdefault(operator, {}).setdefault(_key(problem), {})
+        by_batch[str(int(problem["batch"]))] = {
+            "tiles": dict(configuration.tiles),
+            "num_warps": configuration.num_warps,
+            "num_stages": configuration.num_stages,
+            "us": round(microseconds, 2),
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_output(path, force=True) as temporary:
+        temporary.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _read.cache_clear()
+    return path
+
+
+def fastest(
+    candidates: list[Configuration], run: Callable[[Configuration], None], *, rounds: int = 20
+) -> tuple[Configuration, float]:
+    """The candidate with the least median time on the current CUDA device, and that time in microseconds.
+
+    Candidates take turns, so that a clock that drifts meets all of them alike.
+    """
+    times: dict[Configuration, list[float]] = {candidate: [] for candidate in candidates}
+    for candidate in candidates:
+        run(candidate)  # compiles
+    for _ in range(rounds):
+        for candidate in candidates:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch gives it no types
+            start.record()
+            run(candidate)
+            end.record()
+            end.synchronize()
+            times[candidate].append(start.elapsed_time(end) * 1000)
+    medians = {candidate: statistics.median(spent) for candidate, spent in times.items()}
+    best = min(medians, key=lambda candidate: medians[candidate])
+    return best, medians[best]
