@@ -12,7 +12,7 @@ from dat_deploy.plugins.tuning import tuned_configuration
 
 __all__ = ["LARGEST_HEAD_DIM", "kernel_computes", "launch_kernel", "require", "require_alike", "require_locations"]
 
-LARGEST_HEAD_DIM = 128
+LARGEST_HEAD_DIM = 64
 LARGEST_IMAGE = 2**31 - 1  # elements of a tensor's image: the kernels count them in int32
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

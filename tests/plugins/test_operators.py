@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dat_deploy import plugins
 from dat_deploy.errors import ShapeError
 from dat_deploy.export.lowering import LOWERINGS, function_bodies
-from dat_deploy.model import REFERENCE, reference_points
+from dat_deploy.model import REFERENCE
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
 
 BODIES = [lowering for lowering in LOWERINGS if lowering != "plugin"]
@@ -80,27 +80,6 @@ def assert_body_is_exact(operator: str, lowering: str, inputs: Inputs, attribute
     assert np.abs(got - exact.numpy()).max() <= allowed
 
 
-def locations(kind: str, shape: tuple[int, ...], size: tuple[int, int]) -> Tensor:
-    """[..., 2] with sampling locations on pixels, half pixels, the border, outside, or where a network puts them."""
-    generator = torch.Generator().manual_seed(3)
-    if kind == "network":
-        offsets = torch.randn(*shape, 2, generator=generator).tanh() * 2 / torch.tensor(shape[-2:])
-        return reference_points(*shape[-2:], half_pixel=True) + offsets
-    axes = []
-    for side in size:
-        index = torch.randint(-1, side, shape, generator=generator).float()
-        span = max(side - 1, 1)
-        axes.append(
-            {
-                "pixels": index.clamp(min=0) / span * 2 - 1,
-                "half pixels": (index + 0.5) / span * 2 - 1,
-                "border": torch.where(index > side / 2, 1.0, -1.0) + 1e-6 * index,
-                "outside": torch.rand(shape, generator=generator) * 6 - 3,
-            }[kind]
-        )
-    return torch.stack(axes, dim=-1)
-
-
 KINDS = ["network", "pixels", "half pixels", "border", "outside"]
 MAPS = [(1, 1), (1, 5), (3, 9), (7, 7), (8, 13)]
 
@@ -108,7 +87,7 @@ MAPS = [(1, 1), (1, 5), (3, 9), (7, 7), (8, 13)]
 @pytest.mark.parametrize("size", MAPS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lowering", BODIES)
-def test_deformable_sample_body_is_exact(lowering, kind, size):
+def test_deformable_sample_body_is_exact(lowering, kind, size, locations):
     value = torch.randn(3, *size, 24)
     points = locations(kind, (3, 2, 4, 5), size)
     assert_body_is_exact("deformable_sample", lowering, {"value": value, "sampling_locations": points}, {})
@@ -118,7 +97,7 @@ def test_deformable_sample_body_is_exact(lowering, kind, size):
 @pytest.mark.parametrize("size", MAPS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lowering", BODIES)
-def test_deformable_attention_body_is_exact(lowering, kind, size, half_pixel_queries):
+def test_deformable_attention_body_is_exact(lowering, kind, size, half_pixel_queries, locations):
     height, width = size
     heads, groups, head_dim, sampled = 4, 2, 8, (3, 2)
     keys = sampled[0] * sampled[1]
@@ -251,7 +230,7 @@ def test_neighborhood_body_reads_its_sizes_at_run_time(lowering):
 
 @pytest.mark.parametrize("opset", [17, 19])
 @pytest.mark.parametrize("lowering", BODIES)
-def test_bodies_mean_the_same_in_opset(lowering, opset):
+def test_bodies_mean_the_same_in_opset(lowering, opset, locations):
     points = locations("network", (2, 2, 4, 4), (5, 6))
     inputs = {"value": torch.randn(2, 5, 6, 16), "sampling_locations": points}
     assert_body_is_exact("deformable_sample", lowering, inputs, {}, opset)

@@ -233,6 +233,7 @@ def configurations(problem: Problem) -> list[Configuration]:
     return [
         Configuration((("BLOCK_QUERIES", queries), ("BLOCK_KEYS", keys), ("WINDOWS", chunk)), num_warps, 2)
         for queries, keys, num_warps in sorted(tiles, key=padded_scores)
+        if keys * problem["head_dim"] <= 2048  # more takes more shared memory than a TensorRT plugin may have
         for chunk in (chunks if _keeps_bias(problem, keys) else (1,))
     ]
 

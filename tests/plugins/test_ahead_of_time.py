@@ -1,0 +1,139 @@
+"""Every configuration of every kernel, compiled for every architecture, without a GPU."""
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+from dat_deploy.errors import UnsupportedError
+from dat_deploy.plugins import ahead_of_time
+from dat_deploy.plugins.ahead_of_time import ARCHITECTURES, CompiledLaunch, compile_launch
+from dat_deploy.plugins.launch import Configuration, Problem
+
+SHARED_MEMORY_LIMIT = 48 * 1024  # what a TensorRT plugin may use
+
+WINDOWS = {"batch": 64, "height": 56, "width": 56, "heads": 3, "head_dim": 32}
+ATTENTION = {"batch": 64, "height": 14, "width": 14, "keys": 196, "heads": 12, "head_dim": 32, "offset_groups": 3}
+PROBLEMS: dict[str, tuple[str, Problem]] = {
+    "DAT": ("deformable_attention", {**ATTENTION, "table_height": 27, "table_width": 27, "half_pixel": 1}),
+    "DAT++": ("deformable_attention", {**ATTENTION, "table_height": 27, "table_width": 27, "half_pixel": 0}),
+    "DAT++ at another size": (
+        "deformable_attention",
+        {**ATTENTION, "height": 50, "width": 84, "keys": 1050, "table_height": 27, "table_width": 27, "half_pixel": 0},
+    ),
+    "sample": (
+        "deformable_sample",
+        {"batch": 64, "height": 14, "width": 14, "points": 196, "channels": 384, "offset_groups": 3},
+    ),
+    "window 7": ("window_attention", {**WINDOWS, "window_size": 7, "shift_size": 4}),
+    "window 12": ("window_attention", {**WINDOWS, "height": 96, "width": 96, "window_size": 12, "shift_size": 6}),
+    "neighborhood": ("neighborhood_attention", {**WINDOWS, "kernel_size": 7, "dilation": 1}),
+}
+DTYPES = {2: torch.float16, 4: torch.float32}
+
+
+def configurations(name: str, element_bytes: int = 2) -> list[Configuration]:
+    operator, problem = PROBLEMS[name]
+    kernel = import_module(f"dat_deploy.plugins.{operator}.kernel")
+    return list(kernel.configurations({**problem, "element_bytes": element_bytes}))
+
+
+def compiled(
+    name: str,
+    configuration: Configuration,
+    architecture: int,
+    *,
+    dtype: torch.dtype = torch.float16,
+    ptx_version: int | None = None,
+    **changes: int,
+) -> CompiledLaunch:
+    operator, problem = PROBLEMS[name]
+    kernel = import_module(f"dat_deploy.plugins.{operator}.kernel")
+    problem = {**problem, "element_bytes": dtype.itemsize, **changes}
+    launch = kernel.launch(problem, configuration)
+    dtypes = dict.fromkeys((*launch.inputs, "output"), dtype) | {"sampling_locations": torch.float32}
+    return compile_launch(launch, dtypes, architecture, ptx_version=ptx_version)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_configuration_compiles_within_what_tensorrt_allows(architecture, pool):
+    """48 KiB of shared memory and, which `compile_launch` holds, no scratch memory and no hidden parameter."""
+    jobs: dict[str, Future[CompiledLaunch]] = {}
+    for name in PROBLEMS if architecture == 90 else ("DAT", "sample", "window 7", "neighborhood"):
+        for configuration in configurations(name):
+            jobs[f"{name}: {configuration}"] = pool.submit(compiled, name, configuration, architecture)
+    results = {job: future.result() for job, future in jobs.items()}
+    assert len(results) >= 20
+    too_large = {
+        job: c.shared_memory_bytes for job, c in results.items() if c.shared_memory_bytes > SHARED_MEMORY_LIMIT
+    }
+    assert not too_large
+    if architecture == 90:
+        assert not {job: c.spilled_bytes for job, c in results.items() if c.spilled_bytes}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_other_types_spill_no_registers_on_sm_90(name, dtype):
+    default, *others = configurations(name, dtype.itemsize)
+    for configuration in (default, *(others if dtype == torch.float32 else [])):
+        result = compiled(name, configuration, 90, dtype=dtype)
+        assert (result.spilled_bytes, result.shared_memory_bytes <= SHARED_MEMORY_LIMIT) == (0, True), configuration
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 64])
+@pytest.mark.parametrize("name", ["DAT", "DAT++", "window 7", "window 12", "neighborhood"])
+def test_other_head_dims_spill_no_registers_on_sm_90(name, head_dim):
+    result = compiled(name, configurations(name)[0], 90, head_dim=head_dim)
+    assert (result.spilled_bytes, result.shared_memory_bytes <= SHARED_MEMORY_LIMIT) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["DAT", "sample", "window 7", "neighborhood"])
+def test_ptx_takes_the_arguments_and_nothing_else(name):
+    operator, problem = PROBLEMS[name]
+    kernel = import_module(f"dat_deploy.plugins.{operator}.kernel")
+    configuration = configurations(name)[0]
+    launch = kernel.launch({**problem, "element_bytes": 2}, configuration)
+    result = compiled(name, configuration, 80, ptx_version=85)
+    assert result.name == f"{operator}_kernel"
+    entry = re.search(rf"\.entry {result.name}\((.*?)\)", result.ptx, re.DOTALL)
+    assert entry is not None
+    kinds = re.findall(r"\.param \.(u\d+)", entry[1])
+    assert kinds == ["u64"] * len(launch.inputs) + ["u32"] * len(launch.scalars) + ["u64"]
+    assert ".version 8.5" in result.ptx
+    assert f".reqntid {launch.block[0]}" in result.ptx
+    reads = re.search(r"ld\.global(\.\w+)*\.v4\.b32|cp\.async\.\w+\.shared\.global .*, 0x10,", result.ptx)
+    assert reads, "tensors are read 16 bytes at a time"
+
+
+def test_half_precision_products_run_on_tensor_cores():
+    for name in ("DAT", "window 7", "neighborhood"):
+        assert "wgmma.mma_async" in compiled(name, configurations(name)[0], 90).ptx
+        assert "mma.sync" in compiled(name, configurations(name)[0], 80).ptx
+
+
+def test_a_kernel_that_needs_scratch_memory_is_refused(monkeypatch):
+    class Compiled:
+        class metadata:  # noqa: N801  # as Triton names it
+            name = "some_kernel"
+            global_scratch_size = 128
+            profile_scratch_size = 0
+
+    monkeypatch.setattr(ahead_of_time.triton, "compile", lambda *_, **__: Compiled)
+    with pytest.raises(UnsupportedError) as error:
+        compiled("sample", configurations("sample")[0], 90)
+    assert str(error.value) == (
+        "some_kernel for sm_90 needs 128 bytes of global_scratch; only kernels that need none can be launched by hand. "
+        "Use another configuration."
+    )

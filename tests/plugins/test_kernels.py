@@ -1,0 +1,277 @@
+"""Each kernel in Triton's interpreter, on a CPU, against the float64 reference.
+
+`make test` runs these in a pytest of their own, because Triton reads TRITON_INTERPRET when it is imported. The
+tolerance is derived: a kernel's error against float64 may be twice that of the reference in the same type, plus one
+part in a million for the order of summation. Every tensor lies between NaNs, so a kernel that reads beside one fails.
+"""
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+
+import pytest
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
+
+from dat_deploy.model import REFERENCE
+from dat_deploy.plugins.launch import Configuration, Problem
+
+pytestmark = pytest.mark.interpreter
+
+Inputs = dict[str, Tensor]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+KINDS = ["network", "pixels", "half pixels", "border", "outside"]
+MAPS = [(1, 1), (1, 5), (3, 9), (7, 7), (8, 13), (17, 9)]
+
+
+@pytest.fixture(autouse=True)
+def _seeded_in_the_interpreter() -> None:
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps bfloat16 as integers and multiplies them as such; a GPU widens them, so this does."""
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(self, a, b, *rest):
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return create_dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
+
+
+def between_nans(tensor: Tensor) -> Tensor:
+    """The same tensor, as a part of a buffer that is NaN before and after it."""
+    buffer = torch.full((tensor.numel() + 8192,), float("nan"), dtype=tensor.dtype)
+    inside = buffer[4096:-4096].view(tensor.shape)
+    return inside.copy_(tensor)
+
+
+def problem_of(operator: str, inputs: Inputs, attributes: dict[str, int]) -> Problem:
+    kernel = import_module(f"dat_deploy.plugins.{operator}.kernel")
+    shapes = [tensor.shape for tensor in inputs.values()]
+    element_bytes = next(iter(inputs.values())).element_size()
+    match operator:
+        case "deformable_sample":
+            return kernel.problem(*shapes, element_bytes)
+        case "deformable_attention":
+            query, key, _, points, table = shapes
+            return kernel.problem(query, key, points, table, *attributes.values(), element_bytes)
+        case _:
+            return kernel.problem(shapes[0], *attributes.values(), element_bytes)
+
+
+def interpret(
+    operator: str, inputs: Inputs, problem: Problem, configuration: Configuration, shape: torch.Size
+) -> Tensor:
+    launch = import_module(f"dat_deploy.plugins.{operator}.kernel").launch(problem, configuration)
+    output = between_nans(torch.full(shape, float("nan"), dtype=next(iter(inputs.values())).dtype))
+    launch.kernel[launch.grid](
+        *(between_nans(inputs[name]) for name in launch.inputs),
+        *launch.scalars.values(),
+        output,
+        **launch.constants,
+    )
+    storage = torch.empty(0, dtype=output.dtype).set_(output.untyped_storage())
+    assert storage[:4096].isnan().all()
+    assert storage[-4096:].isnan().all()
+    return output
+
+
+def assert_kernel_is_exact(operator: str, inputs: Inputs, attributes: dict[str, int], *, every: bool = False) -> None:
+    """In the configuration that is taken by default, or in every one."""
+    reference: Callable[..., Tensor] = getattr(REFERENCE, operator)
+    exact = reference(**{name: value.double() for name, value in inputs.items()}, **attributes)
+    eager = reference(**inputs, **attributes)
+    allowed = 2 * (eager - exact).abs().max().item() + 1e-6 * (1 + exact.abs().max().item())
+    if eager.dtype == torch.bfloat16:
+        allowed += 2**-8 * exact.abs().max().item()  # the interpreter rounds to bfloat16 by cutting off
+    problem = problem_of(operator, inputs, attributes)
+    configurations = import_module(f"dat_deploy.plugins.{operator}.kernel").configurations(problem)
+    for configuration in configurations if every else configurations[:1]:
+        got = interpret(operator, inputs, problem, configuration, exact.shape)
+        assert (got - exact).abs().max().item() <= allowed, configuration
+
+
+@pytest.mark.parametrize("size", MAPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_deformable_sample(kind, size, locations):
+    inputs = {"value": torch.randn(3, *size, 24), "sampling_locations": locations(kind, (3, 2, 4, 5), size)}
+    assert_kernel_is_exact("deformable_sample", inputs, {})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "groups"), [(16, 1), (96, 3), (384, 2)])
+def test_deformable_sample_in_every_configuration(channels, groups, dtype, locations):
+    points = locations("network", (2, groups, 7, 7), (14, 14))
+    inputs = {"value": torch.randn(2, 14, 14, channels).to(dtype), "sampling_locations": points}
+    assert_kernel_is_exact("deformable_sample", inputs, {}, every=True)
+
+
+def attention_inputs(
+    locations: Callable[..., Tensor],
+    size: tuple[int, int],
+    *,
+    kind: str = "network",
+    sampled: tuple[int, int] = (3, 2),
+    heads: int = 4,
+    groups: int = 2,
+    head_dim: int = 16,
+    table: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    keys = sampled[0] * sampled[1]
+    table = table or (2 * size[0] - 1, 2 * size[1] - 1)
+    return {
+        "query": torch.randn(2, *size, heads * head_dim).to(dtype),
+        "key": torch.randn(2, keys, heads * head_dim).to(dtype),
+        "value": torch.randn(2, keys, heads * head_dim).to(dtype),
+        "sampling_locations": locations(kind, (2, groups, *sampled), size),
+        "relative_position_bias_table": torch.randn(heads, *table).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("half_pixel_queries", [1, 0], ids=["DAT", "DAT++"])
+@pytest.mark.parametrize("size", MAPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_deformable_attention(kind, size, half_pixel_queries, locations):
+    inputs = attention_inputs(locations, size, kind=kind)
+    assert_kernel_is_exact("deformable_attention", inputs, {"num_heads": 4, "half_pixel_queries": half_pixel_queries})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("half_pixel_queries", [1, 0], ids=["DAT", "DAT++"])
+def test_deformable_attention_in_every_configuration(half_pixel_queries, dtype, locations):
+    inputs = attention_inputs(locations, (9, 17), sampled=(9, 11), heads=2, dtype=dtype)
+    assert_kernel_is_exact(
+        "deformable_attention",
+        inputs,
+        {"num_heads": 2, "half_pixel_queries": half_pixel_queries},
+        every=dtype == torch.float16,
+    )
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 64])
+def test_deformable_attention_of_head_dim(head_dim, locations):
+    inputs = attention_inputs(locations, (7, 7), sampled=(7, 7), heads=2, head_dim=head_dim, dtype=torch.float16)
+    assert_kernel_is_exact("deformable_attention", inputs, {"num_heads": 2, "half_pixel_queries": 1})
+
+
+TABLES = [(1, 1), (1, 9), (2, 30), (13, 13), (111, 111), (17, 19)]  # of a map of 9 × 10: 17 × 19
+
+
+@pytest.mark.parametrize("half_pixel_queries", [1, 0], ids=["DAT", "DAT++"])
+@pytest.mark.parametrize("table", TABLES, ids=str)
+def test_deformable_attention_with_a_table_of_another_size(table, half_pixel_queries, locations):
+    """As DAT++ has at image sizes that it was not trained for: rows of queries between rows of the table, or beyond."""
+    for kind in ("network", "outside"):
+        inputs = attention_inputs(locations, (9, 10), kind=kind, table=table)
+        assert_kernel_is_exact(
+            "deformable_attention",
+            inputs,
+            {"num_heads": 4, "half_pixel_queries": half_pixel_queries},
+            every=True,
+        )
+
+
+@pytest.mark.parametrize("half_pixel_queries", [True, False], ids=["DAT", "DAT++"])
+def test_rows_of_the_table_are_shared_by_rows_of_queries(half_pixel_queries, locations):
+    """The cheap form is what a network at its own size runs, and what has just been tested for it."""
+    kernel = import_module("dat_deploy.plugins.deformable_attention.kernel")
+    taps = {}
+    for table in ((27, 27), (55, 55), (13, 13)):
+        inputs = attention_inputs(locations, (14, 14), table=table)
+        attributes = {"num_heads": 4, "half_pixel_queries": half_pixel_queries}
+        problem = problem_of("deformable_attention", inputs, attributes)
+        for configuration in kernel.configurations(problem):
+            taps.setdefault(table, set()).add(kernel.launch(problem, configuration).constants["ROW_TAPS"])
+    assert taps == {(27, 27): {3 if half_pixel_queries else 2}, (55, 55): {0}, (13, 13): {0}}
+
+
+def test_a_location_that_is_no_number_spoils_its_own_image_and_group_only(locations):
+    inputs = attention_inputs(locations, (5, 6))
+    inputs["sampling_locations"][1, 1, 0, 0, 1] = float("nan")
+    inputs["sampling_locations"][0, 0, 0, 0, 0] = float("inf")  # far outside: no bias, as in the reference
+    problem = problem_of("deformable_attention", inputs, {"num_heads": 4, "half_pixel_queries": 1})
+    kernel = import_module("dat_deploy.plugins.deformable_attention.kernel")
+    (configuration, *_) = kernel.configurations(problem)
+    got = interpret("deformable_attention", inputs, problem, configuration, inputs["query"].shape)
+    spoilt = got.isnan().reshape(2, 30, 2, 32).any(dim=1).any(dim=-1)
+    assert spoilt.tolist() == [[False, False], [False, True]]
+
+    value = torch.randn(2, 5, 6, 32)
+    sample_inputs = {"value": value, "sampling_locations": inputs["sampling_locations"]}
+    problem = problem_of("deformable_sample", sample_inputs, {})
+    kernel = import_module("dat_deploy.plugins.deformable_sample.kernel")
+    got = interpret("deformable_sample", sample_inputs, problem, kernel.configurations(problem)[0], (2, 6, 32))
+    assert got.isnan().nonzero()[:, :2].unique(dim=0).tolist() == [[1, 0]]
+    assert (got[0, 0, :16] == 0).all()
+
+
+WINDOWS = [(7, 7, 7, 0), (7, 7, 7, 4), (14, 21, 7, 4), (12, 24, 12, 6), (4, 2, 2, 1), (3, 6, 1, 0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("height", "width", "window_size", "shift_size"), WINDOWS)
+def test_window_attention(height, width, window_size, shift_size, dtype):
+    heads = 2
+    inputs = {
+        "qkv": torch.randn(2, height, width, 3 * heads * 16).to(dtype),
+        "relative_position_bias_table": torch.randn((2 * window_size - 1) ** 2, heads).to(dtype),
+    }
+    attributes = {"num_heads": heads, "window_size": window_size, "shift_size": shift_size}
+    assert_kernel_is_exact("window_attention", inputs, attributes, every=dtype == torch.float16)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 64])
+def test_window_attention_of_head_dim(head_dim):
+    inputs = {
+        "qkv": torch.randn(1, 7, 14, 3 * 3 * head_dim).half(),
+        "relative_position_bias_table": torch.randn(169, 3).half(),
+    }
+    assert_kernel_is_exact("window_attention", inputs, {"num_heads": 3, "window_size": 7, "shift_size": 4})
+
+
+def neighborhood_inputs(height: int, width: int, kernel_size: int, head_dim: int = 16, heads: int = 2) -> Inputs:
+    side = 2 * kernel_size - 1
+    return {
+        "qkv": torch.randn(2, height, width, 3 * heads * head_dim),
+        "padding_qkv": torch.randn(3 * heads * head_dim),
+        "relative_position_bias_table": torch.randn(heads, side, side),
+    }
+
+
+@pytest.mark.parametrize("dilation", [1, 3])
+@pytest.mark.parametrize("kernel_size", [3, 7, 13])
+@pytest.mark.parametrize("size", [(1, 1), (3, 9), (8, 13), (20, 17)], ids=str)
+def test_neighborhood_attention(size, kernel_size, dilation):
+    inputs = neighborhood_inputs(*size, kernel_size, heads=1)
+    attributes = {"num_heads": 1, "kernel_size": kernel_size, "dilation": dilation}
+    assert_kernel_is_exact("neighborhood_attention", inputs, attributes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "dilation"), [((5, 19), 1), ((17, 10), 2)], ids=str)
+def test_neighborhood_attention_in_every_configuration(size, dilation, dtype):
+    inputs = {name: value.to(dtype) for name, value in neighborhood_inputs(*size, 7).items()}
+    attributes = {"num_heads": 2, "kernel_size": 7, "dilation": dilation}
+    assert_kernel_is_exact("neighborhood_attention", inputs, attributes, every=dtype == torch.float16)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 64])
+def test_neighborhood_attention_of_head_dim(head_dim):
+    inputs = {name: value.half() for name, value in neighborhood_inputs(8, 9, 7, head_dim).items()}
+    assert_kernel_is_exact("neighborhood_attention", inputs, {"num_heads": 2, "kernel_size": 7, "dilation": 1})
+
+
+def test_a_table_may_be_float32_beside_half_precision(locations):
+    inputs = attention_inputs(locations, (7, 7), dtype=torch.float16)
+    inputs["relative_position_bias_table"] = torch.randn(4, 13, 13)
+    assert_kernel_is_exact("deformable_attention", inputs, {"num_heads": 4, "half_pixel_queries": 0})
+    inputs = {name: value.half() for name, value in neighborhood_inputs(4, 9, 7).items()}
+    inputs["padding_qkv"], inputs["relative_position_bias_table"] = torch.randn(96), torch.randn(2, 13, 13)
+    assert_kernel_is_exact("neighborhood_attention", inputs, {"num_heads": 2, "kernel_size": 7, "dilation": 1})
