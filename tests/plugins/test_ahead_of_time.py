@@ -34,13 +34,12 @@ PROBLEMS: dict[str, tuple[str, Problem]] = {
     "window 12": ("window_attention", {**WINDOWS, "height": 96, "width": 96, "window_size": 12, "shift_size": 6}),
     "neighborhood": ("neighborhood_attention", {**WINDOWS, "kernel_size": 7, "dilation": 1}),
 }
-DTYPES = {2: torch.float16, 4: torch.float32}
 
 
-def configurations(name: str, element_bytes: int = 2) -> list[Configuration]:
+def configurations(name: str, element_bytes: int = 2, **changes: int) -> list[Configuration]:
     operator, problem = PROBLEMS[name]
     kernel = import_module(f"dat_deploy.plugins.{operator}.kernel")
-    return list(kernel.configurations({**problem, "element_bytes": element_bytes}))
+    return list(kernel.configurations({**problem, "element_bytes": element_bytes, **changes}))
 
 
 def compiled(
@@ -95,7 +94,7 @@ def test_other_types_spill_no_registers_on_sm_90(name, dtype):
 @pytest.mark.parametrize("head_dim", [16, 24, 64])
 @pytest.mark.parametrize("name", ["DAT", "DAT++", "window 7", "window 12", "neighborhood"])
 def test_other_head_dims_spill_no_registers_on_sm_90(name, head_dim):
-    result = compiled(name, configurations(name)[0], 90, head_dim=head_dim)
+    result = compiled(name, configurations(name, head_dim=head_dim)[0], 90, head_dim=head_dim)
     assert (result.spilled_bytes, result.shared_memory_bytes <= SHARED_MEMORY_LIMIT) == (0, True)
 
 

@@ -16,7 +16,7 @@ __all__ = ["configurations", "launch", "problem", "window_attention_kernel"]
 INPUTS = ("qkv", "relative_position_bias_table")
 SCALARS = ("batch", "height", "width")
 TILES = [(64, 64, 4), (64, 32, 4), (32, 32, 2), (64, 16, 4)]
-FLOAT32_TILES = [(32, 32, 2), (64, 16, 4)]  # larger ones spill registers
+BLOCK_BYTES = 4096  # of a block of keys: larger ones spill registers, or take more shared memory than TensorRT allows
 MAX_KEPT = 2  # blocks of keys whose bias stays in registers from window to window
 MASKED = -100.0  # between pixels that only the roll has made neighbours; reference.shifted_window_mask
 
@@ -222,7 +222,8 @@ def configurations(problem: Problem) -> list[Configuration]:
     Where the bias stays in registers, programs take several windows once there are enough to keep a large GPU busy.
     """
     pixels = problem["window_size"] ** 2
-    tiles = FLOAT32_TILES if problem["element_bytes"] == 4 else TILES
+    key_bytes = problem["head_dim"] * problem["element_bytes"]
+    tiles = [tile for tile in TILES if tile[1] * key_bytes <= BLOCK_BYTES]
     windows = problem["batch"] * (problem["height"] * problem["width"] // pixels) * problem["heads"]
     chunks = sorted((16, 4, 1), key=lambda chunk: windows < 1024 * chunk)
 
@@ -233,13 +234,14 @@ def configurations(problem: Problem) -> list[Configuration]:
     return [
         Configuration((("BLOCK_QUERIES", queries), ("BLOCK_KEYS", keys), ("WINDOWS", chunk)), num_warps, 2)
         for queries, keys, num_warps in sorted(tiles, key=padded_scores)
-        if keys * problem["head_dim"] <= 2048  # more takes more shared memory than a TensorRT plugin may have
         for chunk in (chunks if _keeps_bias(problem, keys) else (1,))
     ]
 
 
 def _keeps_bias(problem: Problem, block_keys: int) -> bool:
-    return problem["element_bytes"] == 2 and ceil_div(problem["window_size"] ** 2, block_keys) <= MAX_KEPT
+    """Only where it is cheap: then the loop over blocks of keys is unrolled, and all are in shared memory at once."""
+    blocks = ceil_div(problem["window_size"] ** 2, block_keys)
+    return blocks <= MAX_KEPT and problem["head_dim"] <= 32 and problem["element_bytes"] == 2
 
 
 def launch(problem: Problem, configuration: Configuration) -> Launch:
