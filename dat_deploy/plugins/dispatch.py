@@ -1,7 +1,10 @@
 """Where the torch operators meet: what they refuse, and whether the kernel or the reference computes."""
 
+import functools
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -10,11 +13,24 @@ from dat_deploy.errors import ShapeError
 from dat_deploy.plugins.launch import Problem
 from dat_deploy.plugins.tuning import tuned_configuration
 
-__all__ = ["LARGEST_HEAD_DIM", "kernel_computes", "launch_kernel", "require", "require_alike", "require_locations"]
+__all__ = ["kernel_computes", "launch_kernel", "operator", "require", "require_alike", "require_locations"]
+
+Arguments = ParamSpec("Arguments")
 
 LARGEST_HEAD_DIM = 64
 LARGEST_IMAGE = 2**31 - 1  # elements of a tensor's image: the kernels count them in int32
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def operator(function: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+    """Register the function as `torch.ops.dat_deploy.NAME`, whose kernels torch.compile and AOTInductor compile in."""
+    definition = torch.library.triton_op(f"dat_deploy::{function.__name__}", function, mutates_args={})
+
+    @functools.wraps(function)  # of which help() shows the docstring
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        return definition(*args, **kwargs)  # type: ignore[no-any-return]  # torch gives it no types
+
+    return call
 
 
 def require(holds: bool, operator: str, got: str, takes: str) -> None:

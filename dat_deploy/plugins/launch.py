@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["Configuration", "Launch", "Problem", "Shape", "ceil_div", "next_power_of_two"]
 
 Shape = Sequence[int]
-Problem = Mapping[str, int]
+Problem = Mapping[str, int]  # while torch.compile traces, what is not compiled in may be a symbol
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -77,7 +77,7 @@ def store(gpu: str, measured: list[tuple[str, Problem, Configuration, float]]) -
         }
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_output(path, force=True) as temporary:
-        temporary.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     _read.cache_clear()
     return path
 

@@ -40,7 +40,8 @@ def interpolated_bias(table: Tensor, sampling_locations: Tensor, height: int, wi
     """
     heads = table.shape[0]
     batch, groups = sampling_locations.shape[:2]
-    locations = sampling_locations.reshape(batch * groups, 1, -1, 2)
+    keys = sampling_locations.shape[2] * sampling_locations.shape[3]
+    locations = sampling_locations.reshape(batch * groups, 1, keys, 2)
     grid = query_grid(height, width, half_pixel=half_pixel, dtype=locations.dtype, device=locations.device)
     displacement = (grid.reshape(1, height * width, 1, 2) - locations) * 0.5  # B·G, H·W, Ns, 2
     tables = table.to(locations.dtype).reshape(1, groups, heads // groups, *table.shape[1:])
@@ -51,7 +52,7 @@ def interpolated_bias(table: Tensor, sampling_locations: Tensor, height: int, wi
         padding_mode="zeros",
         align_corners=True,
     )  # B·G, M/G, H·W, Ns
-    return bias.reshape(batch, heads, height * width, -1)
+    return bias.reshape(batch, heads, height * width, keys)
 
 
 def deformable_attention(
@@ -79,8 +80,8 @@ def deformable_attention(
     batch, height, width, channels = query.shape
     head_dim = channels // num_heads
     q = query.reshape(batch, height * width, num_heads, head_dim).transpose(1, 2)  # B, M, H·W, D
-    k = key.reshape(batch, -1, num_heads, head_dim).transpose(1, 2)  # B, M, Ns, D
-    v = value.reshape(batch, -1, num_heads, head_dim).transpose(1, 2)
+    k = key.reshape(batch, key.shape[1], num_heads, head_dim).transpose(1, 2)  # B, M, Ns, D
+    v = value.reshape(batch, value.shape[1], num_heads, head_dim).transpose(1, 2)
     bias = interpolated_bias(relative_position_bias_table, sampling_locations, height, width, half_pixel_queries)
     scores = (q * head_dim**-0.5) @ k.transpose(-2, -1) + bias.to(query.dtype)  # B, M, H·W, Ns
     out: Tensor = scores.softmax(dim=-1) @ v

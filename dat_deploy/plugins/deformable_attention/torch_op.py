@@ -1,15 +1,21 @@
 """`torch.ops.dat_deploy.deformable_attention`: the kernel on CUDA, else the reference; one node for torch.export."""
 
-import torch
 from torch import Tensor
 
 from dat_deploy.plugins.deformable_attention import reference
-from dat_deploy.plugins.dispatch import kernel_computes, launch_kernel, require, require_alike, require_locations
+from dat_deploy.plugins.dispatch import (
+    kernel_computes,
+    launch_kernel,
+    operator,
+    require,
+    require_alike,
+    require_locations,
+)
 
 __all__ = ["deformable_attention"]
 
 
-@torch.library.triton_op("dat_deploy::deformable_attention", mutates_args={})
+@operator
 def deformable_attention(
     query: Tensor,
     key: Tensor,

@@ -83,8 +83,8 @@ def problem(value: Shape, sampling_locations: Shape, element_bytes: int) -> Prob
         "height": height,
         "width": width,
         "points": sampled_height * sampled_width,
-        "channels": channels,
-        "offset_groups": groups,
+        "channels": int(channels),
+        "offset_groups": int(groups),
         "element_bytes": element_bytes,
     }
 

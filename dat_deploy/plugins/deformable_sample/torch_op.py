@@ -1,15 +1,21 @@
 """`torch.ops.dat_deploy.deformable_sample`: the kernel on CUDA, else the reference; one node for torch.export."""
 
-import torch
 from torch import Tensor
 
 from dat_deploy.plugins.deformable_sample import reference
-from dat_deploy.plugins.dispatch import kernel_computes, launch_kernel, require, require_alike, require_locations
+from dat_deploy.plugins.dispatch import (
+    kernel_computes,
+    launch_kernel,
+    operator,
+    require,
+    require_alike,
+    require_locations,
+)
 
 __all__ = ["deformable_sample"]
 
 
-@torch.library.triton_op("dat_deploy::deformable_sample", mutates_args={})
+@operator
 def deformable_sample(value: Tensor, sampling_locations: Tensor) -> Tensor:
     """Read a channels-last feature map between its pixels, at points that a network chose.
 

@@ -118,10 +118,10 @@ def problem(qkv: Shape, num_heads: int, kernel_size: int, dilation: int, element
         "batch": batch,
         "height": height,
         "width": width,
-        "heads": num_heads,
-        "head_dim": channels3 // (3 * num_heads),
-        "kernel_size": kernel_size,
-        "dilation": dilation,
+        "heads": int(num_heads),
+        "head_dim": int(channels3 // (3 * num_heads)),
+        "kernel_size": int(kernel_size),
+        "dilation": int(dilation),
         "element_bytes": element_bytes,
     }
 
@@ -162,7 +162,7 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
             "HEAD_DIM": problem["head_dim"],
             "KERNEL_SIZE": problem["kernel_size"],
             "DILATION": dilation,
-            "PADDED": problem["height"] < reach or problem["width"] < reach,
+            "PADDED": bool(problem["height"] < reach or problem["width"] < reach),
             "BLOCK_DIM": max(16, next_power_of_two(problem["head_dim"])),
             "KEY_COLUMNS": next_power_of_two(tiles["TILE_COLUMNS"] + problem["kernel_size"] - 1),
             **tiles,

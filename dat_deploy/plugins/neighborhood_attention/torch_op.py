@@ -1,15 +1,14 @@
 """`torch.ops.dat_deploy.neighborhood_attention`: the kernel on CUDA, else the reference; one node for torch.export."""
 
-import torch
 from torch import Tensor
 
-from dat_deploy.plugins.dispatch import kernel_computes, launch_kernel, require, require_alike
+from dat_deploy.plugins.dispatch import kernel_computes, launch_kernel, operator, require, require_alike
 from dat_deploy.plugins.neighborhood_attention import reference
 
 __all__ = ["neighborhood_attention"]
 
 
-@torch.library.triton_op("dat_deploy::neighborhood_attention", mutates_args={})
+@operator
 def neighborhood_attention(
     qkv: Tensor,
     padding_qkv: Tensor,

@@ -208,10 +208,10 @@ def problem(qkv: Shape, num_heads: int, window_size: int, shift_size: int, eleme
         "batch": batch,
         "height": height,
         "width": width,
-        "heads": num_heads,
-        "head_dim": channels3 // (3 * num_heads),
-        "window_size": window_size,
-        "shift_size": shift_size,
+        "heads": int(num_heads),
+        "head_dim": int(channels3 // (3 * num_heads)),
+        "window_size": int(window_size),
+        "shift_size": int(shift_size),
         "element_bytes": element_bytes,
     }
 
@@ -225,7 +225,7 @@ def configurations(problem: Problem) -> list[Configuration]:
     key_bytes = problem["head_dim"] * problem["element_bytes"]
     tiles = [tile for tile in TILES if tile[1] * key_bytes <= BLOCK_BYTES]
     windows = problem["batch"] * (problem["height"] * problem["width"] // pixels) * problem["heads"]
-    chunks = sorted((16, 4, 1), key=lambda chunk: windows < 1024 * chunk)
+    chunks = sorted((16, 4, 1), key=lambda chunk: bool(windows < 1024 * chunk))
 
     def padded_scores(tile: tuple[int, int, int]) -> int:
         queries, keys, _ = tile

@@ -17,8 +17,9 @@ def relative_position_index(window_size: int, device: torch.device | None = None
 def window_partition(x: Tensor, window_size: int) -> Tensor:
     """[B, H, W, C] -> [B, nW, Ws², C], windows and pixels row by row."""
     batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // window_size, window_size, width // window_size, window_size, channels)
-    return x.transpose(2, 3).reshape(batch, -1, window_size**2, channels)
+    rows, columns = height // window_size, width // window_size
+    x = x.reshape(batch, rows, window_size, columns, window_size, channels)
+    return x.transpose(2, 3).reshape(batch, rows * columns, window_size**2, channels)
 
 
 def window_merge(windows: Tensor, height: int, width: int, window_size: int) -> Tensor:

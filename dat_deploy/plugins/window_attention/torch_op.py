@@ -1,15 +1,14 @@
 """`torch.ops.dat_deploy.window_attention`: the kernel on CUDA, else the reference; one node for torch.export."""
 
-import torch
 from torch import Tensor
 
-from dat_deploy.plugins.dispatch import kernel_computes, launch_kernel, require, require_alike
+from dat_deploy.plugins.dispatch import kernel_computes, launch_kernel, operator, require, require_alike
 from dat_deploy.plugins.window_attention import reference
 
 __all__ = ["window_attention"]
 
 
-@torch.library.triton_op("dat_deploy::window_attention", mutates_args={})
+@operator
 def window_attention(
     qkv: Tensor, relative_position_bias_table: Tensor, num_heads: int, window_size: int, shift_size: int
 ) -> Tensor:

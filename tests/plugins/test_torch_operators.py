@@ -1,0 +1,344 @@
+"""The torch operators: what torch's compilers make of them, what they refuse, and which code computes."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+
+from dat_deploy import plugins
+from dat_deploy.errors import ShapeError
+from dat_deploy.model import REFERENCE
+from dat_deploy.plugins.launch import Configuration
+from dat_deploy.plugins.tuning import configurations_path, store, tuned_configuration
+
+OPERATORS = ["deformable_sample", "deformable_attention", "window_attention", "neighborhood_attention"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+
+
+def arguments(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, batch: int = 2) -> dict:
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape).to(device, dtype)
+
+    points = (torch.rand(batch, 2, 3, 3, 2) * 2.4 - 1.2).to(device)
+    match name:
+        case "deformable_sample":
+            return {"value": randn(batch, 5, 6, 16), "sampling_locations": points}
+        case "deformable_attention":
+            return {
+                "query": randn(batch, 5, 6, 96),
+                "key": randn(batch, 9, 96),
+                "value": randn(batch, 9, 96),
+                "sampling_locations": points,
+                "relative_position_bias_table": randn(4, 9, 11),
+                "num_heads": 4,
+                "half_pixel_queries": True,
+            }
+        case "window_attention":
+            return {
+                "qkv": randn(batch, 4, 6, 144),
+                "relative_position_bias_table": randn(9, 2),
+                "num_heads": 2,
+                "window_size": 2,
+                "shift_size": 1,
+            }
+        case _:
+            return {
+                "qkv": randn(batch, 4, 6, 144),
+                "padding_qkv": randn(144),
+                "relative_position_bias_table": randn(2, 9, 9),
+                "num_heads": 2,
+                "kernel_size": 5,
+                "dilation": 1,
+            }
+
+
+def operator(name: str) -> Callable[..., Tensor]:
+    return getattr(plugins, name)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_operator_is_well_formed(name, device):
+    results = torch.library.opcheck(
+        getattr(torch.ops.dat_deploy, name).default, tuple(arguments(name, device).values())
+    )
+    assert len(results) == 4
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_on_a_cpu_is_the_reference(name):
+    inputs = arguments(name)
+    assert torch.equal(operator(name)(**inputs), getattr(REFERENCE, name)(**inputs))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_export_keeps_the_operator_as_one_node(name, device):
+    inputs = arguments(name, device)
+
+    class Module(torch.nn.Module):
+        def forward(self, **inputs):
+            return operator(name)(**inputs) + 1
+
+    program = torch.export.export(Module(), (), inputs)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets == [f"dat_deploy.{name}.default", "aten.add.Tensor"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_compile_takes_the_operator_into_one_graph(name, device):
+    inputs = arguments(name, device)
+    compiled = torch.compile(lambda **inputs: operator(name)(**inputs) * 2, fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs), operator(name)(**inputs) * 2)
+
+
+class NoGpu:
+    """Triton's driver as torch's tracing asks it, on a machine without a GPU."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def triton_driver_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu())
+
+
+class Traced(Exception):  # noqa: N818  # no error
+    pass
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_on_cuda_compile_sees_the_kernel_and_that_it_writes_the_output_alone(
+    name, dynamic, triton_driver_without_a_gpu
+):
+    """One launch, and no copy of an input: torch copies what a kernel might write."""
+
+    def trace(graph: torch.fx.GraphModule, _: list[Tensor]) -> None:
+        nodes = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+        assert len(nodes) == 1
+        assert nodes[0].kwargs["tensors_to_clone"] == ["output"]
+        assert not [node for node in graph.graph.nodes if f"dat_deploy.{name}" in str(node.target)]
+        raise Traced
+
+    inputs = arguments(name)
+    with FakeTensorMode():
+        fake = {
+            key: torch.empty(value.shape, dtype=value.dtype, device="cuda") if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+        }
+    backend = aot_autograd(fw_compiler=trace)
+    compiled = torch.compile(operator(name), backend=backend, fullgraph=True, dynamic=dynamic)
+    with pytest.raises(Exception, match="Traced"):
+        compiled(**fake)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_empty_batch_gives_an_empty_result(name, device):
+    full, empty = (operator(name)(**arguments(name, device, batch=batch)) for batch in (2, 0))
+    assert empty.shape == (0, *full.shape[1:])
+    assert (empty.dtype, empty.device) == (full.dtype, full.device)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_need_not_be_contiguous(name, device):
+    inputs = arguments(name, device)
+    strided = {
+        key: value.transpose(0, -1).contiguous().transpose(0, -1) if isinstance(value, Tensor) else value
+        for key, value in inputs.items()
+    }
+    assert any(isinstance(value, Tensor) and not value.is_contiguous() for value in strided.values())
+    torch.testing.assert_close(operator(name)(**strided), operator(name)(**inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_float64_is_computed_by_the_reference(name, device):
+    inputs = arguments(name, device, torch.float64)
+    assert torch.equal(operator(name)(**inputs), getattr(REFERENCE, name)(**inputs))
+
+
+BAD: list[tuple[str, dict[str, Callable], str]] = [
+    (
+        "deformable_sample",
+        {"value": lambda x: x[0]},
+        "deformable_sample got value of shape [5, 6, 16]; it takes [B, H, W, C].",
+    ),
+    (
+        "deformable_sample",
+        {"value": lambda x: x[..., :15]},
+        "deformable_sample got 15 channels and 2 groups of locations; it takes groups that divide the channels.",
+    ),
+    (
+        "deformable_sample",
+        {"value": lambda x: x[:, :0]},
+        "deformable_sample got value of shape [2, 0, 6, 16]; it takes maps that are not empty.",
+    ),
+    (
+        "deformable_sample",
+        {"sampling_locations": lambda x: x[:1]},
+        "deformable_sample got sampling_locations of shape [1, 2, 3, 3, 2] for a batch of 2; it takes "
+        "[B, G, Hk, Wk, 2], last axis (y, x).",
+    ),
+    (
+        "deformable_sample",
+        {"sampling_locations": lambda x: x.half()},
+        "deformable_sample got sampling_locations of torch.float16 on DEVICE beside a tensor on DEVICE; it takes "
+        "float32 or float64 locations on the same device: half precision would move the points.",
+    ),
+    (
+        "deformable_sample",
+        {"value": lambda x: x.int()},
+        "deformable_sample got value of torch.int32 beside value of torch.int32; it takes tensors of one "
+        "floating-point type; tables may be float32, too.",
+    ),
+    (
+        "deformable_attention",
+        {"num_heads": lambda _: 5},
+        "deformable_attention got 96 channels and 5 heads; it takes heads that divide the channels.",
+    ),
+    (
+        "deformable_attention",
+        {"num_heads": lambda _: 3},
+        "deformable_attention got 3 heads and 2 groups of locations; it takes groups that divide the heads.",
+    ),
+    (
+        "deformable_attention",
+        {"key": lambda x: x.half()},
+        "deformable_attention got key of torch.float16 beside query of torch.float32; it takes tensors of one "
+        "floating-point type; tables may be float32, too.",
+    ),
+    (
+        "deformable_attention",
+        {"value": lambda x: x.to("meta")},
+        "deformable_attention got value on meta and query on DEVICE; it takes tensors on one device.",
+    ),
+    (
+        "deformable_attention",
+        {"key": lambda x: x[:, :8]},
+        "deformable_attention got key of shape [2, 8, 96] and value of shape [2, 9, 96] for 9 locations; it takes one "
+        "key and one value a location, [2, Ns, 96].",
+    ),
+    (
+        "deformable_attention",
+        {"relative_position_bias_table": lambda x: x[:3]},
+        "deformable_attention got relative_position_bias_table of shape [3, 9, 11]; it takes one table a head, "
+        "[4, Th, Tw].",
+    ),
+    (
+        "window_attention",
+        {"window_size": lambda _: 3},
+        "window_attention got a map of 4x6, window_size 3 and shift_size 1; it takes windows that tile the map, and a "
+        "shift of less than a window.",
+    ),
+    (
+        "window_attention",
+        {"shift_size": lambda _: 2},
+        "window_attention got a map of 4x6, window_size 2 and shift_size 2; it takes windows that tile the map, and a "
+        "shift of less than a window.",
+    ),
+    (
+        "window_attention",
+        {"relative_position_bias_table": lambda x: x.T},
+        "window_attention got relative_position_bias_table of shape [2, 9]; it takes a row a distance, [9, 2].",
+    ),
+    (
+        "window_attention",
+        {"num_heads": lambda _: 5},
+        "window_attention got 144 channels of query, key and value and 5 heads; it takes heads that divide each of "
+        "the three.",
+    ),
+    (
+        "neighborhood_attention",
+        {"padding_qkv": lambda x: x[1:]},
+        "neighborhood_attention got padding_qkv of shape [143]; it takes a value a channel of qkv, [144].",
+    ),
+    (
+        "neighborhood_attention",
+        {"dilation": lambda _: 0},
+        "neighborhood_attention got kernel_size 5, dilation 0; it takes at least 1 each.",
+    ),
+    (
+        "neighborhood_attention",
+        {"qkv": lambda x: x.flatten(1, 2)},
+        "neighborhood_attention got qkv of shape [2, 24, 144]; it takes [B, H, W, 3C].",
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "changes", "sentence"), BAD, ids=[f"{case[0]}-{i}" for i, case in enumerate(BAD)])
+def test_bad_input_is_refused_in_one_sentence(name, changes, sentence, device):
+    inputs = arguments(name, device)
+    inputs |= {key: change(inputs[key]) for key, change in changes.items()}
+    with pytest.raises(ShapeError) as error:
+        operator(name)(**inputs)
+    on = next(iter(inputs.values())).device
+    assert str(error.value) == sentence.replace("DEVICE", str(on))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_docstring_is_the_operators(name):
+    assert "Args:" in (operator(name).__doc__ or "")
+    assert "Raises:" in (operator(name).__doc__ or "")
+
+
+def test_measured_configurations_are_kept_by_gpu_and_taken_at_the_nearest_batch(monkeypatch, tmp_path):
+    path = tmp_path / "kept" / "configurations.json"
+    monkeypatch.setenv("DAT_DEPLOY_CONFIGURATIONS", str(path))
+    assert configurations_path() == path
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    inputs = arguments("deformable_sample")
+    kernel = import_module("dat_deploy.plugins.deformable_sample.kernel")
+
+    def problem(batch: int, height: int = 5) -> dict[str, int]:
+        return dict(kernel.problem((batch, height, 6, 16), (batch, 2, 3, 3, 2), 2))
+
+    assert tuned_configuration("deformable_sample", problem(1), inputs["value"]) is None
+    small, large = kernel.configurations(problem(1))[1:3]
+    store("Some GPU", [("deformable_sample", problem(1), small, 3.0), ("deformable_sample", problem(64), large, 9.0)])
+    taken = {
+        batch: tuned_configuration("deformable_sample", problem(batch), inputs["value"]) for batch in (1, 4, 64, 999)
+    }
+    assert taken == {1: small, 4: small, 64: large, 999: large}
+    assert tuned_configuration("deformable_sample", problem(1, height=7), inputs["value"]) is None
+    assert tuned_configuration("window_attention", problem(1), inputs["value"]) is None
+
+    store("Some GPU", [("deformable_sample", problem(1), large, 2.0)])
+    assert tuned_configuration("deformable_sample", problem(1), inputs["value"]) == large
+    path.write_text('{"Some GPU": {"deformable_sample": []}}')
+    store("Another GPU", [])
+    assert tuned_configuration("deformable_sample", problem(1), inputs["value"]) is None
+
+
+def test_a_configuration_can_be_kept(tmp_path, monkeypatch):
+    """What is read back equals what was stored, so that it can be compared with a kernel's own."""
+    configuration = Configuration((("TILE_ROWS", 8), ("BLOCK_KEYS", 64)), 4, 2)
+    monkeypatch.setenv("DAT_DEPLOY_CONFIGURATIONS", str(tmp_path / "c.json"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    store("Some GPU", [("an_operator", {"batch": 1, "height": 3}, configuration, 1.0)])
+    assert tuned_configuration("an_operator", {"batch": 1, "height": 3}, torch.zeros(1)) == configuration
