@@ -11,6 +11,7 @@ from dat_deploy.classify import classify
 from dat_deploy.doctor import doctor
 from dat_deploy.export import export, relower
 from dat_deploy.runners import open_runner
+from dat_deploy.tune import tune
 from dat_deploy.validate import validate
 from dat_deploy.variants import VARIANTS as variants  # noqa: N811  # the command's name, not a constant's
 from dat_deploy.visualize import visualize
@@ -25,6 +26,7 @@ __all__ = [
     "load_model",
     "open_runner",
     "relower",
+    "tune",
     "validate",
     "variants",
     "visualize",

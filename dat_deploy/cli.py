@@ -382,6 +382,44 @@ def classify(
 
 
 @app.command()
+def tune(
+    variant: VariantOption,
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes, such as 1,8,32.")] = "1",
+    image_size: Annotated[str | None, typer.Option("--image-size", help="Pixels: 224, or HEIGHTxWIDTH.")] = None,
+    precision: Annotated[str, typer.Option("--precision", help="fp16, bf16 or fp32.")] = "fp16",
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure which configuration of each kernel is the fastest on this GPU, and keep the choice for later runs."""
+    pixels = None if image_size is None else _image_size(image_size)
+    batches = _numbers(batch, "--batch")
+    from dat_deploy.tune import tune as measure
+
+    _check_json(json_file, force=force)
+    with err.status("measuring") as status:
+        tuning = measure(
+            get_variant(variant),
+            batches=batches,
+            image_size=pixels,
+            precision=precision,
+            progress=lambda done, total, doing: status.update(f"{doing} ({done}/{total})"),
+        )
+    table = Table("operator", "problem", "fastest", box=None)
+    table.add_column("us", justify="right")
+    table.add_column("default us", justify="right")
+    for row in tuning.launches:
+        problem = row.problem
+        size = "x".join(str(problem[name]) for name in ("batch", "height", "width"))
+        tiles = " ".join(f"{name}={value}" for name, value in row.configuration.tiles)
+        cells = (f"{tiles} warps={row.configuration.num_warps}", f"{row.microseconds:.1f}")
+        table.add_row(row.operator, size, *cells, f"{row.default_microseconds:.1f}")
+    out.print(table)
+    out.print(f"kept for {tuning.gpu} in {tuning.path}")
+    _write_json(asdict(tuning), json_file, force=force)
+    _next("bench", "--engine", f"pytorch:{variant}")
+
+
+@app.command()
 def visualize(
     image: Annotated[Path, typer.Argument(help="An image file.")],
     engine: Annotated[

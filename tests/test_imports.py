@@ -17,7 +17,7 @@ LAYERS = [
     {"export"},
     {"engine"},
     {"runners"},
-    {"validate", "benchmark", "serving", "classify", "visualize", "doctor"},
+    {"validate", "benchmark", "serving", "classify", "visualize", "doctor", "tune"},
     {"api", "cli"},
 ]
 HOMES = {

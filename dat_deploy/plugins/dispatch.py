@@ -1,8 +1,10 @@
 """Where the torch operators meet: what they refuse, and whether the kernel or the reference computes."""
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import ParamSpec
 
@@ -10,10 +12,19 @@ import torch
 from torch import Tensor
 
 from dat_deploy.errors import ShapeError
-from dat_deploy.plugins.launch import Problem
+from dat_deploy.plugins.launch import Configuration, Problem
 from dat_deploy.plugins.tuning import tuned_configuration
 
-__all__ = ["kernel_computes", "launch_kernel", "operator", "require", "require_alike", "require_locations"]
+__all__ = [
+    "Job",
+    "kernel_computes",
+    "launch_kernel",
+    "operator",
+    "recorded_jobs",
+    "require",
+    "require_alike",
+    "require_locations",
+]
 
 Arguments = ParamSpec("Arguments")
 
@@ -101,13 +112,44 @@ def launch_kernel(
     """Compute `output` by the operator's kernel, in the configuration that was measured to be the fastest."""
     if output.numel() == 0:
         return
-    configuration = tuned_configuration(operator, problem, output) or kernel.configurations(problem)[0]
-    launch = kernel.launch(problem, configuration)
-    torch.library.wrap_triton(launch.kernel)[launch.grid](
-        *(inputs[name].contiguous() for name in launch.inputs),
-        *launch.scalars.values(),
-        output,
-        **launch.constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+    inputs = {name: tensor.contiguous() for name, tensor in inputs.items()}
+    job = Job(operator, kernel, problem, inputs, output)
+    if _jobs is not None:
+        _jobs.append(job)
+    job.run(tuned_configuration(operator, problem, output) or kernel.configurations(problem)[0])
+
+
+@dataclass(frozen=True)
+class Job:
+    """A launch that is still open to a configuration."""
+
+    operator: str
+    kernel: ModuleType
+    problem: Problem
+    inputs: dict[str, Tensor]
+    output: Tensor
+
+    def run(self, configuration: Configuration) -> None:
+        launch = self.kernel.launch(self.problem, configuration)
+        torch.library.wrap_triton(launch.kernel)[launch.grid](
+            *(self.inputs[name] for name in launch.inputs),
+            *launch.scalars.values(),
+            self.output,
+            **launch.constants,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+
+
+_jobs: list[Job] | None = None
+
+
+@contextlib.contextmanager
+def recorded_jobs() -> Iterator[list[Job]]:
+    """What the operators launch while the block runs, in this process."""
+    global _jobs
+    _jobs = []
+    try:
+        yield _jobs
+    finally:
+        _jobs = None

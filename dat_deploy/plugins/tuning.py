@@ -19,7 +19,7 @@ from torch import Tensor
 from dat_deploy.files import atomic_output
 from dat_deploy.plugins.launch import Configuration, Problem
 
-__all__ = ["configurations_path", "fastest", "store", "tuned_configuration"]
+__all__ = ["configurations_path", "fastest", "measured", "store", "tuned_configuration"]
 
 Stored = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]
 
@@ -82,10 +82,10 @@ def store(gpu: str, measured: list[tuple[str, Problem, Configuration, float]]) -
     return path
 
 
-def fastest(
+def measured(
     candidates: list[Configuration], run: Callable[[Configuration], None], *, rounds: int = 20
-) -> tuple[Configuration, float]:
-    """The candidate with the least median time on the current CUDA device, and that time in microseconds.
+) -> dict[Configuration, float]:
+    """The median time of each candidate on the current CUDA device, in microseconds.
 
     Candidates take turns, so that a clock that drifts meets all of them alike.
     """
@@ -94,12 +94,19 @@ def fastest(
         run(candidate)  # compiles
     for _ in range(rounds):
         for candidate in candidates:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch gives it no types
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
             start.record()
             run(candidate)
             end.record()
             end.synchronize()
             times[candidate].append(start.elapsed_time(end) * 1000)
-    medians = {candidate: statistics.median(spent) for candidate, spent in times.items()}
+    return {candidate: statistics.median(spent) for candidate, spent in times.items()}
+
+
+def fastest(
+    candidates: list[Configuration], run: Callable[[Configuration], None], *, rounds: int = 20
+) -> tuple[Configuration, float]:
+    """The candidate with the least median time, and that time in microseconds; see `measured`."""
+    medians = measured(candidates, run, rounds=rounds)
     best = min(medians, key=lambda candidate: medians[candidate])
     return best, medians[best]

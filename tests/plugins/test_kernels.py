@@ -6,7 +6,9 @@ part in a million for the order of summation. Every tensor lies between NaNs, so
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -15,10 +17,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
+from dat_deploy import plugins
+from dat_deploy import tune as tune_module
+from dat_deploy.checkpoint import load_model
 from dat_deploy.model import REFERENCE
+from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration, Problem
+from dat_deploy.variants import VARIANTS, StageConfig
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, see `make test`"),
+]
 
 Inputs = dict[str, Tensor]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -27,8 +37,7 @@ MAPS = [(1, 1), (1, 5), (3, 9), (7, 7), (8, 13), (17, 9)]
 
 
 @pytest.fixture(autouse=True)
-def _seeded_in_the_interpreter() -> None:
-    assert os.environ.get("TRITON_INTERPRET") == "1"
+def _seeded() -> None:
     torch.manual_seed(0)
 
 
@@ -275,3 +284,78 @@ def test_a_table_may_be_float32_beside_half_precision(locations):
     inputs = {name: value.half() for name, value in neighborhood_inputs(4, 9, 7).items()}
     inputs["padding_qkv"], inputs["relative_position_bias_table"] = torch.randn(96), torch.randn(2, 13, 13)
     assert_kernel_is_exact("neighborhood_attention", inputs, {"num_heads": 2, "kernel_size": 7, "dilation": 1})
+
+
+@pytest.fixture
+def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch operators launch their kernels, here in the interpreter, whatever the device of their tensors."""
+    for name in REFERENCE._fields:
+        monkeypatch.setattr(import_module(f"dat_deploy.plugins.{name}.torch_op"), "kernel_computes", lambda *_: True)
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
+
+
+@pytest.mark.usefixtures("kernels_on_a_cpu")
+def test_a_network_of_kernels_computes_what_the_reference_network_does(mini_pp):
+    mini = replace(
+        VARIANTS["tiny"],
+        name="mini",
+        image_size=(64, 128),
+        stages=(
+            StageConfig(32, "LS", 1, 2),
+            StageConfig(32, "L", 2, 2),
+            StageConfig(64, "D", 4, 2, 0, 2, 5, 1, 2.0),
+            StageConfig(64, "LD", 4, 2, 0, 2, 3, 1, 2.0),
+        ),
+    )
+    for variant, operators in (
+        (mini, {"window_attention": 4, "deformable_sample": 2, "deformable_attention": 2}),
+        (
+            mini_pp.with_image_size(64, 96),
+            {"neighborhood_attention": 3, "deformable_sample": 3, "deformable_attention": 3},
+        ),
+    ):
+        image = torch.randn(1, 3, *variant.image_size)
+        expected = load_model(variant)(image)
+        with recorded_jobs() as jobs:
+            got = load_model(variant, fused=True)(image)
+        assert Counter(job.operator for job in jobs) == operators
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels_on_a_cpu")
+def test_operators_take_what_is_not_contiguous_or_not_aligned(locations):
+    value = torch.randn(2, 24, 5, 7)
+    points = locations("network", (2, 2, 3, 4), (5, 7))
+    got = plugins.deformable_sample(value.permute(0, 2, 3, 1), points.double())
+    expected = REFERENCE.deformable_sample(value.permute(0, 2, 3, 1).contiguous(), points)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert plugins.deformable_sample(torch.empty(0, 5, 7, 24), points[:0]).shape == (0, 12, 24)
+
+
+@pytest.mark.usefixtures("kernels_on_a_cpu")
+def test_tune_keeps_the_fastest_configuration_and_the_operators_then_take_it(monkeypatch, tmp_path, mini_pp):
+    """All but the clock: the third candidate is said to be the fastest."""
+    monkeypatch.setenv("DAT_DEPLOY_CONFIGURATIONS", str(tmp_path / "kept.json"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(tune_module, "DEVICE", "cpu")
+    monkeypatch.setattr(
+        tune_module, "measured", lambda candidates, run: {c: abs(i - 2) + 1.0 for i, c in enumerate(candidates)}
+    )
+    tuning = tune_module.tune(mini_pp.with_image_size(64, 64), batches=[1], precision="fp32")
+    assert {row.operator for row in tuning.launches} == {
+        "deformable_sample",
+        "deformable_attention",
+        "neighborhood_attention",
+    }
+    sample = next(row for row in tuning.launches if row.operator == "deformable_sample")
+    kernel = import_module("dat_deploy.plugins.deformable_sample.kernel")
+    assert sample.configuration == kernel.configurations(sample.problem)[2]
+    assert (sample.microseconds, sample.default_microseconds) == (1.0, 3.0)
+
+    launched = []
+    monkeypatch.setattr(Job, "run", lambda job, configuration: launched.append((job.operator, configuration)))
+    value = torch.randn(1, sample.problem["height"], sample.problem["width"], sample.problem["channels"])
+    points = sample.problem["points"]
+    plugins.deformable_sample(value, torch.zeros(1, sample.problem["offset_groups"], 1, points, 2))
+    assert launched == [("deformable_sample", sample.configuration)]

@@ -299,30 +299,3 @@ def test_shifted_windows_do_not_see_across_the_border_that_the_roll_made():
     before, after = (REFERENCE.window_attention(x, table, 2, 7, 4) for x in (qkv, changed))
     torch.testing.assert_close(after[:, -4:], before[:, -4:], atol=1e-12, rtol=0)
     assert (after[:, 0] - before[:, 0]).abs().min() > 0
-
-
-OPERATOR_SAMPLES = {
-    "deformable_sample": (torch.randn(2, 5, 6, 16), torch.rand(2, 2, 3, 3, 2) * 2 - 1),
-    "deformable_attention": (
-        *(torch.randn(2, 5, 6, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)),
-        *(torch.rand(2, 2, 3, 3, 2) * 2 - 1, torch.randn(4, 9, 11), 4, True),
-    ),
-    "window_attention": (torch.randn(2, 4, 6, 48), torch.randn(9, 2), 2, 2, 1),
-    "neighborhood_attention": (torch.randn(2, 4, 6, 48), torch.randn(48), torch.randn(2, 9, 9), 2, 5, 1),
-}
-
-
-@pytest.mark.parametrize("name", OPERATOR_SAMPLES)
-def test_torch_operator_is_well_formed(name):
-    results = torch.library.opcheck(
-        getattr(torch.ops.dat_deploy, name).default,
-        OPERATOR_SAMPLES[name],
-        test_utils=("test_schema", "test_faketensor"),
-    )
-    assert set(results.values()) == {"SUCCESS"}
-
-
-@pytest.mark.parametrize("name", OPERATOR_SAMPLES)
-def test_torch_operator_computes_the_reference(name):
-    arguments = OPERATOR_SAMPLES[name]
-    torch.testing.assert_close(getattr(plugins, name)(*arguments), getattr(REFERENCE, name)(*arguments))

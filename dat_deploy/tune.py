@@ -1,0 +1,86 @@
+"""Measure which configuration of each kernel is the fastest for a network on the GPU at hand, and keep the choice."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dat_deploy.checkpoint import load_model
+from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError
+from dat_deploy.plugins.dispatch import Job, recorded_jobs
+from dat_deploy.plugins.launch import Configuration, Problem
+from dat_deploy.plugins.tuning import measured, store
+from dat_deploy.variants import Variant
+
+__all__ = ["DTYPES", "TunedLaunch", "Tuning", "tune"]
+
+DEVICE = "cuda"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class TunedLaunch:
+    """The fastest configuration for one launch of the network, beside the one that would be taken unmeasured."""
+
+    operator: str
+    problem: Problem
+    configuration: Configuration
+    microseconds: float
+    default_microseconds: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    gpu: str
+    launches: list[TunedLaunch]
+    path: Path
+
+
+def tune(
+    name_or_variant: str | Variant,
+    *,
+    batches: Sequence[int] = (1,),
+    image_size: tuple[int, int] | None = None,
+    precision: str = "fp16",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Tuning:
+    """Time every configuration of every kernel that the network launches, and keep the fastest for this GPU.
+
+    The operators take what is kept from then on, in every process of this user; see `plugins.tuning`.
+
+    Args:
+        precision: fp16, bf16 or fp32.
+        progress: called with how many launches are done, of how many, and what comes next.
+
+    Raises:
+        DatDeployError: if there is no such precision.
+        ShapeError, VariantError: see `load_model`; ShapeError for a batch of none, too.
+        UnsupportedError: if there is no CUDA device.
+    """
+    if precision not in DTYPES:
+        raise DatDeployError(f"there is no precision '{precision}'; it is one of {', '.join(DTYPES)}.")
+    if not batches or min(batches) < 1:
+        raise ShapeError(f"batch sizes {list(batches)} cannot be run; give sizes of at least 1, such as 1,8,32.")
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            "torch sees no CUDA device here, and kernels are measured on one; run this where one is."
+        )
+    dtype = DTYPES[precision]
+    model = load_model(name_or_variant, image_size=image_size, fused=True).to(DEVICE, dtype)
+    jobs: dict[tuple[str, tuple[tuple[str, int], ...]], Job] = {}
+    for batch in batches:
+        with recorded_jobs() as launched, torch.inference_mode():
+            model(torch.randn(batch, 3, *model.variant.image_size, device=DEVICE, dtype=dtype))
+        jobs |= {(job.operator, tuple(job.problem.items())): job for job in launched}
+    tuned = []
+    for done, job in enumerate(jobs.values()):
+        if progress is not None:
+            progress(done, len(jobs), job.operator)
+        candidates = job.kernel.configurations(job.problem)
+        medians = measured(candidates, job.run)
+        best = min(medians, key=lambda candidate: medians[candidate])
+        tuned.append(TunedLaunch(job.operator, job.problem, best, medians[best], medians[candidates[0]]))
+    gpu = torch.cuda.get_device_name()
+    path = store(gpu, [(t.operator, t.problem, t.configuration, t.microseconds) for t in tuned])
+    return Tuning(gpu, tuned, path)

@@ -1,0 +1,24 @@
+"""`tune` says what it needs; that it measures and keeps is tested with the kernels."""
+
+import pytest
+import torch
+
+from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError
+from dat_deploy.tune import tune
+
+
+def test_without_a_gpu_it_cannot_run_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedError) as error:
+        tune("tiny")
+    assert str(error.value) == (
+        "torch sees no CUDA device here, and kernels are measured on one; run this where one is."
+    )
+
+
+def test_bad_options_are_refused_first(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DatDeployError, match="there is no precision 'int8'; it is one of fp16, bf16, fp32"):
+        tune("tiny", precision="int8")
+    with pytest.raises(ShapeError, match=r"batch sizes \[0\] cannot be run"):
+        tune("tiny", batches=[0])
