@@ -9,10 +9,12 @@ demo: $(VENV)/ready
 	$(BIN)/dat-deploy demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
+	$(BIN)/python -m pytest -m "not slow and not gpu and not interpreter" --durations=10
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/plugins/test_kernels.py --durations=10
 
 test-all: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not gpu" --durations=20
+	$(BIN)/python -m pytest -m "not gpu and not interpreter" --durations=20
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/plugins/test_kernels.py --durations=10
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

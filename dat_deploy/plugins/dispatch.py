@@ -131,14 +131,16 @@ class Job:
 
     def run(self, configuration: Configuration) -> None:
         launch = self.kernel.launch(self.problem, configuration)
-        torch.library.wrap_triton(launch.kernel)[launch.grid](
-            *(self.inputs[name] for name in launch.inputs),
-            *launch.scalars.values(),
-            self.output,
-            **launch.constants,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
+        on_gpu = self.output.is_cuda and torch.cuda.is_available()  # else torch only traces
+        with torch.cuda.device(self.output.device) if on_gpu else contextlib.nullcontext():
+            torch.library.wrap_triton(launch.kernel)[launch.grid](
+                *(self.inputs[name] for name in launch.inputs),
+                *launch.scalars.values(),
+                self.output,
+                **launch.constants,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
 
 
 _jobs: list[Job] | None = None
