@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A machine with a GPU may have torch for it, and nothing to make .venv from.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all lint format bench bench-gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/dat-deploy demo
@@ -27,6 +29,9 @@ format: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/cpu.py
+
+bench-gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py $(ARGUMENTS)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -412,7 +412,8 @@ def tune(
         size = "x".join(str(problem[name]) for name in ("batch", "height", "width"))
         tiles = " ".join(f"{name}={value}" for name, value in row.configuration.tiles)
         cells = (f"{tiles} warps={row.configuration.num_warps}", f"{row.microseconds:.1f}")
-        table.add_row(row.operator, size, *cells, f"{row.default_microseconds:.1f}")
+        default = "" if row.default_microseconds is None else f"{row.default_microseconds:.1f}"
+        table.add_row(row.operator, size, *cells, default)
     out.print(table)
     out.print(f"kept for {tuning.gpu} in {tuning.path}")
     _write_json(asdict(tuning), json_file, force=force)

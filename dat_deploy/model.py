@@ -200,7 +200,8 @@ class DeformableAttention(nn.Module):
             locations = (offsets + reference).clamp(-1, 1)
         else:
             steps = [side if self.half_pixel else side - 1 for side in (sampled_height, sampled_width)]
-            reach = offsets.new_tensor([self.offset_range_factor / step for step in steps])
+            # Filled on the device: a copy from the host cannot be in a CUDA graph.
+            reach = torch.stack([offsets.new_full((), self.offset_range_factor / step) for step in steps])
             locations = offsets.tanh() * reach + reference
         return locations.reshape(batch, groups, sampled_height, sampled_width, 2)
 

@@ -21,13 +21,13 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class TunedLaunch:
-    """The fastest configuration for one launch of the network, beside the one that would be taken unmeasured."""
+    """The fastest configuration for one launch of the network, beside the one taken unmeasured, if that runs here."""
 
     operator: str
     problem: Problem
     configuration: Configuration
     microseconds: float
-    default_microseconds: float
+    default_microseconds: float | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def tune(
         candidates = job.kernel.configurations(job.problem)
         medians = measured(candidates, job.run)
         best = min(medians, key=lambda candidate: medians[candidate])
-        tuned.append(TunedLaunch(job.operator, job.problem, best, medians[best], medians[candidates[0]]))
+        tuned.append(TunedLaunch(job.operator, job.problem, best, medians[best], medians.get(candidates[0])))
     gpu = torch.cuda.get_device_name()
     path = store(gpu, [(t.operator, t.problem, t.configuration, t.microseconds) for t in tuned])
     return Tuning(gpu, tuned, path)

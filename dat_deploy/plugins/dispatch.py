@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -116,7 +116,8 @@ def launch_kernel(
     job = Job(operator, kernel, problem, inputs, output)
     if _jobs is not None:
         _jobs.append(job)
-    job.run(tuned_configuration(operator, problem, output) or kernel.configurations(problem)[0])
+    configuration = tuned_configuration(operator, problem, output) or kernel.configurations(problem)[0]
+    job.run(configuration, torch.library.wrap_triton)
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,12 @@ class Job:
     inputs: dict[str, Tensor]
     output: Tensor
 
-    def run(self, configuration: Configuration) -> None:
+    def run(self, configuration: Configuration, wrap: Callable[[Any], Any] = lambda kernel: kernel) -> None:
+        """Launch; an operator wraps the kernel for torch's tracing, which costs a millisecond outside of one."""
         launch = self.kernel.launch(self.problem, configuration)
         on_gpu = self.output.is_cuda and torch.cuda.is_available()  # else torch only traces
         with torch.cuda.device(self.output.device) if on_gpu else contextlib.nullcontext():
-            torch.library.wrap_triton(launch.kernel)[launch.grid](
+            wrap(launch.kernel)[launch.grid](
                 *(self.inputs[name] for name in launch.inputs),
                 *launch.scalars.values(),
                 self.output,

@@ -19,7 +19,11 @@ from torch import Tensor
 from dat_deploy.files import atomic_output
 from dat_deploy.plugins.launch import Configuration, Problem
 
-__all__ = ["configurations_path", "fastest", "measured", "store", "tuned_configuration"]
+__all__ = ["configurations_path", "measured", "store", "tuned_configuration"]
+
+ROUNDS = 20
+GRAPH_US = 500.0
+MOST_RUNS = 64
 
 Stored = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]
 
@@ -82,31 +86,48 @@ def store(gpu: str, measured: list[tuple[str, Problem, Configuration, float]]) -
     return path
 
 
-def measured(
-    candidates: list[Configuration], run: Callable[[Configuration], None], *, rounds: int = 20
-) -> dict[Configuration, float]:
-    """The median time of each candidate on the current CUDA device, in microseconds.
+def measured(candidates: list[Configuration], run: Callable[[Configuration], None]) -> dict[Configuration, float]:
+    """The median time of one run of each candidate on the current CUDA device, in microseconds, launching excluded.
 
-    Candidates take turns, so that a clock that drifts meets all of them alike.
+    Each is replayed from a CUDA graph of many runs, and candidates take turns, so that a clock that drifts meets all
+    of them alike. One that cannot run here is left out; if none can, the last one's error is raised.
     """
-    times: dict[Configuration, list[float]] = {candidate: [] for candidate in candidates}
+    replays = {}
+    failure: Exception | None = None
     for candidate in candidates:
-        run(candidate)  # compiles
-    for _ in range(rounds):
-        for candidate in candidates:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
-            start.record()
-            run(candidate)
-            end.record()
-            end.synchronize()
-            times[candidate].append(start.elapsed_time(end) * 1000)
+        try:
+            replays[candidate] = _captured(functools.partial(run, candidate))
+        except Exception as error:  # more shared memory than this GPU has, for one
+            failure = error
+    if failure is not None and not replays:
+        raise failure
+    times: dict[Configuration, list[float]] = {candidate: [] for candidate in replays}
+    for _ in range(ROUNDS):
+        for candidate, (replay, runs) in replays.items():
+            times[candidate].append(_microseconds(replay) / runs)
     return {candidate: statistics.median(spent) for candidate, spent in times.items()}
 
 
-def fastest(
-    candidates: list[Configuration], run: Callable[[Configuration], None], *, rounds: int = 20
-) -> tuple[Configuration, float]:
-    """The candidate with the least median time, and that time in microseconds; see `measured`."""
-    medians = measured(candidates, run, rounds=rounds)
-    best = min(medians, key=lambda candidate: medians[candidate])
-    return best, medians[best]
+def _captured(run: Callable[[], None]) -> tuple[Callable[[], None], int]:
+    """A CUDA graph of so many runs that its replay can be timed, and how many."""
+    run()  # compiles
+    runs = max(1, min(MOST_RUNS, int(GRAPH_US / _microseconds(run))))
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        run()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(runs):
+                run()
+    return graph.replay, runs
+
+
+def _microseconds(run: Callable[[], None]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return max(float(start.elapsed_time(end)) * 1000, 1.0)

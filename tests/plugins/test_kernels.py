@@ -354,7 +354,7 @@ def test_tune_keeps_the_fastest_configuration_and_the_operators_then_take_it(mon
     assert (sample.microseconds, sample.default_microseconds) == (1.0, 3.0)
 
     launched = []
-    monkeypatch.setattr(Job, "run", lambda job, configuration: launched.append((job.operator, configuration)))
+    monkeypatch.setattr(Job, "run", lambda job, configuration, _: launched.append((job.operator, configuration)))
     value = torch.randn(1, sample.problem["height"], sample.problem["width"], sample.problem["channels"])
     points = sample.problem["points"]
     plugins.deformable_sample(value, torch.zeros(1, sample.problem["offset_groups"], 1, points, 2))
