@@ -9,7 +9,7 @@ from dat_deploy.runners import RUNTIMES, reasons_against
 
 __all__ = ["Diagnosis", "doctor"]
 
-PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "pillow")
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "pillow", "triton")
 
 
 @dataclass(frozen=True)
