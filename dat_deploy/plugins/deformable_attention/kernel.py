@@ -184,9 +184,11 @@ def _goes_by_rows(
     bottom = tl.full((BLOCK_KEYS,), -65536.0, tl.float32)
     for first_key in range(0, keys, BLOCK_KEYS):
         n = tl.minimum(first_key + tl.arange(0, BLOCK_KEYS), keys - 1)
-        y = tl.floor(_table_coordinate(query_y, tl.load(sampling_locations + 2 * n), table_height))
+        y = _table_coordinate(query_y, tl.load(sampling_locations + 2 * n), table_height)
         top, bottom = tl.minimum(top, y), tl.maximum(bottom, y)
-    first, last = tl.min(top, 0) - (ROW_TAPS - 2), tl.max(bottom, 0) + TILE_ROWS
+    # A hair more than what is seen, because there the same coordinate may be rounded otherwise.
+    top, bottom = tl.floor(tl.min(top, 0) - 1e-3), tl.floor(tl.max(bottom, 0) + 1e-3)
+    first, last = top - (ROW_TAPS - 2), bottom + TILE_ROWS
     return (first >= -MARGIN) & (last < table_height + MARGIN)
 
 
@@ -399,7 +401,7 @@ def configurations(problem: Problem) -> list[Configuration]:
     def work(tile: tuple[int, int, int, int]) -> int:
         rows, columns, keys, _ = tile
         padded_queries = ceil_div(problem["height"], rows) * rows * ceil_div(problem["width"], columns) * columns
-        by_rows = _row_taps(problem, rows) > 0 and rows <= problem["height"]
+        by_rows = _row_taps(problem, rows) > 0 and rows <= problem["height"] + 1
         return padded_queries * ceil_div(problem["keys"], keys) * keys * (3 if by_rows else 5)
 
     return [
