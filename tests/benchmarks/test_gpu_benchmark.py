@@ -1,6 +1,7 @@
 """All of the GPU benchmark that needs no GPU: shapes, counts, competitors, resuming, reports, arguments of launches."""
 
 import ctypes
+import importlib
 import json
 import subprocess
 import sys
@@ -21,11 +22,13 @@ import pytest
 import torch
 from gpu_operators import Case
 from gpu_record import Found, Job, Record, Row
+from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from dat_deploy.errors import RecordError
 from dat_deploy.model import DAT, FUSED, REFERENCE
 from dat_deploy.plugins import tuning
+from dat_deploy.plugins.ahead_of_time import compile_launch
 from dat_deploy.plugins.deformable_attention import kernel as deformable_attention_kernel
 from dat_deploy.variants import VARIANTS
 
@@ -260,6 +263,25 @@ def test_tuning_keeps_the_fastest_configuration_that_works(monkeypatch, gpu, tmp
     monkeypatch.setattr(gpu_operators, "start", lambda *_, **__: int("no number"))
     with pytest.raises(ValueError, match="no number"):
         gpu_operators.tune(case, gpu)
+
+
+@pytest.mark.slow
+def test_what_the_networks_launch_by_default_spills_no_registers_on_sm_90():
+    """At the shapes of all variants, 224 and 384; batches share what is compiled."""
+    compiled = {}
+    for case in gpu_operators.cases():
+        with FakeTensorMode():
+            inputs = gpu_operators.make_inputs(case, 0, torch.device("cpu"))
+            problem = gpu_operators.problem(case, inputs)
+        kernel = importlib.import_module(f"dat_deploy.plugins.{case.operator}.kernel")
+        launch = kernel.launch(problem, kernel.configurations(problem)[0])
+        key = (case.operator, *launch.constants.items(), launch.num_warps)
+        if key not in compiled:
+            dtypes = {name: tensor.dtype for name, tensor in inputs.items()} | {"output": torch.float16}
+            compiled[key] = compile_launch(launch, dtypes, 90)
+    assert len(compiled) > 50
+    assert not [key for key, result in compiled.items() if result.spilled_bytes]
+    assert max(result.shared_memory_bytes for result in compiled.values()) <= 48 * 1024
 
 
 # Networks
