@@ -165,7 +165,15 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 def work(options: argparse.Namespace) -> int:
     """The process that measures."""
-    import torch
+    try:
+        import torch
+    except ImportError:
+        print(
+            f"benchmarks/gpu.py needs torch, which {sys.executable} lacks; "
+            "name a Python that has it: make bench-gpu GPU_PYTHON=python3.12",
+            file=sys.stderr,
+        )
+        return NO_CUDA
 
     if not torch.cuda.is_available():
         print(

@@ -47,7 +47,7 @@ def tune(
 ) -> Tuning:
     """Time every configuration of every kernel that the network launches, and keep the fastest for this GPU.
 
-    The operators take what is kept from then on, in every process of this user; see `plugins.tuning`.
+    The operators of processes that start afterwards take what is kept; see `plugins.tuning`.
 
     Args:
         precision: fp16, bf16 or fp32.
@@ -64,7 +64,8 @@ def tune(
         raise ShapeError(f"batch sizes {list(batches)} cannot be run; give sizes of at least 1, such as 1,8,32.")
     if not torch.cuda.is_available():
         raise UnsupportedError(
-            "torch sees no CUDA device here, and kernels are measured on one; run this where one is."
+            f"torch {torch.__version__} sees no CUDA device here, and kernels are measured on one; "
+            f"run this where one is."
         )
     dtype = DTYPES[precision]
     model = load_model(name_or_variant, image_size=image_size, fused=True).to(DEVICE, dtype)

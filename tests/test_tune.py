@@ -12,7 +12,7 @@ def test_without_a_gpu_it_cannot_run_here(monkeypatch):
     with pytest.raises(UnsupportedError) as error:
         tune("tiny")
     assert str(error.value) == (
-        "torch sees no CUDA device here, and kernels are measured on one; run this where one is."
+        f"torch {torch.__version__} sees no CUDA device here, and kernels are measured on one; run this where one is."
     )
 
 

@@ -90,7 +90,10 @@ def _without_hidden_parameters(ptx: str, arguments: int) -> str:
     for hidden in parameters[arguments:]:
         name = hidden.split()[-1]
         used = len(re.findall(rf"\b{name}\b", ptx)) > 1
-        assert not used, f"{name} is no argument of the launch, but the kernel reads it"
+        if used:
+            raise UnsupportedError(
+                f"{name} is no argument of the launch, but the kernel reads it; report this as a bug."
+            )
     kept = ",\n".join(f"\t{line}" for line in parameters[:arguments])
     return f"{ptx[: entry.start(1)]}{kept.lstrip()}{ptx[entry.end(1) :]}"
 

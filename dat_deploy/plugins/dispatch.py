@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from dat_deploy.errors import ShapeError
+from dat_deploy.errors import ShapeError, UnsupportedError
 from dat_deploy.plugins.launch import Configuration, Problem
 from dat_deploy.plugins.tuning import tuned_configuration
 
@@ -34,11 +35,38 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def operator(function: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
-    """Register the function as `torch.ops.dat_deploy.NAME`, whose kernels torch.compile and AOTInductor compile in."""
-    definition = torch.library.triton_op(f"dat_deploy::{function.__name__}", function, mutates_args={})
+    """Register the function as `torch.ops.dat_deploy.NAME`, whose kernels torch.compile and AOTInductor compile in.
+
+    Its first argument is a tensor; autocast is off inside, so that the result has the type that it promises.
+    """
+    name = function.__name__
+    signature = inspect.signature(function)
+    kinds = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
+
+    @functools.wraps(function)
+    def computed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        (first, *_) = args
+        assert isinstance(first, Tensor)
+        with torch.autocast(first.device.type if first.is_cuda else "cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    def backward(*_: object) -> None:
+        raise UnsupportedError(
+            f"{name} has no gradient, it is for inference; call it under torch.inference_mode() or torch.no_grad()."
+        )
+
+    definition = torch.library.triton_op(f"dat_deploy::{name}", computed, mutates_args={})
+    definition.register_autograd(backward)  # type: ignore[attr-defined]  # torch says it returns a function
 
     @functools.wraps(function)  # of which help() shows the docstring
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        if not torch.compiler.is_compiling():
+            for argument, value in signature.bind(*args, **kwargs).arguments.items():
+                takes = (Tensor,) if kinds[argument] is Tensor else (int, torch.SymInt)
+                if not isinstance(value, takes):
+                    raise TypeError(
+                        f"{name} got {argument} of type {type(value).__name__}; it takes a {takes[0].__name__}."
+                    )
         return definition(*args, **kwargs)  # type: ignore[no-any-return]  # torch gives it no types
 
     return call
@@ -54,7 +82,7 @@ def require_alike(operator: str, tensors: dict[str, Tensor], *, tables: dict[str
     """All on one device and of one floating-point type; tables may be float32, too.
 
     Raises:
-        ShapeError: if they are not, or if one image of a tensor has 2^31 elements or more.
+        ShapeError: if they are not.
     """
     (first_name, first), *_ = tensors.items()
     for name, tensor in {**tensors, **(tables or {})}.items():
@@ -62,7 +90,7 @@ def require_alike(operator: str, tensors: dict[str, Tensor], *, tables: dict[str
         require(
             tensor.is_floating_point() and tensor.dtype in dtypes,
             operator,
-            f"{name} of {tensor.dtype} beside {first_name} of {first.dtype}",
+            f"{name} of {tensor.dtype}" + (f" beside {first_name} of {first.dtype}" if name != first_name else ""),
             "tensors of one floating-point type; tables may be float32, too",
         )
         require(
@@ -71,9 +99,6 @@ def require_alike(operator: str, tensors: dict[str, Tensor], *, tables: dict[str
             f"{name} on {tensor.device} and {first_name} on {first.device}",
             "tensors on one device",
         )
-    for name, tensor in tensors.items():
-        image = tensor.shape[1:].numel()
-        require(image <= LARGEST_IMAGE, operator, f"{image} elements of {name} an image", f"up to {LARGEST_IMAGE}")
 
 
 def require_locations(operator: str, locations: Tensor, beside: Tensor) -> None:
@@ -89,15 +114,22 @@ def require_locations(operator: str, locations: Tensor, beside: Tensor) -> None:
         "[B, G, Hk, Wk, 2], last axis (y, x)",
     )
     require(
-        locations.dtype in (torch.float32, torch.float64) and locations.device == beside.device,
+        locations.dtype in (torch.float32, torch.float64),
         operator,
-        f"sampling_locations of {locations.dtype} on {locations.device} beside a tensor on {beside.device}",
-        "float32 or float64 locations on the same device: half precision would move the points",
+        f"sampling_locations of {locations.dtype}",
+        "float32 or float64 locations: half precision would move the points",
+    )
+    require(
+        locations.device == beside.device,
+        operator,
+        f"sampling_locations on {locations.device} beside a tensor on {beside.device}",
+        "tensors on one device",
     )
 
 
 def kernel_computes(tensor: Tensor, head_dim: int = 1) -> bool:
-    """Whether the Triton kernel computes on this tensor; else, on a CPU or in float64, the reference does."""
+    """Whether the Triton kernel computes on this tensor; else the reference does: on a CPU, in float64, for heads that
+    the kernels do not hold, and where there is no Triton."""
     return (
         tensor.is_cuda
         and tensor.dtype in KERNEL_DTYPES
@@ -109,15 +141,27 @@ def kernel_computes(tensor: Tensor, head_dim: int = 1) -> bool:
 def launch_kernel(
     operator: str, kernel: ModuleType, problem: Problem, inputs: dict[str, Tensor], output: Tensor
 ) -> None:
-    """Compute `output` by the operator's kernel, in the configuration that was measured to be the fastest."""
+    """Compute `output` by the operator's kernel, in the configuration that was measured to be the fastest.
+
+    Raises:
+        ShapeError: if one image of a tensor, or a table, has 2^31 elements or more.
+    """
     if output.numel() == 0:
         return
+    for name, tensor in {**inputs, "output": output}.items():
+        elements = tensor.numel() if "table" in name else tensor.shape[1:].numel()
+        require(
+            elements <= LARGEST_IMAGE, operator, f"{elements} elements of {name} an image", f"up to {LARGEST_IMAGE}"
+        )
     inputs = {name: tensor.contiguous() for name, tensor in inputs.items()}
     job = Job(operator, kernel, problem, inputs, output)
     if _jobs is not None:
         _jobs.append(job)
-    configuration = tuned_configuration(operator, problem, output) or kernel.configurations(problem)[0]
-    job.run(configuration, torch.library.wrap_triton)
+    configurations: list[Configuration] = kernel.configurations(problem)
+    tuned = tuned_configuration(operator, problem, output)
+    if tuned is None or tuned not in configurations:  # measured by another version
+        tuned = configurations[0]
+    job.run(tuned, torch.library.wrap_triton)
 
 
 @dataclass(frozen=True)

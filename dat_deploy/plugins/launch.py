@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Configuration", "Launch", "Problem", "Shape", "ceil_div", "next_power_of_two"]
+__all__ = ["Configuration", "Launch", "Problem", "Shape", "are_known", "ceil_div", "next_power_of_two"]
 
 Shape = Sequence[int]
 Problem = Mapping[str, int]  # while torch.compile traces, what is not compiled in may be a symbol
@@ -20,6 +20,11 @@ def ceil_div(a: int, b: int) -> int:
 
 def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def are_known(problem: Problem, *names: str) -> bool:
+    """Whether these are numbers, not symbols: what is compiled in then depends on them, and on nothing else."""
+    return all(isinstance(problem[name], int) for name in names)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Launch:
         programs: the grid is (programs, 1, 1).
         inputs: names of the tensors that the kernel reads, in order.
         scalars: the int32 arguments after them, in order.
-        constants: what is compiled in.
+        constants: what is compiled in. Some follow from the problem's sizes, all but the batch: a kernel compiled for
+            one image size must not be launched for another.
     """
 
     kernel: Any

@@ -2,7 +2,7 @@
 
 `make test` runs these in a pytest of their own, because Triton reads TRITON_INTERPRET when it is imported. The
 tolerance is derived: a kernel's error against float64 may be twice that of the reference in the same type, plus one
-part in a million for the order of summation. Every tensor lies between NaNs, so a kernel that reads beside one fails.
+part in a million for the order of summation. A kernel that reads beside its tensors fails.
 """
 
 import os
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 import triton.language as tl
@@ -53,10 +54,31 @@ def _products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
 
 
+READABLE: list[tuple[int, int]] = []  # addresses of the tensors that a kernel was given
+
+
+@pytest.fixture(autouse=True)
+def _reads_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those whose values are thrown away: on a GPU they may be faults."""
+    READABLE.clear()
+    create_masked_load = InterpreterBuilder.create_masked_load
+
+    def checked(self, pointers, mask, *rest):
+        addresses = pointers.data.astype(np.int64)[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+        inside = np.zeros(addresses.shape, bool)
+        for first, end in READABLE:
+            inside |= (addresses >= first) & (addresses < end)
+        assert inside.all() or not READABLE, "a read beside the tensors"
+        return create_masked_load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked)
+
+
 def between_nans(tensor: Tensor) -> Tensor:
-    """The same tensor, as a part of a buffer that is NaN before and after it."""
+    """The same tensor, as a part of a buffer that is NaN before and after it; kernels may read it, not the NaNs."""
     buffer = torch.full((tensor.numel() + 8192,), float("nan"), dtype=tensor.dtype)
     inside = buffer[4096:-4096].view(tensor.shape)
+    READABLE.append((inside.data_ptr(), inside.data_ptr() + inside.numel() * inside.element_size()))
     return inside.copy_(tensor)
 
 
@@ -204,7 +226,7 @@ def test_rows_of_the_table_are_shared_by_rows_of_queries(half_pixel_queries, loc
 def test_a_location_that_is_no_number_spoils_its_own_image_and_group_only(locations):
     inputs = attention_inputs(locations, (5, 6))
     inputs["sampling_locations"][1, 1, 0, 0, 1] = float("nan")
-    inputs["sampling_locations"][0, 0, 0, 0, 0] = float("inf")  # far outside: no bias, as in the reference
+    inputs["sampling_locations"][0, 0, 0, 0, 0] = float("inf")  # far outside: no bias
     problem = problem_of("deformable_attention", inputs, {"num_heads": 4, "half_pixel_queries": 1})
     kernel = import_module("dat_deploy.plugins.deformable_attention.kernel")
     (configuration, *_) = kernel.configurations(problem)
@@ -219,6 +241,27 @@ def test_a_location_that_is_no_number_spoils_its_own_image_and_group_only(locati
     got = interpret("deformable_sample", sample_inputs, problem, kernel.configurations(problem)[0], (2, 6, 32))
     assert got.isnan().nonzero()[:, :2].unique(dim=0).tolist() == [[1, 0]]
     assert (got[0, 0, :16] == 0).all()
+
+
+EDGES = [(4, 8, (7, 15), 1.0, 0), (9, 17, (17, 33), 1 + 2 / 9, 1), (1, 2, (27, 3), 1.5, 0), (2, 3, (3, 5), -2.0, 1)]
+
+
+@pytest.mark.parametrize(("height", "width", "table", "y", "half_pixel_queries"), EDGES)
+def test_keys_that_only_fill_a_block_read_no_table(height, width, table, y, half_pixel_queries, locations):
+    inputs = attention_inputs(locations, (height, width), sampled=(1, 3), table=table, dtype=torch.float16)
+    inputs["sampling_locations"][..., 0] = y
+    attributes = {"num_heads": 4, "half_pixel_queries": half_pixel_queries}
+    assert_kernel_is_exact("deformable_attention", inputs, attributes, every=True)
+
+
+@pytest.mark.parametrize("head_dim", range(8, 65))
+def test_a_block_without_a_neighbor_weighs_nothing_on_a_gpu(head_dim):
+    """There `scores * scale - largest` is rounded once; the interpreter rounds twice and would not show it."""
+    kernel = import_module("dat_deploy.plugins.neighborhood_attention.kernel")
+    masked, none_yet = np.float32(kernel.NO_NEIGHBOR.value), np.float32(kernel.NO_SCORE_YET.value)
+    scale = np.float32(1.4426950408889634 / head_dim**0.5)
+    largest = max(none_yet, masked * scale)
+    assert np.exp2(np.float32(np.float64(masked) * np.float64(scale) - np.float64(largest))) == 0
 
 
 WINDOWS = [(7, 7, 7, 0), (7, 7, 7, 4), (14, 21, 7, 4), (12, 24, 12, 6), (4, 2, 2, 1), (3, 6, 1, 0)]

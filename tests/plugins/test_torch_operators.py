@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
 from dat_deploy import plugins
-from dat_deploy.errors import ShapeError
+from dat_deploy.errors import ShapeError, UnsupportedError
 from dat_deploy.model import REFERENCE
 from dat_deploy.plugins.launch import Configuration
 from dat_deploy.plugins.tuning import configurations_path, store, tuned_configuration
@@ -123,6 +123,30 @@ def triton_driver_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu())
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_on_cuda_export_takes_any_batch(name, triton_driver_without_a_gpu):
+    inputs = arguments(name)
+    weights = ("relative_position_bias_table", "padding_qkv")
+    with FakeTensorMode():
+        fake = {
+            key: torch.empty(value.shape, dtype=value.dtype, device="cuda") if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+        }
+
+    tensors = {key: value for key, value in fake.items() if isinstance(value, Tensor)}
+    others = {key: value for key, value in fake.items() if key not in tensors}
+
+    class Module(torch.nn.Module):
+        def forward(self, *values):
+            return operator(name)(**dict(zip(tensors, values, strict=True)), **others)
+
+    batch = torch.export.Dim("batch", min=1, max=512)
+    shapes = tuple({} if key in weights else {0: batch} for key in tensors)
+    program = torch.export.export(Module(), tuple(tensors.values()), dynamic_shapes={"values": shapes})
+    (allowed,) = program.range_constraints.values()
+    assert allowed.upper == 512
+
+
 class Traced(Exception):  # noqa: N818  # no error
     pass
 
@@ -205,14 +229,19 @@ BAD: list[tuple[str, dict[str, Callable], str]] = [
     (
         "deformable_sample",
         {"sampling_locations": lambda x: x.half()},
-        "deformable_sample got sampling_locations of torch.float16 on DEVICE beside a tensor on DEVICE; it takes "
-        "float32 or float64 locations on the same device: half precision would move the points.",
+        "deformable_sample got sampling_locations of torch.float16; it takes float32 or float64 locations: half "
+        "precision would move the points.",
+    ),
+    (
+        "deformable_sample",
+        {"sampling_locations": lambda x: x.to("meta")},
+        "deformable_sample got sampling_locations on meta beside a tensor on DEVICE; it takes tensors on one device.",
     ),
     (
         "deformable_sample",
         {"value": lambda x: x.int()},
-        "deformable_sample got value of torch.int32 beside value of torch.int32; it takes tensors of one "
-        "floating-point type; tables may be float32, too.",
+        "deformable_sample got value of torch.int32; it takes tensors of one floating-point type; tables may be "
+        "float32, too.",
     ),
     (
         "deformable_attention",
@@ -297,6 +326,43 @@ def test_bad_input_is_refused_in_one_sentence(name, changes, sentence, device):
         operator(name)(**inputs)
     on = next(iter(inputs.values())).device
     assert str(error.value) == sentence.replace("DEVICE", str(on))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_what_is_no_argument_is_said_in_one_sentence(name):
+    inputs = arguments(name)
+    (first, *_), last = inputs, list(inputs)[-1]
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'heads'"):
+        operator(name)(**inputs, heads=3)
+    with pytest.raises(TypeError, match=f"missing a required argument: '{last}'"):
+        operator(name)(**{key: value for key, value in inputs.items() if key != last})
+    with pytest.raises(TypeError, match=f"{name} got {first} of type ndarray; it takes a Tensor."):
+        operator(name)(**inputs | {first: inputs[first].numpy()})
+    if not isinstance(inputs[last], Tensor):
+        with pytest.raises(TypeError, match=f"{name} got {last} of type float; it takes a int."):
+            operator(name)(**inputs | {last: 3.0})
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_without_a_gradient_it_says_so(name, device):
+    inputs = arguments(name, device)
+    first = next(iter(inputs))
+    result = operator(name)(**inputs | {first: inputs[first].requires_grad_()})
+    with pytest.raises(UnsupportedError) as error:
+        result.sum().backward()
+    assert str(error.value) == (
+        f"{name} has no gradient, it is for inference; call it under torch.inference_mode() or torch.no_grad()."
+    )
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_changes_nothing(name, device):
+    inputs = arguments(name, device)
+    with torch.autocast(device, torch.bfloat16):
+        got = operator(name)(**inputs)
+    assert torch.equal(got, operator(name)(**inputs))
 
 
 @pytest.mark.parametrize("name", OPERATORS)

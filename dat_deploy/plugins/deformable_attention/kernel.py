@@ -17,7 +17,7 @@ those read neighbouring entries of one row of the table. docs/kernels.md has the
 import triton
 import triton.language as tl
 
-from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, ceil_div, next_power_of_two
+from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, are_known, ceil_div, next_power_of_two
 from dat_deploy.plugins.online_softmax import attend
 
 __all__ = ["configurations", "deformable_attention_kernel", "launch", "problem"]
@@ -25,7 +25,7 @@ __all__ = ["configurations", "deformable_attention_kernel", "launch", "problem"]
 INPUTS = ("query", "key", "value", "sampling_locations", "relative_position_bias_table")
 SCALARS = ("height", "width", "keys", "table_height")
 TILES = [(8, 8, 64, 4), (16, 8, 32, 4), (8, 16, 32, 4), (4, 16, 64, 4), (8, 8, 32, 4)]
-FLOAT32_TILES = [(8, 8, 32, 4)]  # larger ones spill registers
+SMALL_TILES = [(8, 8, 32, 4)]  # in float32 and for larger heads, of which larger tiles spill registers
 
 MARGIN = tl.constexpr(2)  # rows beyond either end of the table that `_bias` may meet going by rows
 
@@ -43,7 +43,7 @@ def _table_coordinate(query, location, size):
     Far outside all is zero, so far outside it ends. A NaN ends there, too; `_bias` puts it back.
     """
     coordinate = ((query - location) * 0.5 + 1) * 0.5 * (size - 1)
-    return tl.minimum(tl.maximum(coordinate, -65536.0), 65536.0)
+    return tl.minimum(tl.maximum(coordinate, -8.0), size + 8.0)
 
 
 @triton.jit
@@ -180,8 +180,9 @@ def _goes_by_rows(
 ):
     """Whether `_bias` may go by rows, for all keys: it may unless a location is far outside of the map."""
     query_y = _grid_coordinate(first_row, height, HALF_PIXEL)
-    top = tl.full((BLOCK_KEYS,), 65536.0, tl.float32)
-    bottom = tl.full((BLOCK_KEYS,), -65536.0, tl.float32)
+    tl.static_assert(TILE_ROWS >= 2 * MARGIN)  # then a row is beyond one end of the table alone
+    top = tl.full((BLOCK_KEYS,), float("inf"), tl.float32)
+    bottom = tl.full((BLOCK_KEYS,), float("-inf"), tl.float32)
     for first_key in range(0, keys, BLOCK_KEYS):
         n = tl.minimum(first_key + tl.arange(0, BLOCK_KEYS), keys - 1)
         y = _table_coordinate(query_y, tl.load(sampling_locations + 2 * n), table_height)
@@ -234,8 +235,8 @@ def _attend_to_all(
             key_mask = is_key[:, None] & (dim < HEAD_DIM)[None, :]
             k = tl.load(key + key_offset, mask=key_mask, other=0.0)
             v = tl.load(value + key_offset, mask=key_mask, other=0.0)
-        location_y = tl.load(sampling_locations + 2 * n, mask=is_key, other=0.0)
-        location_x = tl.load(sampling_locations + 2 * n + 1, mask=is_key, other=0.0)
+        location = sampling_locations + 2 * tl.minimum(n, keys - 1)
+        location_y, location_x = tl.load(location), tl.load(location + 1)
         bias = _bias(
             table,
             location_y,
@@ -396,7 +397,7 @@ def problem(
 
 def configurations(problem: Problem) -> list[Configuration]:
     """Every way to cut the problem up; the first, the one of least work, is taken where nothing was measured."""
-    tiles = FLOAT32_TILES if problem["element_bytes"] == 4 else TILES
+    tiles = SMALL_TILES if problem["element_bytes"] == 4 or problem["head_dim"] > 32 else TILES
 
     def work(tile: tuple[int, int, int, int]) -> int:
         rows, columns, keys, _ = tile
@@ -406,7 +407,9 @@ def configurations(problem: Problem) -> list[Configuration]:
 
     return [
         Configuration((("TILE_ROWS", rows), ("TILE_COLUMNS", columns), ("BLOCK_KEYS", keys)), num_warps, 2)
-        for rows, columns, keys, num_warps in sorted(tiles, key=work)
+        for rows, columns, keys, num_warps in (
+            sorted(tiles, key=work) if are_known(problem, "height", "width", "keys") else tiles
+        )
     ]
 
 
@@ -426,7 +429,7 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
             "HALF_PIXEL": bool(problem["half_pixel"]),
             "TABLE_WIDTH": problem["table_width"],
             "ROW_TAPS": _row_taps(problem, rows),
-            "EVEN_KEYS": bool(problem["keys"] % tiles["BLOCK_KEYS"] == 0),
+            "EVEN_KEYS": are_known(problem, "keys") and problem["keys"] % tiles["BLOCK_KEYS"] == 0,
             "BLOCK_DIM": max(16, next_power_of_two(problem["head_dim"])),
             **tiles,
         },
@@ -438,6 +441,8 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
 def _row_taps(problem: Problem, tile_rows: int) -> int:
     """2 if rows of queries are as far apart as rows of the table, 3 if they are closer, but by less than one row from
     the first of a tile to its last; else 0."""
+    if not are_known(problem, "height"):
+        return 0
     height, table_steps = problem["height"], problem["table_height"] - 1
     spans = 2 * height if problem["half_pixel"] else 2 * max(height - 1, 1)
     if table_steps == spans:

@@ -16,7 +16,7 @@ TILES = [(32, 4), (64, 4), (16, 4), (16, 2)]
 def _taps(location, size):
     """The two pixels around a location on an axis of `size` pixels, and their weights; zeros outside of the map."""
     coordinate = (location + 1) * 0.5 * (size - 1)
-    coordinate = tl.minimum(tl.maximum(coordinate, -65536.0), 65536.0)
+    coordinate = tl.minimum(tl.maximum(coordinate, -8.0), size + 8.0)
     first = tl.minimum(tl.maximum(tl.floor(coordinate), 0.0), tl.maximum(size - 2, 0) * 1.0)
     first_weight = tl.maximum(1 - tl.abs(coordinate - first), 0.0)
     second_weight = tl.where(size > 1, tl.maximum(1 - tl.abs(coordinate - first - 1), 0.0), 0.0)

@@ -9,15 +9,19 @@ is of one of them.
 import triton
 import triton.language as tl
 
-from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, ceil_div, next_power_of_two
+from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, are_known, ceil_div, next_power_of_two
 from dat_deploy.plugins.online_softmax import attend
 
 __all__ = ["configurations", "launch", "neighborhood_attention_kernel", "problem"]
 
 INPUTS = ("qkv", "padding_qkv", "relative_position_bias_table")
 SCALARS = ("height", "width")
-TILES = [(8, 8, 4, 4), (8, 8, 2, 4), (16, 8, 2, 8), (4, 16, 2, 4)]
-FLOAT32_TILES = [(8, 8, 2, 4), (16, 8, 2, 8)]  # larger ones spill registers
+TILES = [(8, 8, 4, 4), (8, 8, 2, 4), (16, 8, 2, 8), (4, 16, 2, 4), (8, 8, 1, 4)]
+BLOCK_BYTES = 4096  # of a block of keys: larger ones spill registers, or take more shared memory than TensorRT allows
+
+# Below any score; and below that by so much that no rounding of one brings it near the other.
+NO_SCORE_YET = tl.constexpr(-1e20)
+NO_NEIGHBOR = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -82,7 +86,7 @@ def neighborhood_attention_kernel(
     first_key_row = _window(first_row, positions_y, KERNEL_SIZE)
     first_key_column = _window(first_column, positions_x, KERNEL_SIZE)
     in_block = tl.arange(0, BLOCK_KEYS)
-    largest = tl.full((TILE,), -1e30, tl.float32)
+    largest = tl.full((TILE,), NO_SCORE_YET, tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     attended = tl.zeros((TILE, BLOCK_DIM), tl.float32)
     for block_row in range(0, TILE_ROWS + KERNEL_SIZE - 1, KEY_ROWS):
@@ -102,9 +106,9 @@ def neighborhood_attention_kernel(
         step_y, step_x = key_row[None, :] - window_y[:, None], key_column[None, :] - window_x[:, None]
         is_neighbor = (step_y >= 0) & (step_y < KERNEL_SIZE) & (step_x >= 0) & (step_x < KERNEL_SIZE)
         entry = (key_row * TABLE_SIDE + key_column)[None, :] - query_entry[:, None]
-        # Finite, because a block may hold no neighbor of a query; what it adds then, the first that does takes away.
+        # A block may hold no neighbor of a query: finite, and far below NO_SCORE_YET, so that all its weights are 0.
         bias = tl.load(table + entry, mask=is_neighbor, other=0.0).to(tl.float32) * HEAD_DIM**0.5
-        bias = tl.where(is_neighbor, bias, -1e30)
+        bias = tl.where(is_neighbor, bias, NO_NEIGHBOR)
         largest, total, attended = attend(q, k, v, bias, largest, total, attended, HEAD_DIM)
     attended = attended / total[:, None]
     end = output + (query_pixel[:, None] * CHANNELS + dim[None, :])
@@ -128,18 +132,26 @@ def problem(qkv: Shape, num_heads: int, kernel_size: int, dilation: int, element
 
 def configurations(problem: Problem) -> list[Configuration]:
     """Every way to cut the problem up; the first, the one of fewest scores, is taken where nothing was measured."""
-    tiles = FLOAT32_TILES if problem["element_bytes"] == 4 else TILES
+    key_bytes = problem["head_dim"] * problem["element_bytes"]
+    fitting = [tile for tile in TILES if tile[2] * _key_columns(problem, tile[1]) * key_bytes <= BLOCK_BYTES]
+    tiles = fitting or TILES[-1:]
 
     def scores(tile: tuple[int, int, int, int]) -> int:
         rows, columns, key_rows, _ = tile
-        key_columns = next_power_of_two(columns + problem["kernel_size"] - 1)
+        key_columns = _key_columns(problem, columns)
         keys = ceil_div(rows + problem["kernel_size"] - 1, key_rows) * key_rows * key_columns
         return _tiles(problem, rows, columns) * rows * columns * keys
 
     return [
         Configuration((("TILE_ROWS", rows), ("TILE_COLUMNS", columns), ("KEY_ROWS", key_rows)), num_warps, 2)
-        for rows, columns, key_rows, num_warps in sorted(tiles, key=scores)
+        for rows, columns, key_rows, num_warps in (
+            sorted(tiles, key=scores) if are_known(problem, "height", "width") else tiles
+        )
     ]
+
+
+def _key_columns(problem: Problem, tile_columns: int) -> int:
+    return next_power_of_two(tile_columns + problem["kernel_size"] - 1)
 
 
 def _tiles(problem: Problem, rows: int, columns: int) -> int:
@@ -162,9 +174,9 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
             "HEAD_DIM": problem["head_dim"],
             "KERNEL_SIZE": problem["kernel_size"],
             "DILATION": dilation,
-            "PADDED": bool(problem["height"] < reach or problem["width"] < reach),
+            "PADDED": not are_known(problem, "height", "width") or min(problem["height"], problem["width"]) < reach,
             "BLOCK_DIM": max(16, next_power_of_two(problem["head_dim"])),
-            "KEY_COLUMNS": next_power_of_two(tiles["TILE_COLUMNS"] + problem["kernel_size"] - 1),
+            "KEY_COLUMNS": _key_columns(problem, tiles["TILE_COLUMNS"]),
             **tiles,
         },
         num_warps=configuration.num_warps,

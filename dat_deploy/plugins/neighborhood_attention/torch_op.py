@@ -19,9 +19,9 @@ def neighborhood_attention(
 ) -> Tensor:
     """Self-attention of every pixel of a map to the K × K pixels around it, with a bias for each distance.
 
-    At the border the square is moved inwards, so every pixel sees K² others. This is NATTEN's `na2d` with the relative
-    position bias that its later versions dropped and DAT++ needs. On CUDA neither scores nor bias reach memory. It has
-    no gradient. Source: arXiv 2204.07143, §3.1; dilation: arXiv 2209.15001.
+    At the border the square is moved inwards, so every pixel sees K² of them, itself included. This is NATTEN's `na2d`
+    with the relative position bias that its later versions dropped and DAT++ needs. On CUDA neither scores nor bias
+    reach memory. It has no gradient. Source: arXiv 2204.07143, §3.1; dilation: arXiv 2209.15001.
 
     Args:
         qkv: [B, H, W, 3C], query, key and value side by side, each with its heads side by side.

@@ -8,7 +8,7 @@ addresses.
 import triton
 import triton.language as tl
 
-from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, ceil_div, next_power_of_two
+from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, are_known, ceil_div, next_power_of_two
 from dat_deploy.plugins.online_softmax import attend
 
 __all__ = ["configurations", "launch", "problem", "window_attention_kernel"]
@@ -224,8 +224,10 @@ def configurations(problem: Problem) -> list[Configuration]:
     pixels = problem["window_size"] ** 2
     key_bytes = problem["head_dim"] * problem["element_bytes"]
     tiles = [tile for tile in TILES if tile[1] * key_bytes <= BLOCK_BYTES]
-    windows = problem["batch"] * (problem["height"] * problem["width"] // pixels) * problem["heads"]
-    chunks = sorted((16, 4, 1), key=lambda chunk: bool(windows < 1024 * chunk))
+    chunks = [4, 16, 1]
+    if are_known(problem, "batch", "height", "width"):
+        windows = problem["batch"] * (problem["height"] * problem["width"] // pixels) * problem["heads"]
+        chunks = sorted((16, 4, 1), key=lambda chunk: windows < 1024 * chunk)
 
     def padded_scores(tile: tuple[int, int, int]) -> int:
         queries, keys, _ = tile
