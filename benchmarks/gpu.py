@@ -44,7 +44,7 @@ NO_CUDA, BROKEN = 3, 75  # exit codes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from dat_deploy.errors import VariantError
+    from dat_deploy.errors import RecordError, VariantError
     from dat_deploy.variants import get_variant
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,7 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker:
         return work(options)
     if options.parts == ["report"]:
-        return report(options.output, options.record)
+        try:
+            return report(options.output, options.record)
+        except RecordError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
     code, path = supervise(options)
     if path and "report" in options.parts:
         return max(code, report(options.output, path))

@@ -390,7 +390,10 @@ def tune(
     force: ForceOption = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure which configuration of each kernel is the fastest on this GPU, and keep the choice for later runs."""
+    """Measure which configuration of each kernel is the fastest on this GPU; later runs take it.
+
+    It is kept in ~/.cache/dat-deploy/configurations.json, or in the file that DAT_DEPLOY_CONFIGURATIONS names.
+    """
     pixels = None if image_size is None else _image_size(image_size)
     batches = _numbers(batch, "--batch")
     from dat_deploy.tune import tune as measure
