@@ -2,19 +2,22 @@
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec
 
 import torch
+import torch.compiler.config
 from torch import Tensor
 
 from dat_deploy.errors import ShapeError, UnsupportedError
 from dat_deploy.plugins.launch import Configuration, Problem
-from dat_deploy.plugins.tuning import tuned_configuration
+from dat_deploy.plugins.tuning import configurations_path, tuned_configuration
 
 __all__ = [
     "Job",
@@ -32,6 +35,18 @@ Arguments = ParamSpec("Arguments")
 LARGEST_HEAD_DIM = 64
 LARGEST_IMAGE = 2**31 - 1  # elements of a tensor's image: the kernels count them in int32
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _cache_key_tag() -> str:
+    """What torch.compile's caches on disk must be told apart by: they know an operator by its name alone, and would
+    give what was compiled from an earlier version, or in an earlier configuration."""
+    digest = hashlib.sha256()
+    for path in [*sorted(Path(__file__).parent.rglob("*.py")), configurations_path()]:
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return f"dat-deploy {digest.hexdigest()[:16]}"
+
+
+torch.compiler.config.cache_key_tag += _cache_key_tag()
 
 
 def operator(function: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:

@@ -1,5 +1,8 @@
 """The torch operators: what torch's compilers make of them, what they refuse, and which code computes."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 
@@ -363,6 +366,20 @@ def test_autocast_changes_nothing(name, device):
     with torch.autocast(device, torch.bfloat16):
         got = operator(name)(**inputs)
     assert torch.equal(got, operator(name)(**inputs))
+
+
+def test_what_torch_compile_keeps_is_not_reused_after_a_change(tmp_path):
+    """Its caches on disk know an operator by its name; a new choice of configurations must not find the old code."""
+    code = "import torch, dat_deploy.plugins; print(torch.compiler.config.cache_key_tag)"
+    tags = []
+    for kept in ("{}", "{}", '{"Some GPU": {}}'):
+        (tmp_path / "kept.json").write_text(kept)
+        environment = {**os.environ, "DAT_DEPLOY_CONFIGURATIONS": str(tmp_path / "kept.json")}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)  # noqa: S603  # fixed
+        tags.append(done.stdout.strip())
+    assert tags[0].startswith("dat-deploy ")
+    assert tags[0] == tags[1] != tags[2]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
