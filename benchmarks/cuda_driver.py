@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Argument", "CudaError", "Driver", "int32", "kernel_parameters", "pointer", "ptx_version"]
+__all__ = ["Argument", "CudaError", "Driver", "int32", "kernel_parameters", "pointer"]
 
 Argument = ctypes.c_void_p | ctypes.c_int32
 DEFAULT_SHARED_BYTES = 48 * 1024  # more must be asked for
@@ -35,16 +35,6 @@ def int32(value: int) -> ctypes.c_int32:
 def kernel_parameters(arguments: Sequence[Argument]) -> "ctypes.Array[ctypes.c_void_p]":
     """`kernelParams` of cuLaunchKernel: the address of each argument, which must outlive the launch."""
     return (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-
-
-def ptx_version(cuda_version: int) -> int:
-    """The newest PTX, times ten, that a driver takes which calls itself 13000 or 12080 (CUDA 13.0, 12.8)."""
-    major, minor = cuda_version // 1000, cuda_version % 1000 // 10
-    if major >= 13:
-        return 90 + (major - 13) * 10 + minor
-    if major == 12:
-        return 80 + minor if minor < 6 else 79 + minor
-    raise CudaError(f"the driver takes CUDA {major}.{minor}; this needs one that takes 12.0 or later")
 
 
 class Driver:

@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 import torch
-from cuda_driver import Argument, Driver, int32, pointer, ptx_version
+from cuda_driver import Argument, Driver, int32, pointer
 from gpu_operators import Case, Inputs, cases, configuration_of, is_bar, make_inputs, problem
 from gpu_record import Found, Job
 from torch import Tensor
@@ -21,16 +21,9 @@ def arguments(launch: Launch, inputs: Inputs, output: Tensor) -> list[Argument]:
     return [*pointers, *(int32(value) for value in launch.scalars.values()), pointer(output.data_ptr())]
 
 
-def newest_ptx(driver: Driver, architecture: int) -> int:
-    """The newest PTX, times ten, that both the driver and Triton's assembler take."""
-    from triton.backends.nvidia import compiler
-
-    return min(ptx_version(driver.version()), compiler.ptx_get_version(compiler.get_ptxas(architecture).version))
-
-
 def launch_by_hand(case: Case, gpu: Any) -> Found:
     """Compile the launch that the torch operator makes, ahead of time, launch it by hand, and compare bit for bit."""
-    from dat_deploy.plugins.ahead_of_time import compile_launch
+    from dat_deploy.plugins.ahead_of_time import compile_launch, newest_ptx_version
 
     kernel = importlib.import_module(f"dat_deploy.plugins.{case.operator}.kernel")
     inputs = make_inputs(case, 0, gpu.device)
@@ -39,7 +32,7 @@ def launch_by_hand(case: Case, gpu: Any) -> Found:
     launch = kernel.launch(problem(case, inputs), configuration_of(case, inputs)[0])
     dtypes = {name: tensor.dtype for name, tensor in inputs.items()} | {"output": output.dtype}
     driver = Driver()
-    version = newest_ptx(driver, gpu.capability)
+    version = newest_ptx_version(gpu.capability, driver.version())
     compiled = compile_launch(launch, dtypes, gpu.capability, ptx_version=version)
     gpu.synchronize()
     module = driver.load(compiled.ptx)

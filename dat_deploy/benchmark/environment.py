@@ -3,13 +3,12 @@
 import importlib.metadata
 import platform
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import dat_deploy
 from dat_deploy.benchmark.record import Hardware
 from dat_deploy.runners.base import available_cores
+from dat_deploy.system import command_output, nvidia_smi
 
 __all__ = ["commit", "hardware", "versions"]
 
@@ -31,7 +30,7 @@ def hardware() -> Hardware:
         cpu_flags=tuple(flag for flag in _CPU_FLAGS if flag in present),
         cores=available_cores(),
         memory_gib=round(int(memory.group(1)) / 2**20) if memory else 0,
-        gpus=tuple(_nvidia_smi("name")),
+        gpus=tuple(nvidia_smi("name")),
     )
 
 
@@ -43,7 +42,7 @@ def versions() -> dict[str, str]:
         "numpy": importlib.metadata.version("numpy"),
         "os": platform.platform(),
     }
-    drivers = _nvidia_smi("driver_version")
+    drivers = nvidia_smi("driver_version")
     return found | ({"nvidia-driver": drivers[0]} if drivers else {})
 
 
@@ -53,23 +52,7 @@ def commit() -> str | None:
     if not (root / ".git").exists():  # a virtual environment may lie inside some other repository
         return None
     command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    return _output([*command, "--exclude=*"]) or None
-
-
-def _nvidia_smi(field: str) -> list[str]:
-    return _output(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]).splitlines()
-
-
-def _output(command: list[str]) -> str:
-    """What a command prints; nothing if it is not installed, fails or hangs."""
-    program = shutil.which(command[0])
-    if program is None:
-        return ""
-    try:
-        done = subprocess.run([program, *command[1:]], capture_output=True, text=True, timeout=20)  # noqa: S603  # fixed
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return command_output([*command, "--exclude=*"]) or None
 
 
 def _text(path: str) -> str:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from dat_deploy.errors import UnsupportedError
 from dat_deploy.plugins.launch import Launch
 
-__all__ = ["ARCHITECTURES", "CompiledLaunch", "compile_launch"]
+__all__ = ["ARCHITECTURES", "CompiledLaunch", "compile_launch", "newest_ptx_version"]
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities, times ten
 _TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -38,6 +38,16 @@ class CompiledLaunch:
     shared_memory_bytes: int
     registers: int
     spilled_bytes: int
+
+
+def newest_ptx_version(architecture: int, cuda_version: int) -> int:
+    """The newest PTX that a driver takes and Triton's assembler makes: 88 for PTX 8.8.
+
+    Args:
+        cuda_version: of the driver, as CUDA writes it: 12080 for 12.8.
+    """
+    driver = f"{cuda_version // 1000}.{cuda_version % 1000 // 10}"
+    return int(min(ptx_get_version(driver), ptx_get_version(get_ptxas(architecture).version)))
 
 
 def compile_launch(

@@ -899,13 +899,6 @@ def test_the_drivers_own_words_are_told():
     assert str(raised.value) == sentence
 
 
-def test_ptx_versions_of_drivers():
-    found = {version: cuda_driver.ptx_version(version) for version in (12000, 12050, 12060, 12080, 12090, 13000, 13010)}
-    assert found == {12000: 80, 12050: 85, 12060: 85, 12080: 87, 12090: 88, 13000: 90, 13010: 91}
-    with pytest.raises(cuda_driver.CudaError, match=r"the driver takes CUDA 11\.8; this needs one that takes 12\.0"):
-        cuda_driver.ptx_version(11080)
-
-
 def test_ptx_jobs_are_one_an_operator():
     assert {job.labels["operator"] for job in gpu_ptx.jobs()} == set(REFERENCE._fields)
 

@@ -12,7 +12,7 @@ import torch
 
 from dat_deploy.errors import UnsupportedError
 from dat_deploy.plugins import ahead_of_time
-from dat_deploy.plugins.ahead_of_time import ARCHITECTURES, CompiledLaunch, compile_launch
+from dat_deploy.plugins.ahead_of_time import ARCHITECTURES, CompiledLaunch, compile_launch, newest_ptx_version
 from dat_deploy.plugins.launch import Configuration, Problem
 
 SHARED_MEMORY_LIMIT = 48 * 1024  # what a TensorRT plugin may use
@@ -136,3 +136,9 @@ def test_a_kernel_that_needs_scratch_memory_is_refused(monkeypatch):
         "some_kernel for sm_90 needs 128 bytes of global_scratch; only kernels that need none can be launched by hand. "
         "Use another configuration."
     )
+
+
+def test_ptx_is_no_newer_than_the_driver_and_the_assembler_take() -> None:
+    found = {version: newest_ptx_version(90, version) for version in (12000, 12050, 12060, 12080, 12090, 13000)}
+    assert found == {12000: 80, 12050: 85, 12060: 85, 12080: 87, 12090: 88, 13000: 90}
+    assert newest_ptx_version(90, 99000) < 200  # what Triton's own assembler knows

@@ -1,0 +1,453 @@
+"""TensorRT's own layer for ahead-of-time plugins, as far as it runs without TensorRT and without a GPU.
+
+The Python bindings of TensorRT 11.4 load over TensorRT-RTX's libraries, which export the same functions. So
+`tensorrt.plugin` checks the signatures and calls the functions with its own descriptors and its own expressions, as in
+a build; only the caller of its plugin objects, inside TensorRT, is stood in for here. This file is a script: each run
+of it is a process with the libraries in its path, which prints what it found as JSON. `run` starts it.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+NAMES = {
+    "libnvinfer.so.11": "libtensorrt_rtx.so.1",
+    "libtensorrt_rtx.so": "libtensorrt_rtx.so.1",  # the parser opens it by this name, and aborts where it is not
+    "libnvonnxparser.so.11": "libtensorrt_onnxparser_rtx.so.1",
+}
+STUB = "libnvinfer_plugin.so.11"
+BATCHES = (1, 2, 3, 7, 16, 33, 64)
+OPT, MAX = 8, 64  # batches of the profile
+
+
+def reason_against() -> str | None:
+    """Why the harness cannot run here; None if it can."""
+    for module, package in (
+        ("tensorrt_bindings", "tensorrt-cu13-bindings"),
+        ("tensorrt_rtx_libs", "tensorrt-rtx-cu13"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            return f"{package} is not installed"
+    return None if shutil.which("gcc") else "there is no gcc to compile a stub with"
+
+
+def prepare(folder: Path) -> Path:
+    """Put TensorRT's library names into the folder, over TensorRT-RTX's libraries."""
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    assert spec is not None
+    assert spec.origin is not None
+    libraries = Path(spec.origin).parent
+    for name, target in NAMES.items():
+        (folder / name).symlink_to(libraries / target)
+    source = folder / "stub.c"
+    source.write_text("int initLibNvInferPlugins(void* logger, char const* name) { return 1; }\n")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / STUB, source], check=True)  # noqa: S603, S607  # fixed
+    return folder
+
+
+def run(folder: Path, scenario: str) -> Any:
+    """What a function of this file found, in a process of its own."""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+    command = [sys.executable, __file__, scenario]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)  # noqa: S603  # fixed
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def load_tensorrt() -> Any:
+    """The bindings, and their plugin layer, under the names of the package that would hold them."""
+    import tensorrt_bindings
+
+    sys.modules["tensorrt"] = tensorrt_bindings
+    spec = importlib.util.find_spec("tensorrt_bindings.plugin")
+    assert spec is not None
+    assert spec.origin is not None
+    spec = importlib.util.spec_from_file_location(
+        "tensorrt.plugin", spec.origin, submodule_search_locations=spec.submodule_search_locations
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["tensorrt.plugin"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    layer = sys.modules["tensorrt.plugin._tensor"]
+
+    class Readable(layer.SymExprImpl):  # type: ignore[misc, name-defined]  # of a module that is no import
+        """What the layer hands to TensorRT; there only C++ can read the expression."""
+
+        def __init__(self, symbol: Any) -> None:
+            super().__init__(symbol)
+            self.kind, self.expression = type(symbol).__name__, symbol._expr
+
+    layer.SymExprImpl = Readable  # type: ignore[attr-defined]  # as above
+    return tensorrt_bindings
+
+
+def with_expressions(trt: Any, job: Callable[[Any, Any], None]) -> None:
+    """Call `job` with TensorRT's builder of expressions, and one for a dynamic dimension.
+
+    TensorRT makes such builders for plugins alone, so the job runs while it infers the shape of one.
+    """
+    import numpy as np
+    import onnx
+
+    bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
+    errors: list[Exception] = []
+
+    class Probe(*bases):  # type: ignore[misc]  # of a module that is no import
+        def __init__(self) -> None:
+            for base in bases:
+                base.__init__(self)
+            self.plugin_name, self.plugin_version, self.plugin_namespace, self.num_outputs = "probe", "1", "test", 1
+
+        def get_capability_interface(self, kind: Any) -> "Probe":
+            return self
+
+        def clone(self) -> "Probe":
+            return Probe()
+
+        def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
+            return [types[0]]
+
+        def get_output_shapes(self, inputs: Any, _: Any, builder: Any) -> list[Any]:
+            nonlocal job
+            pending, job = job, lambda *_: None  # once
+            try:
+                pending(builder, inputs[0][0])
+            except Exception as error:
+                errors.append(error)
+            return [inputs[0]]
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]  # as above
+        def __init__(self) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_version, self.plugin_namespace = "probe", "1", "test"
+            self.field_names = trt.PluginFieldCollection([])
+
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Probe:
+            return Probe()
+
+    creator = Creator()
+    trt.get_plugin_registry().register_creator(creator, "test")
+    image = [onnx.helper.make_tensor_value_info(name, 1, ["batch", 4]) for name in ("x", "y")]
+    node = onnx.helper.make_node("probe", ["x"], ["y"], domain="test", plugin_namespace="test", plugin_version="1")
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("test", 1)]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "probe", image[:1], image[1:], [onnx.numpy_helper.from_array(np.zeros(1), "c")]),
+        opset_imports=opsets,
+        ir_version=10,
+    )
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)  # which must outlive the network
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(model.SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    _ = [network.get_output(i).shape for i in range(network.num_outputs)]
+    if errors:
+        raise errors[0]
+
+
+class Planned:
+    """One node in the hands of TensorRT's layer: what a build does with it up to the kernel, step by step."""
+
+    def __init__(self, trt: Any, builder: Any, operator: str, attributes: dict[str, int]) -> None:
+        import numpy as np
+
+        self.trt, self.builder = trt, builder
+        creator = trt.get_plugin_registry().get_creator(operator, "1", "dat_deploy")
+        fields = [
+            trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
+            for name, value in attributes.items()
+        ]
+        request = trt.QuickPluginCreationRequest.STRICT_AOT
+        collection = trt.PluginFieldCollection(fields)
+        self.plugin = creator.create_plugin(operator, "dat_deploy", collection, trt.TensorRTPhase.BUILD, request)
+
+    def describe(self, shapes: Sequence[Sequence[Any]], types: Sequence[Any]) -> list[Any]:
+        """The output's shape, from expressions or numbers."""
+        self.plugin.get_output_data_types(types, [len(shape) for shape in shapes])
+        expressions = []
+        for shape in shapes:
+            dims = self.trt.DimsExprs(len(shape))
+            for i, dim in enumerate(shape):
+                dims[i] = self.builder.constant(dim) if isinstance(dim, int) else dim
+            expressions.append(dims)
+        (output,) = self.plugin.get_output_shapes(expressions, [], self.builder)
+        return list(output)
+
+    def tactics(self, shapes: Sequence[Sequence[int]], largest: Sequence[Sequence[int]], types: Sequence[Any]) -> Any:
+        """The custom tactics for a profile whose batch is between that of the shapes and the largest."""
+        self.descriptions = []
+        for shape, most, kind in zip(shapes, largest, types, strict=True):
+            each = self.trt.DynamicPluginTensorDesc()
+            described = self.trt.PluginTensorDesc()
+            described.dims = [a if a == b else -1 for a, b in zip(shape, most, strict=True)]
+            described.type, described.format = kind, self.trt.TensorFormat.LINEAR
+            each.desc, each.min, each.opt, each.max = described, shape, shape, most
+            self.descriptions.append(each)
+        self.inputs = len(shapes) - 1
+        supported = self.plugin.get_supported_format_combinations(self.descriptions, self.inputs)
+        assert [each.type for each in supported] == list(types)
+        self.plugin.configure_plugin(self.descriptions[: self.inputs], self.descriptions[self.inputs :])
+        return self.plugin.get_valid_tactics()
+
+    def launch(self, tactic: int) -> tuple[SimpleNamespace, list[Any]]:
+        """The launch parameters and the scalars, as expressions."""
+
+        class Setter(dict[int, Any]):
+            nbSymExprs = 0  # noqa: N815  # TensorRT's name
+
+        parameters, scalars = SimpleNamespace(), Setter()
+        self.plugin.set_tactic(tactic)
+        self.plugin.get_launch_params([], self.descriptions, self.inputs, parameters, scalars, self.builder)
+        assert scalars.nbSymExprs == len(scalars)
+        return parameters, [scalars[i] for i in range(len(scalars))]
+
+    def kernel(self) -> tuple[str, bytes]:
+        described = [each.desc for each in self.descriptions]
+        name, ptx = self.plugin.get_kernel(described[: self.inputs], described[self.inputs :])
+        return name, ptx
+
+
+def value_of(readable: Any) -> int:
+    assert readable.expression.is_constant()
+    return int(readable.expression.get_constant_value())
+
+
+def all_cases() -> dict[Any, list[str]]:
+    """The operators at the shapes of all variants, whatever the batch; benchmarks/gpu_operators.py."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from gpu_operators import cases
+
+    return {case: users for case, users in cases().items() if case.batch == 1}
+
+
+def inputs_of(case: Any, batch: int) -> dict[str, tuple[int, ...]]:
+    import math
+    from dataclasses import replace
+
+    case, channels = replace(case, batch=batch), case.channels
+    pixels, points, side = (batch, case.height, case.width), math.prod(case.sampled), 2 * case.window_size - 1
+    if case.operator == "window_attention":
+        return {"qkv": (*pixels, 3 * channels), "table": (side**2, case.heads)}
+    if case.operator == "neighborhood_attention":
+        side = 2 * case.kernel_size - 1
+        return {"qkv": (*pixels, 3 * channels), "padding_qkv": (3 * channels,), "table": (case.heads, side, side)}
+    locations = (batch, case.groups, *case.sampled, 2)
+    if case.operator == "deformable_sample":
+        return {"value": (*pixels, channels), "sampling_locations": locations}
+    keys = (batch, points, channels)
+    table = (case.heads, *case.table)
+    return {"query": (*pixels, channels), "key": keys, "value": keys, "sampling_locations": locations, "table": table}
+
+
+def types_of(trt: Any, names: Sequence[str], kind: str) -> list[Any]:
+    """Of the inputs, and of the output; tables in the type of the rest."""
+    half = getattr(trt.DataType, kind)
+    return [trt.DataType.FLOAT if name == "sampling_locations" else half for name in names] + [half]
+
+
+def expected_launch(case: Any, batch: int, element_bytes: int, tactic: int) -> Any:
+    from dat_deploy.plugins import trt_plugin
+
+    specified = trt_plugin.specification(case.operator)
+    problem = specified.kernel.problem(
+        *(
+            shape
+            for name, shape in zip(specified.inputs, inputs_of(case, batch).values(), strict=True)
+            if name in specified.sized_by
+        ),
+        *case.attributes.values(),
+        element_bytes,
+    )
+    ordered = sorted(specified.kernel.configurations(problem), key=lambda c: (c.tiles, c.num_warps, c.num_stages))
+    return specified.kernel.launch(problem, ordered[tactic - 1])
+
+
+# The scenarios.
+
+
+def arithmetic() -> dict[str, Any]:
+    """Grid, block and scalars at all shapes of all variants, every tactic and several batches, against `launch`."""
+    trt = load_tensorrt()
+    from dat_deploy.plugins import ahead_of_time, trt_plugin
+
+    ahead_of_time.compile_launch = lambda launch, *_, **__: ahead_of_time.CompiledLaunch("", "fake", 1234, 0, 0)
+    trt_plugin.register_ahead_of_time(trt, 90)
+    compared, wrong, operators = 0, [], set()
+
+    def job(builder: Any, _: Any) -> None:
+        nonlocal compared
+        for case in all_cases():
+            kind = "FLOAT" if case.height % 5 == 0 else "BF16" if case.heads % 2 else "HALF"
+            types = types_of(trt, list(inputs_of(case, 1)), kind)
+            for batch in BATCHES:
+                planned = Planned(trt, builder, case.operator, case.attributes)
+                output = planned.describe(list(inputs_of(case, batch).values()), types[:-1])
+                output_shape = (case.output_shape, *(each.get_constant_value() for each in output))
+                if tuple(output_shape[0][1:]) != tuple(output_shape[2:]) or output_shape[1] != batch:
+                    wrong.append(f"{case.key}: output {output_shape}")
+                shapes, largest = (
+                    [*inputs_of(case, size).values(), (size, *case.output_shape[1:])] for size in (OPT, MAX)
+                )
+                for tactic in planned.tactics(shapes, largest, types):
+                    parameters, scalars = planned.launch(tactic)
+                    launch = expected_launch(case, batch, 4 if kind == "FLOAT" else 2, tactic)
+                    found = {name: value_of(expression) for name, expression in vars(parameters).items()}
+                    grid = [found[f"grid_{axis}"] for axis in "xyz"]
+                    block = [found[f"block_{axis}"] for axis in "xyz"]
+                    got = (grid, block, found["shared_mem"], [value_of(each) for each in scalars])
+                    wants = ([*launch.grid], [*launch.block], 1234, [*launch.scalars.values()])
+                    if got != wants:
+                        wrong.append(f"{case.key} at batch {batch}, tactic {tactic}: {got} is not {wants}")
+                    compared += 1
+                    operators.add(case.operator)
+
+    with_expressions(trt, job)
+    return {"compared": compared, "wrong": wrong[:5], "operators": sorted(operators), "cases": len(all_cases())}
+
+
+def sample_kernel() -> list[dict[str, Any]]:
+    """`kernels` of the operator that compiles the fastest."""
+    return kernels("deformable_sample")
+
+
+def kernels(*operators: str) -> list[dict[str, Any]]:
+    """The real kernels of one shape an operator, for two GPUs and a dynamic batch, as TensorRT would be given them."""
+    trt = load_tensorrt()
+    from dat_deploy.plugins import trt_plugin
+
+    shown: list[dict[str, Any]] = []
+
+    def job(builder: Any, dynamic: Any) -> None:
+        wanted = {case.operator: case for case, users in all_cases().items() if "tiny 224x224 stage 3" in users}
+        wanted |= {case.operator: case for case, users in all_cases().items() if "pp-tiny 224x224 stage 3" in users}
+        for architecture, ptx_version in ((90, None), (80, 85)):
+            trt_plugin.register_ahead_of_time(trt, architecture, ptx_version)
+            for case in (case for operator, case in wanted.items() if operator in (operators or wanted)):
+                names = list(inputs_of(case, 1))
+                types = types_of(trt, names, "HALF")
+                planned = Planned(trt, builder, case.operator, case.attributes)
+                shapes = [
+                    shape if name in ("table", "padding_qkv") else (dynamic, *shape[1:])
+                    for name, shape in inputs_of(case, 1).items()
+                ]
+                output = planned.describe(shapes, types[:-1])
+                profile = [[*inputs_of(case, size).values(), (size, *case.output_shape[1:])] for size in (OPT, MAX)]
+                tactics = planned.tactics(*profile, types)
+                parameters, scalars = planned.launch(tactics[0])
+                name, ptx = planned.kernel()
+                shown.append(
+                    {
+                        "operator": case.operator,
+                        "architecture": architecture,
+                        "inputs": len(names),
+                        "output_is_dynamic": not output[0].is_constant(),
+                        "grid_is_dynamic": not parameters.grid_x.expression.is_constant(),
+                        "block": value_of(parameters.block_x),
+                        "shared_memory_bytes": value_of(parameters.shared_mem),
+                        "scalars": len(scalars),
+                        "scalar_types": sorted({each.kind for each in scalars}),
+                        "tactics": list(tactics),
+                        "name": name,
+                        "ptx": ptx.decode(),
+                    }
+                )
+
+    with_expressions(trt, job)
+    return shown
+
+
+def registry() -> dict[str, Any]:
+    """Both forms in turn in one process, and what is refused."""
+    trt = load_tensorrt()
+    from dat_deploy.errors import DatDeployError
+    from dat_deploy.plugins import trt_plugin
+
+    def kinds() -> list[str]:
+        found = trt.get_plugin_registry()
+        creators = [found.get_creator(name, "1", "dat_deploy") for name in trt_plugin.OPERATORS]
+        return sorted({"none" if each is None else type(each).__mro__[1].__name__ for each in creators})
+
+    steps = [kinds()]
+    for step in (
+        lambda: trt_plugin.register_ahead_of_time(trt, 90),
+        lambda: trt_plugin.register_plugins(trt),
+        lambda: trt_plugin.register_ahead_of_time(trt, 80),
+        lambda: trt_plugin.register_ahead_of_time(trt, 120, 88),
+        lambda: trt_plugin.deregister_plugins(trt),
+        lambda: trt_plugin.register_plugins(trt),
+        lambda: trt_plugin.register_plugins(trt),
+    ):
+        step()
+        steps.append(kinds())
+    trt_plugin.deregister_plugins(trt)
+
+    class Other(trt.IPluginCreatorV3One):  # type: ignore[misc]  # of a module that is no import
+        def __init__(self) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_version, self.plugin_namespace = "window_attention", "1", "dat_deploy"
+            self.field_names = trt.PluginFieldCollection([])
+
+    other = Other()
+    trt.get_plugin_registry().register_creator(other, "dat_deploy")
+    refusals = []
+    for attempt in (
+        lambda: trt_plugin.register_plugins(trt),
+        lambda: trt_plugin.register_ahead_of_time(trt, 90),
+        lambda: trt_plugin.register_ahead_of_time(trt, 91),
+    ):
+        try:
+            attempt()
+        except DatDeployError as error:
+            refusals.append(f"{type(error).__name__}: {error}")
+    flag = trt_plugin.ahead_of_time_flag(trt)
+    return {"steps": steps, "refusals": refusals, "flag": flag == 1 << int(flag).bit_length() - 1}
+
+
+def refusals() -> list[list[str]]:
+    """What a build would be told at each step for inputs that no kernel takes."""
+    trt = load_tensorrt()
+    from dat_deploy.plugins import ahead_of_time, trt_plugin
+
+    compiled = ahead_of_time.CompiledLaunch("", "fake", 50_000, 0, 0)
+    ahead_of_time.compile_launch = lambda *_, **__: compiled
+    trt_plugin.register_ahead_of_time(trt, 90)
+    half, whole = trt.DataType.HALF, trt.DataType.FLOAT
+    attributes = {"num_heads": 3, "window_size": 7, "shift_size": 0}
+    qkv, table = (8, 14, 14, 288), (169, 3)
+    heads = {"num_heads": 1, "window_size": 7, "shift_size": 0}
+    told = []
+
+    def job(builder: Any, dynamic: Any) -> None:
+        def attempt(shapes: Any, types: Any, largest: Any, attributes: Any = attributes) -> None:
+            planned = Planned(trt, builder, "window_attention", attributes)
+            try:
+                planned.describe(shapes[:-1], types[:-1])
+                planned.tactics(shapes, largest, types)
+                raise AssertionError("nothing was refused")
+            except Exception as error:
+                recorded = trt_plugin.last_error()
+                told.append([type(error).__name__, str(error), str(recorded is error)])
+
+        output = (8, 14, 14, 96)
+        attempt([qkv, table, output], [half, half, half], [qkv, table, output])  # shared memory
+        attempt([qkv, table, output], [half, trt.DataType.INT32, half], [qkv, table, output])
+        attempt([(8, 14, 15, 288), table, output], [half, half, half], [(8, 14, 15, 288), table, output])
+        attempt([qkv, table, output], [half, half, half], [(8, 28, 14, 288), table, output])  # a dynamic height
+        attempt([(8, 14, 14, 288), (169, 1), output], [whole] * 3, [(8, 14, 14, 288), (169, 1), output], heads)
+        attempt([qkv, table, output], [half] * 3, [qkv, table, output], {"num_heads": 3, "window_size": 7})
+        attempt([qkv[1:], table, output], [half] * 3, [qkv[1:], table, output])
+
+    with_expressions(trt, job)
+    return told
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]]()))
