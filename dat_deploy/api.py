@@ -9,6 +9,8 @@ from dat_deploy.checkpoint import convert_checkpoint as convert
 from dat_deploy.checkpoint import load_model
 from dat_deploy.classify import classify
 from dat_deploy.doctor import doctor
+from dat_deploy.engine.build import build
+from dat_deploy.engine.inspector import inspect
 from dat_deploy.export import export, relower
 from dat_deploy.runners import open_runner
 from dat_deploy.tune import tune
@@ -18,11 +20,13 @@ from dat_deploy.visualize import visualize
 
 __all__ = [
     "bench",
+    "build",
     "classify",
     "compare",
     "convert",
     "doctor",
     "export",
+    "inspect",
     "load_model",
     "open_runner",
     "relower",

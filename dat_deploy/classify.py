@@ -44,7 +44,7 @@ def classify(images: Sequence[Path], engine: str, *, checkpoint: Path | None = N
     """
     with open_runner(engine, checkpoint=checkpoint) as runner:
         inputs = preprocess_files(images, runner.description.preprocessing)
-        size = runner.description.batch or 1
+        size = runner.description.least_batch
         logits = []
         for first in range(0, len(inputs), size):
             part = inputs[first : first + size]

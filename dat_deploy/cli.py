@@ -20,6 +20,7 @@ from dat_deploy.variants import VARIANTS, Variant, get_variant
 
 if TYPE_CHECKING:
     from dat_deploy.benchmark import Record
+    from dat_deploy.engine.passport import Passport
 
 # Everything that loads torch, NumPy or a runtime is imported inside the command that needs it, so that --help is quick.
 
@@ -52,7 +53,8 @@ CheckpointOption = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(
-        "--engine", help="FILE.onnx, or RUNTIME:TARGET such as openvino:FILE.onnx, pytorch:tiny, pytorch:dat.yaml."
+        "--engine",
+        help="FILE.onnx, FILE.engine, FILE.pt2, or RUNTIME:TARGET such as openvino:FILE.onnx, pytorch:tiny.",
     ),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace output files that exist.")]
@@ -109,6 +111,17 @@ def export(
     lowering: Annotated[
         str, typer.Option("--lowering", help="function, plugin, gather, gridsample or hat; see the README.")
     ] = "function",
+    precision: Annotated[
+        str, typer.Option("--precision", help="fp32, fp16 or bf16; input and output stay fp32.")
+    ] = "fp32",
+    fp32: Annotated[
+        list[str] | None,
+        typer.Option("--fp32", help="A module to keep in fp32, such as stages.3 or 'stages.*.attns.1'; repeat it."),
+    ] = None,
+    no_fp32: Annotated[
+        list[str] | None,
+        typer.Option("--no-fp32", help="A module of which nothing is to stay in fp32, such as cls_norm; repeat it."),
+    ] = None,
     batch: Annotated[str, typer.Option("--batch", help="dynamic, or a number.")] = "dynamic",
     image_size: Annotated[
         str | None,
@@ -148,7 +161,7 @@ def export(
         target = output or Path(f"{Path(name).stem if config else name}.onnx")
     else:
         new = (name, checkpoint, image_size, features, sampling_locations, batch != "dynamic", opset != 18)
-        if any(new):
+        if any(new) or precision != "fp32" or fp32 or no_fp32:
             raise DatDeployError(
                 "--from changes nothing but --lowering; every other option needs a new export, without --from."
             )
@@ -165,6 +178,9 @@ def export(
                 target,
                 checkpoint=checkpoint,
                 lowering=lowering,
+                precision=precision,
+                fp32=fp32 or (),
+                no_fp32=no_fp32 or (),
                 batch=fixed_batch,
                 image_size=size,
                 dynamic_image_size=image_size == "dynamic",
@@ -180,6 +196,7 @@ def export(
         f"lowering {metadata.lowering}, opset {metadata.opset_version}, {metadata.precision}, "
         f"{report.operators} operators, {report.nodes} nodes, {report.size_bytes / 1e6:.0f} MB, {report.seconds:.0f} s"
     )
+    out.print(str(report.census))
     out.print(f"weights: {metadata.weights_source}, sha256 {metadata.weights_sha256[:12]}")
     _notes(report.notes)
     _write_json(asdict(report), json_file, force=force)
@@ -187,6 +204,143 @@ def export(
         _next("export", "--from", report.path, "--lowering", "function")
     else:
         _next("validate", "--engine", report.path, *_option("--checkpoint", checkpoint))
+
+
+@app.command()
+def build(
+    source: Annotated[Path | None, typer.Argument(help="An exported file; none for --backend aotinductor.")] = None,
+    backend: Annotated[
+        str, typer.Option("--backend", help="tensorrt, tensorrt-rtx, or aotinductor, which builds from --variant.")
+    ] = "tensorrt",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: FILE.engine, or VARIANT.pt2.")] = None,
+    batch: Annotated[
+        str, typer.Option("--batch", help="A profile each: 1,8,32; a range: 1-32; with its commonest batch: 1-8-32.")
+    ] = "1",
+    lowering: Annotated[
+        str, typer.Option("--lowering", help="auto: the fastest that is right here; or as in export.")
+    ] = "auto",
+    plugins: Annotated[
+        str, typer.Option("--plugins", help="auto, ahead-of-time (no Python where the engine runs), or IPluginV3.")
+    ] = "auto",
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", help="Compute capabilities to run on, such as 80,86,89. Default: this GPU's."),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option("--timing-cache", help="TensorRT's timings, read and written; makes later builds quick."),
+    ] = None,
+    workspace_mib: Annotated[
+        int | None, typer.Option("--workspace-mib", help="GPU memory that one layer may use. Default: all.")
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option("--image-size", help="Where there is a choice: aotinductor, files of dynamic size.")
+    ] = None,
+    variant: Annotated[str, typer.Option("--variant", help="For aotinductor: as in export.")] = "",
+    config: Annotated[Path | None, typer.Option("--config", help="For aotinductor: as in export.")] = None,
+    checkpoint: CheckpointOption = None,
+    features: FeaturesOption = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="For aotinductor: fp32, fp16 or bf16. An exported file has its own."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="For aotinductor: cpu or cuda. Default: cuda where there is one.")
+    ] = None,
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Build an engine, with a passport beside it that says what it is."""
+    pixels = None if image_size is None else _image_size(image_size)
+    stages = None if features is None else _numbers(features, "--features", "0,1,2,3")
+    architectures = [] if arch is None else _numbers(arch, "--arch", "80,86,89")
+    given = {"--variant": variant, "--config": config, "--checkpoint": checkpoint, "--features": features}
+    given |= {"--precision": precision, "--device": device}
+    theirs = [name for name, value in given.items() if value]
+    if backend != "aotinductor" and theirs:
+        raise DatDeployError(
+            f"{', '.join(theirs)} is for --backend aotinductor; other backends build what a file holds. Give it to: "
+            f"dat-deploy export"
+        )
+    if variant and config:
+        raise DatDeployError("build takes one of --variant NAME and --config FILE.yaml.")
+    if variant:
+        get_variant(variant)  # before torch is loaded
+    from dat_deploy.engine import build as library
+
+    _check_json(json_file, force=force)
+    words = ["dat-deploy", "build"] + ([] if source is None else [str(source)])
+    options = {"--backend": backend, "--output": output, "--batch": batch, "--lowering": lowering, "--plugins": plugins}
+    options |= {"--arch": arch, "--image-size": image_size, **given}
+    words += [str(word) for name, value in options.items() if value and value != "auto" for word in (name, value)]
+    with err.status("building") as status:
+        report = library.build(
+            source,
+            output or (Path(f"{config.stem}.pt2") if config else None),
+            backend=backend,
+            batches=batch.split(","),
+            lowering=lowering,
+            plugin_form=plugins,
+            architectures=architectures,
+            timing_cache=timing_cache,
+            workspace_bytes=None if workspace_mib is None else workspace_mib * 2**20,
+            variant=variant or (None if config is None else str(config)),
+            checkpoint=checkpoint,
+            image_size=pixels,
+            features=stages,
+            precision=precision or "fp32",
+            device=device,
+            force=force,
+            command=[*words, "--force"],
+            progress=status.update,
+        )
+    _print_passport(report.path, report.passport)
+    _notes(report.notes)
+    out.print(f"built in {report.seconds:.0f} s; its passport is {report.path}.json")
+    _write_json(asdict(report), json_file, force=force)
+    if report.passport.architectures == ("cpu",) or "sm_" in " ".join(report.passport.architectures):
+        _next("validate", "--engine", report.path, *_option("--checkpoint", checkpoint))
+    else:
+        _next("inspect", report.path)
+
+
+@app.command()
+def inspect(
+    engine: Annotated[Path, typer.Argument(help="An engine that build made, or an exported file.")],
+    layers: Annotated[bool, typer.Option("--layers", help="List each layer with its formats.")] = False,
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Say what an engine is, after its passport was checked; on the GPU that it is for, also what is in it."""
+    from dat_deploy.engine import inspector as library
+
+    _check_json(json_file, force=force)
+    found = library.inspect(engine)
+    if found.passport is None:
+        metadata = found.metadata
+        out.print(f"{engine}: {metadata.variant}, lowering {metadata.lowering}, {metadata.precision}")
+        out.print(f"nodes: {_counts(found.layers)}")
+    else:
+        _print_passport(engine, found.passport)
+    if found.unseen is not None:
+        out.print(f"layers of the built engine: not seen; {found.unseen}")
+    elif found.engine_layers:
+        plugins = sum(layer.is_plugin for layer in found.engine_layers)
+        out.print(
+            f"layers of the built engine: {_counts(library.count_types(found.engine_layers))}; {plugins} plugins, "
+            f"{library.fused_attention(found.engine_layers)} fused attentions of TensorRT's own"
+        )
+    if layers and found.engine_layers:
+        table = Table("layer", "kind", "precision", "inputs", "outputs", "tactic", box=None)
+        for row in found.engine_layers:
+            formats = ("; ".join(row.inputs), "; ".join(row.outputs))
+            table.add_row(row.name, row.kind, row.precision, *formats, row.tactic)
+        out.print(table)
+    _write_json(asdict(found), json_file, force=force)
+    if found.passport is None:
+        _next("build", engine)
+    else:
+        _next("validate", "--engine", engine)
 
 
 @app.command()
@@ -240,6 +394,7 @@ def validate(
     out.print(table)
     if json_file is not None:
         report.write(json_file, force=force)
+    _notes(report.notes)
     report.raise_if_failed()
     out.print(report.verdict)
     network = report.engine.network
@@ -497,6 +652,9 @@ def doctor(force: ForceOption = False, json_file: JsonOption = None) -> None:
     table.add_row("gpu", ", ".join(hardware.gpus) or "none")
     for runtime, reasons in found.runtimes.items():
         table.add_row(f"runs {runtime}", "; ".join(reasons) or "yes")
+    for where, networks in found.lowerings.items():
+        for network, verdicts in networks.items():
+            table.add_row(f"lowerings, {where}", f"{network}: {'; '.join(map(str, verdicts))}")
     out.print(table)
     _write_json(asdict(found), json_file, force=force)
     _next("demo")
@@ -576,6 +734,35 @@ def _run() -> int | str | None:
     return 0
 
 
+def _print_passport(path: Path, passport: "Passport") -> None:
+    metadata = passport.metadata
+    table = Table(box=None, show_header=False)
+    table.add_row("engine", f"{path}, {passport.engine_bytes / 1e6:.0f} MB, sha256 {passport.engine_sha256[:12]}")
+    table.add_row("network", f"{metadata.variant} {_size(metadata.image_size)}, gives {', '.join(passport.outputs)}")
+    table.add_row("backend", f"{passport.backend} {passport.backend_version}")
+    table.add_row("runs on", ", ".join(passport.architectures) or f"every GPU that {passport.backend} runs on")
+    table.add_row("batch", ", ".join(map(str, passport.profiles)))
+    table.add_row("lowering", metadata.lowering + (f", plugins {passport.plugin_form}" if passport.plugin_form else ""))
+    table.add_row("precision", metadata.precision)
+    if passport.layers:
+        table.add_row("layers", f"{_counts(passport.layers)} in the network that was parsed")
+    if passport.engine_layers is not None:
+        table.add_row("", f"{_counts(passport.engine_layers)} in the engine")
+    if passport.plugins:
+        table.add_row("plugins", _counts(passport.plugins))
+    table.add_row("weights", f"{metadata.weights_source}, sha256 {metadata.weights_sha256[:12]}")
+    if passport.source is not None and passport.source_sha256 is not None:
+        table.add_row("built from", f"{passport.source}, sha256 {passport.source_sha256[:12]}")
+    table.add_row("built with", ", ".join(f"{name} {version}" for name, version in passport.versions.items()))
+    verdict = passport.verdict
+    table.add_row("validated", "never" if verdict is None else f"{verdict.date}: {verdict.sentence}")
+    out.print(table)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
 def _print_record(record: "Record") -> None:
     table = Table("engine", "precision", box=None)
     for heading in ("batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "ratio", "range"):
@@ -640,7 +827,7 @@ def _check_pytorch_options(engines: list[str], checkpoint: Path | None, features
     from dat_deploy.runners import parse_engine
 
     for option, value in (("--checkpoint", checkpoint), ("--features", features)):
-        if value is not None and not any(parse_engine(engine)[0].package == "torch" for engine in engines):
+        if value is not None and not any(parse_engine(engine)[0].name.startswith("pytorch") for engine in engines):
             raise DatDeployError(
                 f"{option} is for pytorch:VARIANT, but {', '.join(engines)} holds its own; leave the option out."
             )

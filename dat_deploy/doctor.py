@@ -5,21 +5,41 @@ from dataclasses import dataclass
 
 from dat_deploy.benchmark.environment import commit, hardware, versions
 from dat_deploy.benchmark.record import Hardware
+from dat_deploy.engine.lowering_choice import LoweringVerdict, stored_verdicts
 from dat_deploy.runners import RUNTIMES, reasons_against
 
 __all__ = ["Diagnosis", "doctor"]
 
-PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "pillow", "triton")
+PACKAGES = (
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "pillow",
+    "triton",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+)
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`packages` maps a name to its version, None if it is not installed; `runtimes` to why it cannot run, if so."""
+    """What `doctor` found.
+
+    Attributes:
+        packages: by name, their versions; None for what is not installed.
+        runtimes: by name, why they cannot run; nothing if they can.
+        lowerings: what `build --lowering auto` found, by TensorRT, GPU architecture and driver, then by network.
+    """
 
     hardware: Hardware
     versions: dict[str, str]
     packages: dict[str, str | None]
     runtimes: dict[str, list[str]]
+    lowerings: dict[str, dict[str, tuple[LoweringVerdict, ...]]]
     commit: str | None
 
 
@@ -32,4 +52,4 @@ def doctor() -> Diagnosis:
         except importlib.metadata.PackageNotFoundError:
             packages[name] = None
     runtimes = {name: reasons_against(runtime) for name, runtime in RUNTIMES.items()}
-    return Diagnosis(hardware(), versions(), packages, runtimes, commit())
+    return Diagnosis(hardware(), versions(), packages, runtimes, stored_verdicts(), commit())

@@ -8,6 +8,7 @@
     ├── ExportError               the ONNX file cannot be made as asked
     ├── EngineBuildError          an engine cannot be built or opened as asked
     ├── EngineRunError            an opened engine failed on its input
+    ├── PassportError             an engine that is not what its passport says
     ├── OutputError               a file cannot be written
     ├── RecordError               benchmark records that cannot be compared
     ├── VerificationError         exit code 2: the answer is wrong
@@ -24,6 +25,7 @@ __all__ = [
     "ExportError",
     "ImageError",
     "OutputError",
+    "PassportError",
     "RecordError",
     "ShapeError",
     "UnsupportedError",
@@ -64,6 +66,10 @@ class EngineBuildError(DatDeployError):
 
 class EngineRunError(DatDeployError):
     """An opened engine that fails on its input."""
+
+
+class PassportError(DatDeployError):
+    """An engine that is not what its passport says, or a passport that cannot be trusted."""
 
 
 class OutputError(DatDeployError):

@@ -25,6 +25,8 @@ class FileMetadata:
         network: what the file computes, a released variant or a configuration of the user's.
         batch: the fixed batch, or None if it is dynamic.
         dynamic_image_size: the file takes images of any size that the network takes, not `network.image_size` alone.
+        precision: of the matrix products: `fp32`, `fp16` or `bf16`; what stays in float32 beside them is in the graph.
+        fp32_added: modules that were kept in float32 on request; fp32_removed: in which nothing was.
         weights_sha256: of the weights' names, types, shapes and bytes, whatever file they came from.
         weights_source: the checkpoint's file name, or the seed of random weights.
         version: of dat-deploy.
@@ -41,6 +43,8 @@ class FileMetadata:
     weights_sha256: str
     weights_source: str
     version: str
+    fp32_added: tuple[str, ...] = ()
+    fp32_removed: tuple[str, ...] = ()
 
     @property
     def variant(self) -> str:

@@ -21,7 +21,7 @@ from dat_deploy.plugins.neighborhood_attention import reference as neighborhood_
 from dat_deploy.plugins.window_attention import reference as window_attention_reference
 from dat_deploy.variants import PATCH_SIZE, StageConfig, Variant
 
-__all__ = ["DAT", "FUSED", "REFERENCE", "Operators", "SampledPoints", "reference_points"]
+__all__ = ["DAT", "FUSED", "REFERENCE", "Operators", "SampledPoints", "half_network", "reference_points"]
 
 
 class Operators(NamedTuple):
@@ -72,6 +72,13 @@ def reference_points(height: int, width: int, *, half_pixel: bool, device: torch
         return (torch.arange(size, device=device) + 0.5) / (size if half_pixel else size - 1) * 2 - 1
 
     return torch.stack(torch.meshgrid(axis(height), axis(width), indexing="ij"), dim=-1)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the type of its weights, which `half_network` leaves in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -157,13 +164,13 @@ class OffsetNetwork(nn.Module):
             padding=stage.offset_padding,
             groups=channels,
         )
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         self.act = nn.GELU()
         self.pointwise = nn.Linear(channels, 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B·G, C/G, H, W] -> [B·G, Hk, Wk, 2], last axis (y, x)."""
-        x = self.depthwise(x).permute(0, 2, 3, 1)
+        x = self.depthwise(x).permute(0, 2, 3, 1).to(self.norm.weight.dtype)
         return self.pointwise(self.act(self.norm(x)))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
 
@@ -246,7 +253,7 @@ class Stage(nn.Module):
         self.local_perception_units = nn.ModuleList(
             DepthwiseConv(channels) for _ in range(depth) if stage.local_perception
         )
-        self.layer_norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2 * depth))
+        self.layer_norms = nn.ModuleList(LayerNorm(channels) for _ in range(2 * depth))
         self.attns = nn.ModuleList(
             _attention(letter, variant, stage_index, operators, with_attention=with_attention)
             for letter in stage.blocks
@@ -289,7 +296,7 @@ class PatchProjection(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, patch_size: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, patch_size, patch_size)
-        self.norm = nn.LayerNorm(out_channels)
+        self.norm = LayerNorm(out_channels)
 
     def forward(self, images_nchw: Tensor) -> Tensor:
         return self.norm(self.conv(images_nchw).permute(0, 2, 3, 1))  # type: ignore[no-any-return]  # untyped call
@@ -301,10 +308,10 @@ class OverlappingStem(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels // 2, 3, 2, 1)
-        self.norm = nn.LayerNorm(out_channels // 2)
+        self.norm = LayerNorm(out_channels // 2)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(out_channels // 2, out_channels, 3, 2, 1)
-        self.norm2 = nn.LayerNorm(out_channels)
+        self.norm2 = LayerNorm(out_channels)
 
     def forward(self, images_nchw: Tensor) -> Tensor:
         x = self.act(self.norm(self.conv(images_nchw).permute(0, 2, 3, 1)))
@@ -317,7 +324,7 @@ class OverlappingDownsample(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, 2, 1, bias=False)
-        self.norm = nn.LayerNorm(out_channels)
+        self.norm = LayerNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # type: ignore[no-any-return]  # untyped call
@@ -329,7 +336,7 @@ class Downsample(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.linear = nn.Linear(4 * in_channels, out_channels, bias=False)
-        self.norm = nn.LayerNorm(out_channels)
+        self.norm = LayerNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
@@ -350,6 +357,7 @@ class DAT(nn.Module):
     def __init__(self, variant: Variant, *, fused: bool = False, sampled_points: bool = False) -> None:
         super().__init__()
         self.variant = variant
+        self.fused = fused
         self.sampled_points = sampled_points
         operators = FUSED if fused else REFERENCE
         widths = [stage.channels for stage in variant.stages]
@@ -361,9 +369,9 @@ class DAT(nn.Module):
         downsample = OverlappingDownsample if overlapping else Downsample
         self.down_projs = nn.ModuleList(downsample(a, b) for a, b in itertools.pairwise(widths))
         if variant.features:
-            self.norms = nn.ModuleDict({str(i): nn.LayerNorm(widths[i]) for i in variant.features})
+            self.norms = nn.ModuleDict({str(i): LayerNorm(widths[i]) for i in variant.features})
         else:
-            self.cls_norm = nn.LayerNorm(widths[-1])
+            self.cls_norm = LayerNorm(widths[-1])
             self.cls_head = nn.Linear(widths[-1], variant.classes)
 
     @property
@@ -385,7 +393,7 @@ class DAT(nn.Module):
             The output of each stage, [B, H, W, C], and what each deformable block sampled, by its module name:
             `stages.2.attns.1`.
         """
-        x = self.patch_proj(image)
+        x = self.patch_proj(image.to(self.patch_proj.conv.weight.dtype))
         outputs: list[Tensor] = []
         sampled: dict[str, SampledPoints] = {}
         for i, stage in enumerate(self.stages):
@@ -397,7 +405,7 @@ class DAT(nn.Module):
         return outputs, sampled
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """[B, 3, H, W] -> logits [B, classes].
+        """[B, 3, H, W] -> logits [B, classes], in the type of the image, whatever that of the weights.
 
         A backbone gives a tuple of the maps [B, C, H, W] of `variant.features` instead. With `sampled_points` it is a
         tuple, too: the locations of all deformable blocks and then their attention follow (see `SampledPoints`).
@@ -407,7 +415,31 @@ class DAT(nn.Module):
             results = [self.norms[str(i)](outputs[i]).permute(0, 3, 1, 2) for i in self.variant.features]
         else:
             results = [self.cls_head(self.cls_norm(outputs[-1]).mean(dim=(1, 2)))]
+        results = [result.to(image.dtype) for result in results]
         if self.sampled_points:
             results += [points.locations for points in sampled.values()]
-            results += [points.attention for points in sampled.values() if points.attention is not None]
+            results += [points.attention.to(image.dtype) for points in sampled.values() if points.attention is not None]
         return tuple(results) if self.variant.features or self.sampled_points else results[0]
+
+
+def half_network(model: DAT, dtype: torch.dtype) -> DAT:
+    """The network in float16 or bfloat16, with float32 where half precision would change what it looks at.
+
+    In float32 stay LayerNorm, the tables of relative position bias, and the offset network behind its convolution, so
+    that no rounded coordinate ever moves a point. Images and results are float32 as before.
+
+    Args:
+        model: in float32; it is left as it is, and shares what stays float32.
+        dtype: of the other weights, which are those of Linear and Conv.
+    """
+    float32 = {
+        f"{name}.{parameter}" if name else parameter
+        for name, module in model.named_modules()
+        for parameter, _ in module.named_parameters(recurse=False)
+        if isinstance(module, LayerNorm) or parameter == "relative_position_bias_table" or name.endswith(".pointwise")
+    }
+    weights = {name: weight if name in float32 else weight.to(dtype) for name, weight in model.state_dict().items()}
+    with torch.device("meta"):
+        half = DAT(model.variant, fused=model.fused, sampled_points=model.sampled_points)
+    half.load_state_dict(weights, assign=True)
+    return half.eval().requires_grad_(False)

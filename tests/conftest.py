@@ -37,16 +37,37 @@ def mini_pp() -> Variant:
     )
 
 
-@pytest.fixture(scope="session")
-def deterministic_weights() -> ModuleType:
-    """tests/golden/deterministic_weights.py: fills a state dict by name and shape."""
-    spec = importlib.util.spec_from_file_location("deterministic_weights", GOLDEN / "deterministic_weights.py")
+def _loaded(path: Path) -> ModuleType:
+    """A file of Python that is no module of a package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def deterministic_weights() -> ModuleType:
+    """tests/golden/deterministic_weights.py: fills a state dict by name and shape."""
+    return _loaded(GOLDEN / "deterministic_weights.py")
+
+
+@pytest.fixture(scope="session")
+def harness() -> ModuleType:
+    """tests/tensorrt_harness.py: TensorRT's Python layer over TensorRT-RTX's libraries."""
+    return _loaded(Path(__file__).with_name("tensorrt_harness.py"))
+
+
+@pytest.fixture(scope="session")
+def libraries(harness: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the harness runs in."""
+    reason = harness.reason_against()
+    if reason is not None:
+        pytest.skip(reason)
+    folder: Path = harness.prepare(tmp_path_factory.mktemp("libraries"))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +95,18 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("onnx")
     paths = {lowering: folder / f"tiny.{lowering}.onnx" for lowering in LOWERINGS}
     export("tiny", paths["function"])
+    for lowering, path in paths.items():
+        if lowering != "function":
+            relower(paths["function"], path, lowering)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tiny_fp16_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same network as `tiny_onnx` in fp16, once for each lowering."""
+    folder = tmp_path_factory.mktemp("fp16_onnx")
+    paths = {lowering: folder / f"tiny.fp16.{lowering}.onnx" for lowering in LOWERINGS}
+    export("tiny", paths["function"], precision="fp16")
     for lowering, path in paths.items():
         if lowering != "function":
             relower(paths["function"], path, lowering)

@@ -4,6 +4,7 @@ Most tests call `main` in this process. `mini` is a network of tiny's form with 
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -49,7 +50,8 @@ MINI = replace(
 )
 GOLDEN = Path(__file__).parent / "golden"
 ENTRY_POINT = "from dat_deploy.cli import main; main()"
-RUNTIME_NAMES = "pytorch, pytorch-compile, onnxruntime, onnxruntime-cuda, openvino, openvino-bf16"
+RUNTIME_NAMES = "pytorch, pytorch-compile, onnxruntime, onnxruntime-cuda, openvino, openvino-bf16, tensorrt"
+RUNTIME_NAMES += ", tensorrt-rtx, aotinductor"
 COFFEE = photographs(3)[2]
 
 GROUP = typer.main.get_command(cli.app)
@@ -286,8 +288,8 @@ MISTAKES = {
     ),
     "engine of no known kind": (
         ["validate", "--engine", "{folder}/tiny.pt"],
-        "cannot tell what runs '{folder}/tiny.pt'; an engine is FILE.onnx or RUNTIME:TARGET, such as pytorch:tiny or "
-        f"openvino:tiny.onnx. Runtimes: {RUNTIME_NAMES}.",
+        "cannot tell what runs '{folder}/tiny.pt'; an engine is FILE.onnx, FILE.engine, FILE.pt2 or "
+        f"RUNTIME:TARGET, such as pytorch:tiny or openvino:tiny.onnx. Runtimes: {RUNTIME_NAMES}.",
     ),
     "unknown runtime": (
         ["validate", "--engine", "openvinno:{mini}"],
@@ -698,7 +700,20 @@ def test_every_command_takes_json_and_force(name: str) -> None:
 
 @pytest.mark.usefixtures("mini")
 @pytest.mark.parametrize(
-    "name", ["variants", "convert", "export", "validate", "bench", "compare", "classify", "visualize", "doctor"]
+    "name",
+    [
+        "variants",
+        "convert",
+        "export",
+        "build",
+        "inspect",
+        "validate",
+        "bench",
+        "compare",
+        "classify",
+        "visualize",
+        "doctor",
+    ],
 )
 def test_no_command_overwrites_a_json_file_without_force(
     name: str, run: Run, mini_onnx: Path, record: Path, tmp_path: Path
@@ -706,6 +721,8 @@ def test_no_command_overwrites_a_json_file_without_force(
     words = {
         "convert": [checkpoint_of(MINI, tmp_path / "mini.pth"), tmp_path / "out.safetensors"],
         "export": ["--variant", "mini", "--output", tmp_path / "out.onnx"],
+        "build": [mini_onnx, "--backend", "tensorrt-rtx", "--output", tmp_path / "out.engine"],
+        "inspect": [mini_onnx],
         "validate": ["--engine", mini_onnx],
         "bench": ["--engine", mini_onnx],
         "compare": [record, record],
@@ -718,8 +735,10 @@ def test_no_command_overwrites_a_json_file_without_force(
     assert outcome.error == f"{path} exists; pass --force to replace it, or choose another name."
     assert outcome.code == 1
     assert path.read_text() == "mine"
-    assert not {"out.safetensors", "out.onnx", "out.png"} & set(names(tmp_path))  # refused before the work
-    if name in ("variants", "compare", "classify", "doctor"):
+    assert not {"out.safetensors", "out.onnx", "out.engine", "out.png"} & set(
+        names(tmp_path)
+    )  # refused before the work
+    if name in ("variants", "inspect", "compare", "classify", "doctor"):
         run(name, *words.get(name, []), "--json", path, "--force")
         json.loads(path.read_text())
 
@@ -790,6 +809,124 @@ def test_variants_prints_a_row_each(run: Run, tmp_path: Path) -> None:
     assert rows[1][:6] == ["tiny", "DAT", "224x224", "28.3M", "4.6", "82.0%"]
     assert [row[0] for row in rows[1 : 1 + len(VARIANTS)]] == list(VARIANTS)
     assert [row["name"] for row in json.loads((tmp_path / "variants.json").read_text())] == list(VARIANTS)
+
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 is not installed"
+)
+
+
+@needs_rtx
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_engine_is_built_and_inspected_without_a_gpu(run: Run, mini_onnx: Path, tmp_path: Path) -> None:
+    target = tmp_path / "mini.engine"
+    words = (mini_onnx, "--backend", "tensorrt-rtx", "--output", target, "--batch", "1,2-8", "--arch", "80,89")
+    outcome = run("build", *words, "--json", tmp_path / "build.json")
+    assert outcome.next_words == ["validate", "--engine", str(target)]
+    rows = dict(re.findall(r"^ (\S[\w ]*?)  +(\S.*?) *$", outcome.out, re.MULTILINE))
+    assert rows["runs on"] == "sm_80, sm_89"
+    assert rows["batch"] == "1, 2-8-8"
+    assert rows["lowering"] == "plugin, plugins IPluginV3"
+    assert rows["plugins"] == "6 window_attention, 2 deformable_sample, 2 deformable_attention"
+    assert rows["validated"] == "never"
+    assert "note: no GPU is at hand to try the lowerings on; took plugin" in outcome.out
+    assert names(tmp_path) == ["build.json", "mini.engine", "mini.engine.json"]
+    assert json.loads((tmp_path / "build.json").read_text())["passport"]["backend"] == "tensorrt-rtx"
+
+    inspected = run("inspect", target)
+    assert inspected.next_words == ["validate", "--engine", str(target)]
+    assert "layers of the built engine: not seen;" in inspected.out
+    assert "needs an NVIDIA GPU" in inspected.out
+
+    for command in (["validate"], ["bench"], ["classify", COFFEE]):
+        refused = run(*command, "--engine", target)
+        assert refused.code == 3
+        assert "needs an NVIDIA GPU" in refused.error
+
+    again = run("build", *words)
+    assert again.error == f"{target} exists; pass --force to replace it, or choose another name."
+    rebuild = json.loads((tmp_path / "mini.engine.json").read_text())["rebuild"]
+    assert run(*rebuild[1:]).code == 0  # the command in the passport works as it is
+
+    target.write_bytes(target.read_bytes()[:-1])
+    for command in (["validate", "--engine"], ["inspect"]):
+        refused = run(*command, target)
+        assert refused.code == 1
+        assert "is not the engine that mini.engine.json describes (its SHA-256 differs)" in refused.error
+
+
+@pytest.mark.usefixtures("mini")
+def test_a_package_is_built_validated_inspected_and_classifies(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "mini.pt2"
+    outcome = run("build", "--variant", "mini", "--backend", "aotinductor", "--output", target, "--batch", "1,2")
+    assert outcome.next_words == ["validate", "--engine", str(target)]
+    assert "runs on" in outcome.out
+    validated = run("validate", "--engine", target)
+    assert validated.code == 0, validated.err
+    inspected = run("inspect", target)
+    assert re.search(r"validated +\d{4}-\d\d-\d\dT\S+: \S*mini.pt2 agrees with pytorch:mini", inspected.out)
+    assert run("classify", COFFEE, "--engine", target).code == 0
+    refused = run("bench", "--engine", target, "--batch", "3")
+    assert refused.code == 1
+    assert "was built for batch 1 or 2 and cannot run batch 3" in refused.error
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (
+            ["--variant", "tiny"],
+            1,
+            "--variant is for --backend aotinductor; other backends build what a file holds. Give it to: "
+            "dat-deploy export",
+        ),
+        (
+            [],
+            1,
+            "backend tensorrt builds from an exported file. Make one with: "
+            "dat-deploy export --variant tiny --precision fp16 --output tiny.onnx",
+        ),
+        (
+            ["x.onnx", "--backend", "aotinductor", "--variant", "tiny"],
+            1,
+            "AOTInductor builds from PyTorch, not from a file. Build with: "
+            "dat-deploy build --variant tiny --backend aotinductor",
+        ),
+        (
+            ["--variant", "tiny", "--backend", "aotinductor", "--batch", "1-8"],
+            1,
+            "an AOTInductor package has static batches, and --batch got 1-8-8; give each, as 1,8,32.",
+        ),
+        (
+            ["--variant", "tiny", "--backend", "aotinductor", "--precision", "int4"],
+            1,
+            "no precision 'int4'. Precisions: fp32, fp16, bf16.",
+        ),
+        (["x.onnx", "--arch", "sm_80"], 1, "--arch got 'sm_80'; it takes numbers such as 80,86,89."),
+        (
+            ["MINI", "--backend", "tensorrt"],
+            3,
+            "backend tensorrt cannot be used here: package tensorrt is not installed: "
+            "pip install 'dat-deploy[tensorrt]'",
+        ),
+    ],
+)
+def test_what_build_cannot_do_is_one_sentence(
+    words: list[str],
+    code: int,
+    sentence: str,
+    run: Run,
+    mini_onnx: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "tensorrt" in words and importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("tensorrt is installed")
+    monkeypatch.chdir(tmp_path)
+    outcome = run("build", *(mini_onnx if word == "MINI" else word for word in words), "--output", tmp_path / "out")
+    assert outcome.error == sentence
+    assert outcome.code == code
+    assert names(tmp_path) == []
 
 
 def test_doctor_prints_what_a_bug_report_needs(run: Run, tmp_path: Path) -> None:

@@ -11,7 +11,18 @@ PACKAGE = Path(dat_deploy.__file__).parent
 
 # Lowest first; a module may import its own layer and what is before it.
 LAYERS = [
-    {"errors", "variants", "configuration", "files", "preprocess", "labels", "photographs", "metadata", "typed_json", "system"},
+    {
+        "errors",
+        "variants",
+        "configuration",
+        "files",
+        "preprocess",
+        "labels",
+        "photographs",
+        "metadata",
+        "typed_json",
+        "system",
+    },
     {"plugins"},
     {"untrusted", "model", "checkpoint"},
     {"export"},

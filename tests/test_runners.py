@@ -152,14 +152,15 @@ def test_cuda_is_refused_where_there_is_none(tiny_onnx):
     [
         (
             "tiny",
-            "cannot tell what runs 'tiny'; an engine is FILE.onnx or RUNTIME:TARGET, such as pytorch:tiny or "
-            "openvino:tiny.onnx. Runtimes: pytorch, pytorch-compile, onnxruntime, onnxruntime-cuda, openvino, "
-            "openvino-bf16.",
+            "cannot tell what runs 'tiny'; an engine is FILE.onnx, FILE.engine, FILE.pt2 or RUNTIME:TARGET, such as "
+            "pytorch:tiny or openvino:tiny.onnx. Runtimes: pytorch, pytorch-compile, onnxruntime, onnxruntime-cuda, "
+            "openvino, openvino-bf16, tensorrt, tensorrt-rtx, aotinductor.",
         ),
         (
             "openvinno:a.onnx",
             "no runtime 'openvinno' in 'openvinno:a.onnx'. Did you mean openvino or openvino-bf16? Runtimes: pytorch, "
-            "pytorch-compile, onnxruntime, onnxruntime-cuda, openvino, openvino-bf16.",
+            "pytorch-compile, onnxruntime, onnxruntime-cuda, openvino, openvino-bf16, tensorrt, tensorrt-rtx, "
+            "aotinductor.",
         ),
         ("pytorch:", "'pytorch:' names no target; write pytorch:VARIANT"),
     ],

@@ -207,7 +207,12 @@ def _check_counts(batches: Sequence[int], *, threads: int | None, seconds: float
 
 
 def _check_batches(label: str, description: EngineDescription, batches: Sequence[int]) -> None:
-    others = [str(batch) for batch in batches if description.batch not in (None, batch)]
+    others = [str(batch) for batch in batches if not description.takes_batch(batch)]
+    if others and description.profiles:
+        raise ShapeError(
+            f"engine '{label}' was built for {description.batches_taken} and cannot run batch {', '.join(others)}. "
+            f"Measure it at those, or build it again with --batch {','.join(map(str, batches))}."
+        )
     if others:
         raise ShapeError(
             f"engine '{label}' has the fixed batch {description.batch} and cannot run batch {', '.join(others)}. "

@@ -12,8 +12,10 @@ import onnx_ir as ir
 from dat_deploy.checkpoint import load_weights, model_from_weights
 from dat_deploy.configuration import find_variant
 from dat_deploy.errors import ExportError, ShapeError
-from dat_deploy.export.lowering import LOWERINGS, lower, operator_nodes
+from dat_deploy.export.lowering import LOWERINGS, lower
 from dat_deploy.export.onnx_model import OPSET_VERSIONS, check_opset, onnx_from_model
+from dat_deploy.export.operators import operator_nodes
+from dat_deploy.export.precision import DTYPES, PrecisionCensus, cast_graph, check_precision, precision_census
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.labels import class_names
 from dat_deploy.metadata import FileMetadata, read_metadata
@@ -23,13 +25,17 @@ from dat_deploy.variants import Variant
 __all__ = [
     "LOWERINGS",
     "OPSET_VERSIONS",
+    "PRECISIONS",
     "ExportReport",
     "FileMetadata",
+    "PrecisionCensus",
     "export",
     "onnx_from_model",
     "read_metadata",
     "relower",
 ]
+
+PRECISIONS = tuple(DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,7 @@ class ExportReport:
     """What `export` wrote.
 
     Attributes:
+        census: what the nodes of the file compute in.
         notes: what the user must know of the weights, such as that they are random, or that tables were resized.
     """
 
@@ -45,6 +52,7 @@ class ExportReport:
     size_bytes: int
     nodes: int
     operators: int
+    census: PrecisionCensus
     outputs: tuple[str, ...]
     seconds: float
     notes: tuple[str, ...]
@@ -56,6 +64,9 @@ def export(
     *,
     checkpoint: Path | None = None,
     lowering: str = "function",
+    precision: str = "fp32",
+    fp32: Sequence[str] = (),
+    no_fp32: Sequence[str] = (),
     batch: int | None = None,
     image_size: tuple[int, int] | None = None,
     dynamic_image_size: bool = False,
@@ -71,6 +82,9 @@ def export(
         output: written whole or not at all.
         checkpoint: an official .pth or .safetensors file; without one the weights are random, from a fixed seed.
         lowering: one of LOWERINGS.
+        precision: one of PRECISIONS; inputs and outputs are float32 in each.
+        fp32: modules to keep in float32 with all below them, such as `stages.3` or `stages.*.attns.1`.
+        no_fp32: modules in which nothing is to stay in float32 that does by default, such as `cls_norm`.
         batch: a fixed batch, or None for a dynamic one.
         image_size: (height, width) in pixels, if not the variant's own.
         dynamic_image_size: the file takes any image size that the network does; DAT+ and DAT++ alone.
@@ -88,6 +102,7 @@ def export(
     check_opset(opset_version)
     if lowering not in LOWERINGS:
         raise ExportError(f"no lowering '{lowering}'. Lowerings: {', '.join(LOWERINGS)}.")
+    check_precision(precision, fp32, no_fp32)
     if batch is not None and batch < 1:
         raise ExportError(f"batch {batch} is not possible; give a number from 1, or 'dynamic'.")
     network = find_variant(variant, image_size=image_size, features=features)
@@ -100,7 +115,9 @@ def export(
         batch=batch,
         dynamic_image_size=dynamic_image_size,
         lowering=lowering,
-        precision="fp32",
+        precision=precision,
+        fp32_added=tuple(fp32),
+        fp32_removed=tuple(no_fp32),
         opset_version=opset_version,
         preprocessing=Preprocessing.from_variant(network),
         class_names=() if network.features else class_names(network.classes),
@@ -110,6 +127,7 @@ def export(
     )
     model = onnx_from_model(module, batch=batch, dynamic_image_size=dynamic_image_size, opset_version=opset_version)
     operators = len(operator_nodes(model))
+    cast_graph(model, precision, fp32=fp32, no_fp32=no_fp32)
     model = lower(model, lowering)
     _save(model, metadata, output, force=force)
     return ExportReport(
@@ -118,6 +136,7 @@ def export(
         size_bytes=output.stat().st_size,
         nodes=len(model.graph),
         operators=operators,
+        census=precision_census(model),
         outputs=tuple(module.output_names),
         seconds=time.monotonic() - started,
         notes=weights.notes,
@@ -125,7 +144,7 @@ def export(
 
 
 def relower(source: Path, output: Path, lowering: str, *, force: bool = False) -> ExportReport:
-    """Give the operators of an exported file another form; it must still have them as nodes.
+    """Give the operators of an exported file another form, in its precision; it must still have them as nodes.
 
     Raises:
         ExportError: if the operators of `source` are already inlined, or there is no such lowering.
@@ -138,9 +157,17 @@ def relower(source: Path, output: Path, lowering: str, *, force: bool = False) -
     model = lower(model, lowering)
     metadata = dataclasses.replace(metadata, lowering=lowering)
     _save(model, metadata, output, force=force)
-    size = output.stat().st_size
-    outputs = tuple(str(value.name) for value in model.graph.outputs)
-    return ExportReport(output, metadata, size, len(model.graph), operators, outputs, time.monotonic() - started, ())
+    return ExportReport(
+        path=output,
+        metadata=metadata,
+        size_bytes=output.stat().st_size,
+        nodes=len(model.graph),
+        operators=operators,
+        census=precision_census(model),
+        outputs=tuple(str(value.name) for value in model.graph.outputs),
+        seconds=time.monotonic() - started,
+        notes=(),
+    )
 
 
 def _check_dynamic_image_size(network: Variant, *, sampling_locations: bool) -> None:

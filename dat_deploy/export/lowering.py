@@ -23,11 +23,9 @@ from onnx_ir.passes import common as passes
 
 from dat_deploy.errors import ExportError
 from dat_deploy.export.cleanup import name_results, remove_identity_slices
-from dat_deploy.plugins.deformable_attention import onnx_function as deformable_attention
-from dat_deploy.plugins.deformable_sample import onnx_function as deformable_sample
-from dat_deploy.plugins.neighborhood_attention import onnx_function as neighborhood_attention
+from dat_deploy.export.operators import MODULES, operator_nodes, parameters
+from dat_deploy.export.precision import polymorphic_body, value_types
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
-from dat_deploy.plugins.window_attention import onnx_function as window_attention
 
 __all__ = [
     "LOWERINGS",
@@ -39,13 +37,6 @@ __all__ = [
 ]
 
 LOWERINGS = ("function", "plugin", "gather", "gridsample", "hat")
-
-_MODULES = {
-    "deformable_sample": deformable_sample,
-    "deformable_attention": deformable_attention,
-    "window_attention": window_attention,
-    "neighborhood_attention": neighborhood_attention,
-}
 
 _RECORDS = "dat_deploy.operators"  # property of a file
 # In elements: a larger constant is cheaper as the few nodes that make it. But `hat` is for what cannot gather, and the
@@ -74,21 +65,20 @@ def operator_records(properties: dict[str, str]) -> list[OperatorRecord]:
     return [OperatorRecord(**fields) for fields in json.loads(properties.get(_RECORDS, "[]"))]
 
 
-def operator_nodes(model: ir.Model) -> list[ir.Node]:
-    """The nodes of domain dat_deploy, in graph order."""
-    return [node for node in model.graph if node.domain == DOMAIN_NAME]
+def function_bodies(lowering: str, opset_version: int, *, polymorphic: bool = False) -> list[onnx.FunctionProto]:
+    """One flat FunctionProto an operator, with every attribute that its nodes carry declared.
 
-
-def function_bodies(lowering: str, opset_version: int) -> list[onnx.FunctionProto]:
-    """One flat FunctionProto an operator, with every attribute that its nodes carry declared."""
+    Args:
+        polymorphic: for nodes of any floating-point type, not of float32 alone; see `polymorphic_body`.
+    """
     bodies = []
-    for name, module in _MODULES.items():
+    for name, module in MODULES.items():
         body = _flattened(module.BODIES[lowering], module.HELPERS)
         body.name = name
         body.attribute.extend(PLUGIN_ATTRIBUTES)
         del body.opset_import[:]
         body.opset_import.append(onnx.helper.make_opsetid("", opset_version))
-        bodies.append(body)
+        bodies.append(polymorphic_body(body) if polymorphic else body)
     return bodies
 
 
@@ -113,11 +103,15 @@ def lower(model: ir.Model, lowering: str) -> ir.Model:
     model.functions.clear()
     if lowering != "plugin":
         used = {node.op_type for node in nodes}
-        bodies = [body for body in function_bodies(lowering, model.opset_imports[""]) if body.name in used]
+        types = value_types(model)
+        operators = {node: types[value] for node in nodes if (value := node.inputs[0]) is not None}
+        polymorphic = set(operators.values()) != {ir.DataType.FLOAT}
+        bodies = function_bodies(lowering, model.opset_imports[""], polymorphic=polymorphic)
+        bodies = [body for body in bodies if body.name in used]
         if lowering == "function":
             model.functions.update({body.identifier(): body for body in map(ir.serde.deserialize_function, bodies)})
         else:
-            _inline(model, nodes, {body.name: body for body in bodies}, _FOLD_LIMITS[lowering])
+            _inline(model, operators, {body.name: body for body in bodies}, _FOLD_LIMITS[lowering])
     model.metadata_props[_RECORDS] = json.dumps([asdict(boundary.record()) for boundary in boundaries])
     return model
 
@@ -135,10 +129,9 @@ class _Boundary:
 
     @classmethod
     def of(cls, node: ir.Node) -> "_Boundary":
-        parameters = _MODULES[node.op_type].BODIES["function"].to_function_proto().input
         inputs = {
             parameter: value
-            for parameter, value in zip(parameters, node.inputs, strict=True)
+            for parameter, value in zip(parameters(node.op_type), node.inputs, strict=True)
             if value is not None and not value.is_initializer()
         }
         attributes = {
@@ -154,12 +147,22 @@ class _Boundary:
         return OperatorRecord(self.name, self.operator, self.attributes, inputs, str(output.name))
 
 
-def _inline(model: ir.Model, nodes: list[ir.Node], bodies: dict[str, onnx.FunctionProto], fold_limit: int) -> None:
-    """Each operator becomes its body, node names prefixed with the operator's, what is constant folded away."""
-    for node in nodes:
+def _inline(
+    model: ir.Model, operators: dict[ir.Node, ir.DataType], bodies: dict[str, onnx.FunctionProto], fold_limit: int
+) -> None:
+    """Each operator becomes its body, node names prefixed with the operator's, what is constant folded away.
+
+    Args:
+        operators: with the type of their first input.
+    """
+    for node, dtype in operators.items():
         function = ir.serde.deserialize_function(bodies[node.op_type])
         function.name = str(node.name)
         for inner in function:
+            if inner.op_type == "CastLike" and inner.inputs[1] is function.inputs[0]:
+                inner.op_type = "Cast"
+                inner.attributes["to"] = ir.AttrInt64("to", dtype)
+                inner.resize_inputs(1)
             inner.name = f"{node.name}/{inner.op_type}"
         model.functions[function.identifier()] = function
         node.op_type = function.name

@@ -10,6 +10,8 @@ __all__ = ["operator_model"]
 def operator_model(model: ir.Model, record: OperatorRecord) -> bytes:
     """The operator that `record` names: inputs called like its parameters, one output, the file's own weights inside.
 
+    Inputs and output are float32, whatever the file's precision; the part casts.
+
     Args:
         model: the file; it stays as it is.
 
@@ -18,8 +20,20 @@ def operator_model(model: ir.Model, record: OperatorRecord) -> bytes:
     """
     graph = ir.convenience.extract(model.graph, list(record.inputs.values()), [record.output])
     names = {tensor: parameter for parameter, tensor in record.inputs.items()}
-    for value in graph.inputs:
+    for index, value in enumerate(graph.inputs):
         value.name = names[str(value.name)]
+        if value.dtype != ir.DataType.FLOAT:
+            given = ir.Value(name=value.name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+            cast = ir.node("Cast", [given], {"to": value.dtype})
+            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+            graph.insert_before(graph[0], cast)
+            graph.inputs[index] = given
+    (output,) = graph.outputs
+    if output.dtype != ir.DataType.FLOAT:
+        graph.append(cast := ir.node("Cast", [output], {"to": ir.DataType.FLOAT}))
+        (result,) = cast.outputs
+        result.dtype, result.shape = ir.DataType.FLOAT, output.shape
+        graph.outputs[0] = result
     part = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
     part.opset_imports.update(model.opset_imports)
     serialized: bytes = ir.to_proto(part).SerializeToString()

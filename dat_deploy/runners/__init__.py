@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dat_deploy.errors import DatDeployError, UnsupportedError
+from dat_deploy.engine.passport import read_passport
+from dat_deploy.errors import DatDeployError, PassportError, UnsupportedError
 from dat_deploy.runners.base import EngineDescription, Runner
 
 __all__ = ["RUNTIMES", "EngineDescription", "Runner", "Runtime", "open_runner", "parse_engine", "reasons_against"]
@@ -37,12 +38,17 @@ RUNTIMES = {
         Runtime("onnxruntime-cuda", "FILE.onnx", "onnxruntime", "onnxruntime-gpu", "ONNX Runtime on CUDA, fp32"),
         Runtime("openvino", "FILE.onnx", "openvino", "openvino", "OpenVINO on the CPU, fp32"),
         Runtime("openvino-bf16", "FILE.onnx", "openvino", "openvino", "OpenVINO on the CPU, bf16"),
+        Runtime("tensorrt", "FILE.engine", "tensorrt", "tensorrt", "TensorRT, an engine of dat-deploy build"),
+        Runtime("tensorrt-rtx", "FILE.engine", "tensorrt_rtx", "tensorrt-rtx", "TensorRT-RTX, the same"),
+        Runtime("aotinductor", "FILE.pt2", "torch", "", "AOTInductor, a package of dat-deploy build"),
     )
 }
 
 
 def parse_engine(engine: str) -> tuple[Runtime, str]:
-    """`[RUNTIME:]TARGET` -> the runtime and its target; a bare `FILE.onnx` runs on ONNX Runtime.
+    """`[RUNTIME:]TARGET` -> the runtime and its target.
+
+    A bare `FILE.onnx` runs on ONNX Runtime, a `FILE.pt2` on AOTInductor, a `FILE.engine` on what its passport says.
 
     Raises:
         DatDeployError: if there is no such runtime, or no way to tell one.
@@ -51,9 +57,13 @@ def parse_engine(engine: str) -> tuple[Runtime, str]:
     if not colon:
         if engine.endswith(".onnx"):
             return RUNTIMES["onnxruntime"], engine
+        if engine.endswith(".pt2"):
+            return RUNTIMES["aotinductor"], engine
+        if engine.endswith(".engine"):
+            return RUNTIMES[_backend(Path(engine))], engine
         raise DatDeployError(
-            f"cannot tell what runs '{engine}'; an engine is FILE.onnx or RUNTIME:TARGET, "
-            f"such as pytorch:tiny or openvino:tiny.onnx. Runtimes: {', '.join(RUNTIMES)}."
+            f"cannot tell what runs '{engine}'; an engine is FILE.onnx, FILE.engine, FILE.pt2 or "
+            f"RUNTIME:TARGET, such as pytorch:tiny or openvino:tiny.onnx. Runtimes: {', '.join(RUNTIMES)}."
         )
     if name not in RUNTIMES:
         near = difflib.get_close_matches(name, RUNTIMES, n=2)
@@ -64,10 +74,23 @@ def parse_engine(engine: str) -> tuple[Runtime, str]:
     return RUNTIMES[name], target
 
 
+def _backend(engine: Path) -> str:
+    """That built it; TensorRT where nothing says so, of which the runner then complains."""
+    try:
+        backend = read_passport(engine).backend
+    except PassportError:
+        return "tensorrt"
+    return backend if backend in RUNTIMES else "tensorrt"
+
+
 def reasons_against(runtime: Runtime) -> list[str]:
     """Why `runtime` cannot run here; empty if it can."""
     if importlib.util.find_spec(runtime.package) is None:
         return [f"package {runtime.package} is not installed: pip install 'dat-deploy[{runtime.extra}]'"]
+    if runtime.name in ("tensorrt", "tensorrt-rtx"):
+        from dat_deploy.engine.gpu import gpu_architecture
+
+        return [] if gpu_architecture() else ["torch sees no CUDA device here"]
     if runtime.name == "onnxruntime-cuda":
         import onnxruntime
 
@@ -101,6 +124,14 @@ def open_runner(
         DatDeployError: if the engine cannot be opened; UnsupportedError if this environment lacks its runtime.
     """
     runtime, target = parse_engine(engine)
+    if runtime.name in ("tensorrt", "tensorrt-rtx"):  # the engine first: what is wrong with it is wrong everywhere
+        from dat_deploy.runners.tensorrt_runner import TensorrtRunner
+
+        return TensorrtRunner(Path(target), engine, backend=runtime.name, image_size=image_size)
+    if runtime.name == "aotinductor":
+        from dat_deploy.runners.aotinductor_runner import AotinductorRunner
+
+        return AotinductorRunner(Path(target), engine, image_size=image_size, threads=threads)
     reasons = reasons_against(runtime)
     if reasons:
         raise UnsupportedError(f"{runtime.name} cannot run here: {'; '.join(reasons)}")

@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from dat_deploy.engine.passport import Profile
 from dat_deploy.errors import DatDeployError, EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.preprocess import Preprocessing
@@ -31,7 +32,8 @@ class EngineDescription:
         device: `cpu` or `cuda`.
         precision: of the matrix products: `fp32`, `bf16`.
         network: what it computes; outputs: the names of what it gives, in order.
-        batch: the fixed batch, or None if any batch goes.
+        batch: the fixed batch, or None if several go: any, or those of `profiles` if there are any.
+        profiles: the batches that an engine was built for.
         dynamic_image_size: it takes images of any size that the network takes, not `network.image_size` alone.
         lowering: of the ONNX file, or None.
         threads: that one call computes with.
@@ -52,6 +54,7 @@ class EngineDescription:
     weights_sha256: str
     weights_source: str
     preprocessing: Preprocessing
+    profiles: tuple[Profile, ...] = ()
 
     @property
     def variant(self) -> str:
@@ -60,6 +63,22 @@ class EngineDescription:
     @property
     def image_size(self) -> tuple[int, int]:
         return self.network.image_size
+
+    @property
+    def batches_taken(self) -> str:
+        """In words, for messages."""
+        if self.profiles:
+            return "batch " + " or ".join(map(str, self.profiles))
+        return "any batch" if self.batch is None else str(self.batch)
+
+    @property
+    def least_batch(self) -> int:
+        return min((profile.least for profile in self.profiles), default=self.batch or 1)
+
+    def takes_batch(self, batch: int) -> bool:
+        if self.profiles:
+            return any(profile.least <= batch <= profile.most for profile in self.profiles)
+        return self.batch in (None, batch)
 
     def at_image_size(self, height: int, width: int) -> "EngineDescription":
         """The same engine as it is with images of another size.
@@ -108,18 +127,20 @@ class Runner(abc.ABC):
                 f"{self.description.name}: input 'image' has type {images_nchw.dtype}; it takes normalised float32. "
                 f"Use dat_deploy.preprocess."
             )
-        shape, batch, fixed = images_nchw.shape, self.description.batch, not self.description.dynamic_image_size
+        shape, fixed = images_nchw.shape, not self.description.dynamic_image_size
         if (
             len(shape) != 4
             or shape[0] == 0
             or shape[1] != 3
-            or batch not in (None, shape[0])
+            or not self.description.takes_batch(shape[0])
             or (fixed and shape[2:] != self.description.image_size)
         ):
             sides = "{}, {}".format(*self.description.image_size) if fixed else "height, width"
+            again = "Build" if self.description.profiles else "Export"
             raise ShapeError(
                 f"{self.description.name}: input 'image' has shape {list(shape)}; it takes "
-                f"[{batch or 'any batch'}, 3, {sides}]. Export again with --batch or --image-size for another."
+                f"[{self.description.batches_taken}, 3, {sides}]. {again} again with --batch or --image-size for "
+                f"another."
             )
         self.description.at_image_size(*shape[2:])
         return self._run(np.ascontiguousarray(images_nchw, dtype=np.float32))
@@ -166,6 +187,7 @@ def describe(
     device: str,
     precision: str,
     threads: int,
+    profiles: tuple[Profile, ...] = (),
 ) -> EngineDescription:
     """An exported file's description of itself, with what its runtime adds, for images of `image_size` if given."""
     about = EngineDescription(
@@ -183,6 +205,7 @@ def describe(
         weights_sha256=metadata.weights_sha256,
         weights_source=metadata.weights_source,
         preprocessing=metadata.preprocessing,
+        profiles=profiles,
     )
     return about if image_size is None else about.at_image_size(*image_size)
 

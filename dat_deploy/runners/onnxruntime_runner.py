@@ -15,7 +15,7 @@ __all__ = ["OnnxruntimeRunner"]
 
 
 class OnnxruntimeRunner(Runner):
-    """An exported file on ONNX Runtime; float32."""
+    """An exported file on ONNX Runtime, in the file's precision; its CPU has no kernels for bfloat16."""
 
     def __init__(
         self,
@@ -65,9 +65,15 @@ class OnnxruntimeRunner(Runner):
             source = str(model) if isinstance(model, Path) else model
             return ort.InferenceSession(source, options, providers=self._providers)
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
-            if isinstance(model, Path) and read_metadata(model).lowering == "plugin":
+            metadata = read_metadata(model) if isinstance(model, Path) else None
+            if metadata is not None and metadata.lowering == "plugin":
                 raise no_plugin_here(name) from error
             text = " ".join(str(error).split())
+            if metadata is not None and metadata.precision == "bf16" and "NOT_IMPLEMENTED" in text:
+                raise UnsupportedError(
+                    f"ONNX Runtime {ort.__version__} has no kernels here for the bfloat16 of {name}. Run it on "
+                    f"OpenVINO (openvino:FILE), build it for TensorRT, or export it with --precision fp16."
+                ) from error
             raise EngineBuildError(f"ONNX Runtime cannot open {name}: {text}") from error
 
     def _run(self, images_nchw: Images) -> dict[str, NDArray[np.float32]]:

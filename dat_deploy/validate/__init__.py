@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import datetime
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +15,12 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from dat_deploy.errors import DatDeployError, ShapeError, VerificationError
+from dat_deploy.engine.passport import Verdict, passport_path, record_verdict
+from dat_deploy.errors import DatDeployError, OutputError, ShapeError, VerificationError
 from dat_deploy.export.lowering import OperatorRecord, operator_records
 from dat_deploy.export.subgraph import operator_model
 from dat_deploy.files import atomic_output
+from dat_deploy.metadata import read_metadata
 from dat_deploy.model import REFERENCE
 from dat_deploy.photographs import photographs
 from dat_deploy.preprocess import preprocess_files
@@ -34,7 +37,7 @@ BATCHES = (1, 2, 3, 8)
 # is far below what moves a prediction. In a lower precision an engine may err twice as much as eager PyTorch does in
 # that precision on the same inputs, both measured against float32.
 FP32_TOLERANCE = 1e-4
-DTYPES = {"bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 Images = NDArray[np.float32]
 Outputs = dict[str, NDArray[np.float32]]
@@ -70,9 +73,12 @@ class Check:
 
 @dataclass(frozen=True)
 class ValidationReport:
+    """`notes` is what the user must know beside the checks."""
+
     engine: EngineDescription
     reference: EngineDescription
     checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -166,7 +172,22 @@ def validate(
             found = _check_at_size(runner, reference, at_size, images, batches, tolerance, announce)
             checks += [replace(check, name=check.name + where) for check in found]
         checks += _check_coordinates(runner, reference, progress)
-        return ValidationReport(about, reference.description, tuple(checks))
+        report = ValidationReport(about, reference.description, tuple(checks))
+    return _recorded(engine, report)
+
+
+def _recorded(engine: str, report: ValidationReport) -> ValidationReport:
+    """An engine's passport carries the last verdict."""
+    _, target = parse_engine(engine)
+    if not passport_path(Path(target)).is_file():
+        return report
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    checks = sum(check.passed is not None for check in report.checks)
+    try:
+        record_verdict(Path(target), Verdict(report.passed, report.verdict, date, checks))
+    except OutputError as error:
+        return replace(report, notes=(f"the verdict could not be written to the engine's passport: {error}",))
+    return report
 
 
 def _reference(about: EngineDescription, network: Variant, checkpoint: Path | None) -> PytorchRunner:
@@ -178,6 +199,14 @@ def _default_sizes(about: EngineDescription) -> list[tuple[int, int]]:
     height, width = about.image_size
     step = about.network.side_multiple
     return [about.image_size] + [(height + step, width + 3 * step)] * about.dynamic_image_size
+
+
+def _batches(about: EngineDescription, batches: Sequence[int]) -> list[int]:
+    """To try: of an engine with profiles, both ends and the best of each, too."""
+    if about.batch:
+        return [about.batch]
+    own = {batch for profile in about.profiles for batch in (profile.least, profile.best, profile.most)}
+    return sorted(own.union(batch for batch in batches if about.takes_batch(batch)))
 
 
 def _check_at_size(
@@ -198,17 +227,17 @@ def _check_at_size(
     if tolerance is None:
         inputs = np.concatenate([photos, *stress.values()])
         outputs = _joined([expected, *stress_expected.values()])
-        tolerances = _default_tolerances(reference, about.precision, inputs, outputs)
+        tolerances = _default_tolerances(reference, _precision(about), inputs, outputs)
     else:
         tolerances = dict.fromkeys(about.outputs, tolerance)
-    tried = [about.batch] if about.batch else sorted(set(batches))
+    tried = _batches(about, batches)
     checks: list[Check] = []
     for batch in tried:
         progress(f"photographs, batch {batch}")
         checks.append(_compare_photographs(runner, photos, expected, batch, tolerances))
     for label, image in stress.items():
         progress(f"stress image: {label}")
-        batch = about.batch or 1
+        batch = about.least_batch
         got = runner.outputs(np.repeat(image, batch, axis=0))
         checks.append(_check_outputs(f"stress image: {label}", batch, got, stress_expected[label], tolerances, ""))
     for batch in tried:
@@ -224,6 +253,14 @@ def _joined(parts: Sequence[Outputs]) -> Outputs:
 
 def _one_by_one(runner: Runner, images: Images) -> Outputs:
     return _joined([runner.outputs(images[i : i + 1]) for i in range(len(images))])
+
+
+def _precision(about: EngineDescription) -> str:
+    """In which the answer was rounded: a runtime may compute in float32 with the weights of a file in float16."""
+    _, target = parse_engine(about.name)
+    if about.precision == "fp32" and target.endswith(".onnx"):
+        return read_metadata(Path(target)).precision
+    return about.precision
 
 
 def _default_tolerances(
@@ -310,6 +347,7 @@ def _check_coordinates(runner: Runner, reference: PytorchRunner, progress: Progr
     if not records:
         detail = "the file's metadata no longer lists its operators"
         return [Check("coordinates", None, None, FP32_TOLERANCE, detail)]
+    precision = _precision(runner.description)
     worst: dict[str, Check] = {}
     for record in records:
         progress(f"coordinates: {record.name}")
@@ -318,8 +356,8 @@ def _check_coordinates(runner: Runner, reference: PytorchRunner, progress: Progr
             inputs = _operator_inputs(record, reference, kind, runner.description.batch or 2)
             exact = _operator_reference(record, reference, inputs, torch.float64)
             tolerance = FP32_TOLERANCE
-            if runner.description.precision != "fp32":
-                rounded = _operator_reference(record, reference, inputs, DTYPES[runner.description.precision])
+            if precision != "fp32":
+                rounded = _operator_reference(record, reference, inputs, DTYPES[precision])
                 tolerance = 2 * float(np.abs(rounded - exact).max())
             got = run({name: value.numpy() for name, value in inputs.items()})
             detail = f"{len(records)} operators, worst {record.name}"
@@ -352,8 +390,12 @@ def _operator_inputs(
 def _operator_reference(
     record: OperatorRecord, reference: PytorchRunner, inputs: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> NDArray[np.float64]:
-    """The operator in eager PyTorch, everything in `dtype`, with the bias table of its module."""
-    values = {name: value.to(dtype) for name, value in inputs.items()}
+    """The operator in eager PyTorch, in `dtype` but for the locations, with the bias table of its module.
+
+    Locations are never below float32: in a lower precision the points would move, and any fault be in the tolerance.
+    """
+    precise = torch.promote_types(dtype, torch.float32)
+    values = {name: value.to(precise if name == "sampling_locations" else dtype) for name, value in inputs.items()}
     if record.operator == "deformable_attention":
         module = reference.model.get_submodule(record.name.partition("/")[0])
         values["relative_position_bias_table"] = module.get_parameter("relative_position_bias_table").to(dtype)

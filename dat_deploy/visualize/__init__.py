@@ -165,7 +165,7 @@ def _network(about: EngineDescription) -> str:
 def _sampled_points(runner: Runner, image_nchw: NDArray[np.float32]) -> list[BlockPoints]:
     about = runner.description
     network = about.network
-    outputs = runner.outputs(np.repeat(image_nchw, about.batch or 1, axis=0))
+    outputs = runner.outputs(np.repeat(image_nchw, about.least_batch, axis=0))
     points = []
     for i, j in network.deformable_blocks:
         locations = _finite(about, f"sampling_locations_{i}_{j}", outputs)  # G, Hk, Wk, 2

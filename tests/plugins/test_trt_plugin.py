@@ -10,8 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,18 +41,6 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "neighborhood_attention": {"num_heads": 3, "kernel_size": 7, "dilation": 1},
 }
 TABLES = trt_plugin.TABLES
-
-
-def _load_harness() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tensorrt_harness", Path(__file__).with_name("tensorrt_harness.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-harness = _load_harness()
 
 
 @pytest.fixture(scope="session")
@@ -665,16 +652,7 @@ def test_importing_the_plugins_loads_neither_kernels_nor_tensorrt():
 # Ahead of time, in TensorRT's own layer: tensorrt_harness.py.
 
 
-@pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    reason = harness.reason_against()
-    if reason is not None:
-        pytest.skip(reason)
-    folder: Path = harness.prepare(tmp_path_factory.mktemp("libraries"))
-    return folder
-
-
-def test_tensorrt_launches_what_the_torch_operator_launches(libraries):
+def test_tensorrt_launches_what_the_torch_operator_launches(harness, libraries):
     """All shapes of all nine variants at 224 and 384, and of the detector, every configuration, batches 1 to 64."""
     found = harness.run(libraries, "arithmetic")
     assert found["wrong"] == []
@@ -697,7 +675,7 @@ def check_kernel(shown: dict[str, Any]) -> None:
     assert shown["scalar_types"] == ["SymInt32"]
 
 
-def test_tensorrt_is_given_ptx_of_inputs_scalars_and_output(libraries):
+def test_tensorrt_is_given_ptx_of_inputs_scalars_and_output(harness, libraries):
     shown = harness.run(libraries, "sample_kernel")
     assert [each["architecture"] for each in shown] == [90, 80]
     for each in shown:
@@ -707,7 +685,7 @@ def test_tensorrt_is_given_ptx_of_inputs_scalars_and_output(libraries):
 
 
 @pytest.mark.slow
-def test_tensorrt_is_given_ptx_of_every_operator(libraries):
+def test_tensorrt_is_given_ptx_of_every_operator(harness, libraries):
     shown = harness.run(libraries, "kernels")
     assert Counter(each["operator"] for each in shown) == dict.fromkeys(OPERATORS, 2)
     for each in shown:
@@ -715,7 +693,7 @@ def test_tensorrt_is_given_ptx_of_every_operator(libraries):
         assert len(each["tactics"]) >= 4
 
 
-def test_one_registry_takes_both_forms_in_turn(libraries):
+def test_one_registry_takes_both_forms_in_turn(harness, libraries):
     found = harness.run(libraries, "registry")
     quick, python = ["IPluginCreatorV3Quick"], ["_Creator"]
     assert found["steps"] == [["none"], quick, python, quick, quick, ["none"], python, python]
@@ -731,7 +709,7 @@ def test_one_registry_takes_both_forms_in_turn(libraries):
     assert found["flag"]
 
 
-def test_what_cannot_be_compiled_ahead_of_time_is_refused(libraries):
+def test_what_cannot_be_compiled_ahead_of_time_is_refused(harness, libraries):
     told = harness.run(libraries, "refusals")
     assert [recorded for *_, recorded in told] == ["True"] * len(told)
     assert [f"{kind}: {sentence}" for kind, sentence, _ in told] == [

@@ -52,10 +52,10 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def run(folder: Path, scenario: str) -> Any:
+def run(folder: Path, scenario: str, *arguments: str) -> Any:
     """What a function of this file found, in a process of its own."""
     environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
-    command = [sys.executable, __file__, scenario]
+    command = [sys.executable, __file__, scenario, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)  # noqa: S603  # fixed
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -222,7 +222,7 @@ def value_of(readable: Any) -> int:
 
 def all_cases() -> dict[Any, list[str]]:
     """The operators at the shapes of all variants, whatever the batch; benchmarks/gpu_operators.py."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
     from gpu_operators import cases
 
     return {case: users for case, users in cases().items() if case.batch == 1}
@@ -449,5 +449,34 @@ def refusals() -> list[list[str]]:
     return told
 
 
+def builds(source: str, folder: str) -> list[Any]:
+    """What backend `tensorrt` builds of an exported file on a machine that seems to have a GPU of sm_89."""
+    load_tensorrt()
+    from dat_deploy.engine import build as library
+    from dat_deploy.engine import tensorrt_build
+    from dat_deploy.errors import DatDeployError
+
+    library.gpu_architecture = tensorrt_build.gpu_architecture = lambda: 89
+    asked: list[dict[str, Any]] = [
+        {"lowering": "gather"},
+        {"lowering": "plugin", "plugin_form": "IPluginV3"},
+        {"lowering": "gather", "architectures": [80, 89]},
+        {"lowering": "gather", "architectures": [75, 89]},
+        {"lowering": "gather", "timing_cache": Path(folder, "timings")},
+        {"lowering": "plugin"},
+        {"lowering": "plugin", "architectures": [90, 100]},
+    ]
+    found: list[Any] = []
+    for options in asked:
+        try:
+            report = library.build(Path(source), Path(folder, "x.engine"), force=True, **options)
+        except DatDeployError as error:
+            found.append(f"{type(error).__name__}: {error}")
+        else:
+            passport = report.passport
+            found.append([passport.backend_version, passport.architectures, passport.plugins, passport.plugin_form])
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]]()))
+    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))

@@ -1,0 +1,233 @@
+"""Network -> AOTInductor package: compiled code and weights in one `.pt2`, which torch runs without this package."""
+
+import contextlib
+import errno
+import functools
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+from torch import Tensor
+from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.package.package import package_aoti
+
+from dat_deploy.engine.gpu import gpu_architecture
+from dat_deploy.engine.passport import Passport
+from dat_deploy.errors import DatDeployError, EngineBuildError, UnsupportedError
+from dat_deploy.model import DAT, REFERENCE, Operators, half_network
+from dat_deploy.plugins.neighborhood_attention.reference import neighborhood_index
+from dat_deploy.variants import Variant
+
+__all__ = ["PRECISIONS", "check_fits", "compile_package", "model_name"]
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Folded and packed weights take 40 % of the time away on a CPU. Without dynamic threads the package would start as many
+# as the machine that compiled it has cores.
+CPU_OPTIONS: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
+
+LONGEST_TEXT = 1000
+
+
+def model_name(batch: int) -> str:
+    """Of the compiled model of that batch inside a package."""
+    return f"batch_{batch}"
+
+
+def compile_package(
+    model: DAT,
+    output: Path,
+    *,
+    batches: Sequence[int],
+    precision: str = "fp32",
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Compile a network for each of the batches, and write them as one package.
+
+    Each model takes `image` [B, 3, H, W] float32 at the network's image size, and gives `model.output_names` in order,
+    float32. On CUDA the Triton kernels are compiled in. A package runs on the operating system and the kind of CPU or
+    GPU that it was compiled on, and holds the weights once for each batch.
+
+    Args:
+        model: in float32, fused or not.
+        output: is overwritten.
+        precision: a key of PRECISIONS; half precision as in `half_network`.
+        device: `cpu` or `cuda`.
+        progress: called with what is being done.
+
+    Raises:
+        EngineBuildError: if the compiler fails, or memory or disk space runs out.
+        UnsupportedError: if there is no C++ compiler, or no CUDA device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"torch {torch.__version__} sees no CUDA device here; build this package on one, or with --device cpu."
+        )
+    network = _network(model, precision, device)
+    with tempfile.TemporaryDirectory(prefix="dat-deploy-") as folder:
+        files = {}
+        for batch in batches:
+            progress(f"compiling batch {batch}")
+            with _translated(model.variant.name, batch), _quiet(), torch.no_grad():
+                files[model_name(batch)] = _compiled(network, batch, device, Path(folder, model_name(batch)))
+        progress("writing the package")
+        with _translated(model.variant.name, *batches), _quiet(), output.open("wb") as file:
+            package_aoti(file, files)
+
+
+def check_fits(passport: Passport, name: str) -> None:
+    """Refuse a package that was built for something else, before it is opened.
+
+    Raises:
+        UnsupportedError: if it is for another torch or another GPU than are here.
+    """
+    again = f"Build it again here: {passport.rebuild_command}"
+    if _release(passport.backend_version) != _release(torch.__version__):
+        raise UnsupportedError(
+            f"{name} was built with torch {passport.backend_version}, and {torch.__version__} is installed; packages "
+            f"run on the version that built them. {again}"
+        )
+    here = gpu_architecture()
+    if passport.architectures not in (("cpu",), (f"sm_{here}",)):
+        raise UnsupportedError(
+            f"{name} was built for {', '.join(passport.architectures)}, and "
+            f"{'no GPU is here' if here is None else f'the GPU here is sm_{here}'}. {again}"
+        )
+
+
+def _release(version: str) -> str:
+    """`2.13.0+cpu` -> `2.13.0`."""
+    return version.partition("+")[0]
+
+
+def _network(model: DAT, precision: str, device: str) -> DAT:
+    """The same network on the device, of the operators that compile to the fastest code there."""
+    with torch.device("meta"):
+        network = DAT(model.variant, fused=device == "cuda", sampled_points=model.sampled_points)
+    network.load_state_dict(model.state_dict(), assign=True)
+    if precision != "fp32":
+        network = half_network(network, PRECISIONS[precision])
+    if device == "cpu":
+        operators = _operators(network.variant)
+        for module in network.modules():
+            if hasattr(module, "operators"):
+                module.operators = operators  # type: ignore[assignment]  # torch knows modules and tensors alone
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _compiled(network: DAT, batch: int, device: str, folder: Path) -> list[Any]:
+    """The files of one model."""
+    image = torch.zeros(batch, 3, *network.variant.image_size, device=device)
+    program = torch.export.export(network, (image,))
+    options = {"aot_inductor.package": True, "aot_inductor.output_path": str(folder)}
+    if device == "cpu":
+        options |= CPU_OPTIONS
+    files = torch._inductor.aot_compile(program.module(check_guards=False), (image,), options=options)
+    assert isinstance(files, list), "of a package it gives a list"
+    return files
+
+
+def _operators(variant: Variant) -> Operators:
+    """Those that a CPU's compiler makes the fastest code of."""
+    indices = {
+        (side, stage.neighborhood_size): neighborhood_index(
+            max(side, stage.neighborhood_size), stage.neighborhood_size, dilation=1
+        )
+        for i, stage in enumerate(variant.stages)
+        if "N" in stage.blocks
+        for side in variant.feature_map(i)
+    }
+    return REFERENCE._replace(neighborhood_attention=functools.partial(_gathered_neighborhood_attention, indices))
+
+
+def _gathered_neighborhood_attention(
+    indices: dict[tuple[int, int], tuple[Tensor, Tensor]],
+    qkv: Tensor,
+    padding_qkv: Tensor,
+    table: Tensor,
+    num_heads: int,
+    kernel_size: int,
+    dilation: int,
+) -> Tensor:
+    """As the operator's reference, for a compiler that fuses: each pixel's neighbors are gathered where they are used.
+
+    Run as it stands it takes K² times the memory. The reference compiles to a kernel for each row of the window, which
+    takes longer and gives slower code.
+
+    Args:
+        indices: what `neighborhood_index` gives for a side and K: constants, so that their arithmetic is not compiled
+            into every kernel. qkv, ...: as the operator's.
+    """
+    assert dilation == 1, "no DAT has another"
+    batch, height, width, channels3 = qkv.shape
+    head_dim = channels3 // (3 * num_heads)
+    sides = [max(side, kernel_size) for side in (height, width)]
+    if sides != [height, width]:
+        canvas = padding_qkv.to(qkv.dtype).repeat(batch, *sides, 1)
+        canvas[:, :height, :width] = qkv
+        qkv = canvas
+    (rows, bias_rows), (columns, bias_columns) = (
+        [index[:side] for index in indices[side, kernel_size]] for side in (height, width)
+    )
+    q, k, v = qkv.reshape(batch, *sides, 3, num_heads, head_dim).unbind(3)  # B, H, W, M, D
+    q = q[:, :height, :width, None] * head_dim**-0.5
+    neighbors = (slice(None), rows[:, None, :, None], columns[None, :, None, :])
+    scores = (q * k[neighbors].flatten(3, 4)).sum(-1)  # B, H, W, K², M
+    bias = table.to(qkv.dtype)[:, bias_rows[:, None, :, None], bias_columns[None, :, None, :]]  # M, H, W, K, K
+    probabilities = (scores + bias.flatten(3).permute(1, 2, 3, 0)).softmax(dim=3)
+    out: Tensor = (probabilities[..., None] * v[neighbors].flatten(3, 4)).sum(3)
+    return out.flatten(-2)
+
+
+@contextlib.contextmanager
+def _translated(variant: str, *batches: int) -> Iterator[None]:
+    """torch's exceptions have no common base class, and wrap each other."""
+    try:
+        yield
+    except DatDeployError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if len(text) > LONGEST_TEXT:  # a compiler's command line and all of its complaints
+            text = f"{text[: LONGEST_TEXT // 2]} ... {text[-LONGEST_TEXT // 2 :]}"
+        what = f"{variant} for batch {', '.join(map(str, batches))}"
+        causes = list(_causes(error))
+        if any(isinstance(cause, InvalidCxxCompiler) for cause in causes):
+            raise UnsupportedError(
+                f"AOTInductor needs a C++ compiler to compile {what}: {text} Install g++, or name one in CXX."
+            ) from error
+        if any(isinstance(cause, (MemoryError, torch.OutOfMemoryError)) for cause in causes):
+            raise EngineBuildError(
+                f"memory ran out while AOTInductor compiled {what}: {text} Give fewer or smaller batches."
+            ) from error
+        if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+            raise EngineBuildError(
+                f"disk space ran out while AOTInductor compiled {what}: {text} Free some, or set TMPDIR and "
+                f"TORCHINDUCTOR_CACHE_DIR to folders with more."
+            ) from error
+        raise EngineBuildError(f"AOTInductor cannot compile {what}: {text}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception and what it was raised from or wraps."""
+    while error is not None:
+        yield error
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch's compilers say of themselves does not concern who calls this; errors are raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

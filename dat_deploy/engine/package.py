@@ -1,0 +1,103 @@
+"""A network -> AOTInductor package with its passport."""
+
+import importlib.metadata
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from dat_deploy.checkpoint import load_weights, model_from_weights
+from dat_deploy.configuration import find_variant
+from dat_deploy.engine.aotinductor import compile_package
+from dat_deploy.engine.gpu import gpu_architecture
+from dat_deploy.engine.passport import Passport, Profile, sha256, versions
+from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
+from dat_deploy.labels import class_names
+from dat_deploy.metadata import FileMetadata
+from dat_deploy.preprocess import Preprocessing
+from dat_deploy.variants import Variant
+
+__all__ = ["package_and_passport"]
+
+
+def package_and_passport(
+    variant: str | Variant,
+    *,
+    profiles: Sequence[Profile],
+    checkpoint: Path | None,
+    image_size: tuple[int, int] | None,
+    features: Sequence[int] | None,
+    precision: str,
+    device: str | None,
+    command: Sequence[str],
+    progress: Callable[[str], None],
+) -> tuple[bytes, Passport, tuple[str, ...]]:
+    """Compile a network for one batch after the other; the package, its passport, and notes on the weights.
+
+    Raises:
+        ShapeError: if a profile is a range; a package has static batches.
+        EngineBuildError: if there is no such device or precision, or the compiler fails.
+        UnsupportedError: if there is no CUDA device, or no compiler.
+    """
+    ranges = [str(profile) for profile in profiles if profile.least != profile.most]
+    if ranges:
+        raise ShapeError(
+            f"an AOTInductor package has static batches, and --batch got {', '.join(ranges)}; give each, as 1,8,32."
+        )
+    if precision not in ("fp32", "fp16", "bf16"):
+        raise EngineBuildError(f"no precision '{precision}'. Precisions: fp32, fp16, bf16.")
+    architecture = gpu_architecture()
+    device = device or ("cpu" if architecture is None else "cuda")
+    if device not in ("cpu", "cuda"):
+        raise EngineBuildError(f"no device '{device}'. Devices: cpu, cuda.")
+    if device == "cuda" and architecture is None:
+        raise UnsupportedError(
+            f"torch {torch.__version__} sees no CUDA device here; build this package on one, or with --device cpu."
+        )
+    network = find_variant(variant, image_size=image_size, features=features)
+    weights = load_weights(network, checkpoint)
+    model = model_from_weights(weights, network, fused=device == "cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder, "package.pt2")
+        compile_package(
+            model,
+            package,
+            batches=[profile.best for profile in profiles],
+            precision=precision,
+            device=device,
+            progress=progress,
+        )
+        content = package.read_bytes()
+    metadata = FileMetadata(
+        network=network,
+        batch=None,
+        dynamic_image_size=False,
+        lowering="kernels" if device == "cuda" else "reference",
+        precision=precision,
+        opset_version=0,
+        preprocessing=Preprocessing.from_variant(network),
+        class_names=() if network.features else class_names(network.classes),
+        weights_sha256=weights.sha256,
+        weights_source=weights.source,
+        version=importlib.metadata.version("dat-deploy"),
+    )
+    passport = Passport(
+        engine_sha256=sha256(content),
+        engine_bytes=len(content),
+        backend="aotinductor",
+        backend_version=str(torch.__version__),
+        versions=versions(),
+        architectures=(f"sm_{architecture}",) if device == "cuda" else ("cpu",),
+        profiles=tuple(profiles),
+        outputs=tuple(model.output_names),
+        layers={},
+        engine_layers=None,
+        plugins={},
+        plugin_form=None,
+        metadata=metadata,
+        source=None,
+        source_sha256=None,
+        rebuild=tuple(command),
+    )
+    return content, passport, weights.notes

@@ -1,0 +1,437 @@
+"""Precision lives in the graph: which nodes compute in float16 or bfloat16, and which stay in float32.
+
+What stays: LayerNormalization and means, and everything that computes where the points are sampled, from the
+convolution of the offsets on. In the operators' bodies all stays but the two products of attention.
+"""
+
+import abc
+import difflib
+import fnmatch
+import functools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from dat_deploy.errors import ExportError
+from dat_deploy.export.operators import operator_nodes, parameters
+from dat_deploy.plugins.onnx_domain import DOMAIN_NAME
+
+__all__ = [
+    "DTYPES",
+    "PrecisionCensus",
+    "cast_graph",
+    "check_precision",
+    "polymorphic_body",
+    "precision_census",
+    "value_types",
+]
+
+FLOAT = ir.DataType.FLOAT
+DTYPES = {"fp32": FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+# Computes nothing, so it has the type of its data, whatever that is.
+_MOVES = frozenset({
+    "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice",
+    "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+})  # fmt: skip
+_FP32_PARAMETERS = frozenset({"sampling_locations", "relative_position_bias_table"})  # of the operators
+
+_Types = dict[ir.Value, ir.DataType]
+
+
+def check_precision(precision: str, fp32: Sequence[str] = (), no_fp32: Sequence[str] = ()) -> None:
+    """Raises ExportError unless there is such a precision, and it has float32 islands to add to or take from."""
+    if precision not in DTYPES:
+        raise ExportError(f"no precision '{precision}'. Precisions: {', '.join(DTYPES)}.")
+    if precision == "fp32" and (fp32 or no_fp32):
+        raise ExportError(
+            "--fp32 and --no-fp32 change what stays in float32 in a lower precision; with --precision fp32 everything "
+            "does. Leave them out, or add --precision fp16."
+        )
+
+
+def cast_graph(model: ir.Model, precision: str, *, fp32: Sequence[str] = (), no_fp32: Sequence[str] = ()) -> ir.Model:
+    """Bring a float32 graph to a lower precision; `model` itself is changed, its inputs and outputs stay float32.
+
+    Args:
+        model: a graph whose operators are nodes of domain dat_deploy, without bodies.
+        precision: one of DTYPES.
+        fp32: modules that stay in float32 with all below them, such as `stages.3`; each part may be a shell glob:
+            `stages.*.attns.1`.
+        no_fp32: modules, likewise, in which nothing stays in float32 by default; `fp32` wins where both name one.
+
+    Raises:
+        ExportError: if there is no such precision or module, if `no_fp32` names one where nothing stays in float32,
+            or if a weight is too large for the precision.
+    """
+    check_precision(precision, fp32, no_fp32)
+    half = DTYPES[precision]
+    if half == FLOAT:
+        return model
+    types = value_types(model)
+    islands = _islands(model, types, half, fp32, no_fp32)
+    _GraphRetyping(model, types, half, islands).run()
+    return model
+
+
+def polymorphic_body(body: onnx.FunctionProto) -> onnx.FunctionProto:
+    """A flat float32 body made fit for nodes of any type: all in float32, but the products of data with data.
+
+    Those are the two of the attention, query with key and probabilities with value; they are computed in the type of
+    the first input, as is the output. Products with interpolation weights or selections are not of this kind. Sampling
+    locations and bias tables come in float32 whatever the node's type. One body serves all types, since TensorRT and
+    OpenVINO know one a name.
+    """
+    function = ir.serde.deserialize_function(body)
+    _BodyRetyping(function).run()
+    return ir.serde.serialize_function(function)
+
+
+@dataclass(frozen=True)
+class PrecisionCensus:
+    """What a graph computes in, counted from its nodes; nodes that compute in integers do not count.
+
+    Attributes:
+        nodes: precision -> operator -> number of nodes; a node of several types has that of its first input.
+        casts: from one of the precisions to another; they do not count as nodes.
+        islands: groups of connected float32 nodes.
+    """
+
+    nodes: dict[str, dict[str, int]]
+    casts: int
+    islands: int
+
+    def count(self, precision: str) -> int:
+        return sum(self.nodes.get(precision, {}).values())
+
+    def share(self, precision: str) -> float:
+        """Of all nodes that compute in floating point."""
+        return self.count(precision) / max(1, sum(map(self.count, self.nodes)))
+
+    def __str__(self) -> str:
+        """`precision: fp16 412 nodes (81%), fp32 96 (19%) in 31 islands, 90 casts`."""
+        lower = [name for name in self.nodes if name != "fp32"]
+        if not lower:
+            return f"precision: fp32 {self.count('fp32')} nodes"
+        parts = [f"{name} {self.count(name)} nodes ({self.share(name):.0%})" for name in lower]
+        parts.append(f"fp32 {self.count('fp32')} ({self.share('fp32'):.0%}) in {self.islands} islands")
+        return f"precision: {', '.join(parts)}, {self.casts} casts"
+
+
+def precision_census(model: ir.Model) -> PrecisionCensus:
+    """Count nodes by the type they compute in, which follows from the types of inputs, weights and Casts alone."""
+    types = value_types(model)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    nodes: dict[str, Counter[str]] = {}
+    casts = 0
+    group: dict[ir.Node, ir.Node] = {}  # node of float32 -> another of its island; one a group is its own
+    for node in model.graph:
+        read = [types[value] for value in node.inputs if value is not None and types[value] in names]
+        made = [types[value] for value in node.outputs if types[value] in names]
+        if node.op_type == "Cast" and read and made:
+            casts += 1
+        elif made:
+            precision = names[(read or made)[0]]
+            nodes.setdefault(precision, Counter())[node.op_type] += 1
+            if precision == "fp32":
+                group[node] = node
+                for value in node.inputs:
+                    before = None if value is None or types[value] != FLOAT else value.producer()
+                    if before in group:
+                        group[_representative(group, before)] = node
+    islands = sum(node is other for node, other in group.items())
+    return PrecisionCensus({name: dict(found) for name, found in sorted(nodes.items())}, casts, islands)
+
+
+def _representative(group: dict[ir.Node, ir.Node], node: ir.Node) -> ir.Node:
+    while group[node] is not node:
+        group[node] = node = group[group[node]]
+    return node
+
+
+def _islands(
+    model: ir.Model, types: _Types, half: ir.DataType, fp32: Sequence[str], no_fp32: Sequence[str]
+) -> set[ir.Node]:
+    """The nodes that stay in float32, because they do by default, or are told to, or ONNX lacks them in `half`."""
+    nodes = [node for node in model.graph if any(types[value] == FLOAT for value in node.outputs)]
+    named = {prefix for node in nodes for prefix in _prefixes(_module(node))}
+    default = {node for node in nodes if node.op_type in ("LayerNormalization", "ReduceMean")}
+    default |= _coordinate_path(model, types)
+    opset = model.opset_imports[""]
+    islands = {node for node in nodes if not node.domain and half not in _allowed_types(node.op_type, opset)}
+    for pattern in (*fp32, *no_fp32):
+        if not any(_is_within(module, pattern) for module in named):
+            option = "--fp32" if pattern in fp32 else "--no-fp32"
+            raise ExportError(f"{option} '{pattern}' names no module of this network. {_hint(pattern, named)}")
+    for pattern in no_fp32:
+        if not any(_is_within(_module(node), pattern) for node in default):
+            kept = {prefix for node in default for prefix in _prefixes(_module(node))}
+            raise ExportError(
+                f"--no-fp32 '{pattern}' names modules in which nothing is in float32 by default. {_hint(pattern, kept)}"
+            )
+    islands |= {node for node in default if not any(_is_within(_module(node), pattern) for pattern in no_fp32)}
+    return islands | {node for node in nodes if any(_is_within(_module(node), pattern) for pattern in fp32)}
+
+
+def _coordinate_path(model: ir.Model, types: _Types) -> set[ir.Node]:
+    """What computes the sampling locations: back from each operator, to the convolution of the offsets, without it."""
+    found: set[ir.Node] = set()
+    pending = [
+        value
+        for node in operator_nodes(model)
+        for name, value in zip(parameters(node.op_type), node.inputs, strict=True)
+        if name == "sampling_locations"
+    ]
+    while pending:
+        value = pending.pop()
+        node = None if value is None else value.producer()
+        if node is not None and node.op_type != "Conv" and node not in found:
+            found.add(node)
+            pending += [value for value in node.inputs if value is not None and types[value] == FLOAT]
+    return found
+
+
+def _module(node: ir.Node) -> str:
+    """`stages.2.attns.1` of `stages.2.attns.1/MatMul`; empty for a node of the network itself."""
+    return str(node.name).rpartition("/")[0]
+
+
+def _prefixes(module: str) -> Iterable[str]:
+    parts = module.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _is_within(module: str, pattern: str) -> bool:
+    """Whether `pattern` names the module or one around it, a glob for each part of its name."""
+    parts, globs = module.split("."), pattern.split(".")
+    return len(parts) >= len(globs) and all(map(fnmatch.fnmatchcase, parts, globs))
+
+
+def _hint(pattern: str, modules: set[str]) -> str:
+    near = difflib.get_close_matches(pattern, sorted(modules), n=3, cutoff=0.4)
+    top = sorted({module.partition(".")[0] for module in modules if module})
+    return (f"Did you mean {' or '.join(near)}? " if near else "") + f"Modules are in: {', '.join(top)}."
+
+
+@functools.cache
+def _type_rule(op_type: str, opset_version: int) -> tuple[ir.DataType | int | None, frozenset[ir.DataType]]:
+    """(type of the first output: itself, or the input that it is like, or None; the types it may have)."""
+    schema = onnx.defs.get_schema(op_type, opset_version, "")
+    constraints = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
+    letter = schema.outputs[0].type_str
+    allowed = frozenset(
+        ir.DataType[name.upper()]
+        for name in (text[len("tensor(") : -1] for text in constraints.get(letter, [letter]))
+        if name.upper() in ir.DataType.__members__
+    )
+    like = [index for index, parameter in enumerate(schema.inputs) if parameter.type_str == letter]
+    if like:
+        return like[0], allowed
+    return (next(iter(allowed)) if len(allowed) == 1 else None), allowed
+
+
+def _allowed_types(op_type: str, opset_version: int) -> frozenset[ir.DataType]:
+    return _type_rule(op_type, opset_version)[1]
+
+
+def _output_type(node: ir.Node, types: _Types, opset_version: int) -> ir.DataType:
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes["to"].as_int())
+    if node.op_type == "Constant":
+        (name,) = node.attributes
+        if name == "value":
+            return node.attributes[name].as_tensor().dtype
+        return FLOAT if name.startswith("value_float") else ir.DataType.INT64
+    like = 0 if node.domain else _type_rule(node.op_type, opset_version)[0]
+    if isinstance(like, ir.DataType):
+        return like
+    assert like is not None, f"no type for the result of {node.op_type}"
+    value = node.inputs[like]
+    assert value is not None
+    return types[value]
+
+
+def value_types(model: ir.Model) -> _Types:
+    """The element type of every value, from those of the graph's inputs and weights on."""
+    graph = model.graph
+    types = {value: value.dtype or ir.DataType.UNDEFINED for value in (*graph.inputs, *graph.initializers.values())}
+    return _with_results(types, graph, model.opset_imports[""])
+
+
+def _with_results(types: _Types, nodes: Iterable[ir.Node], opset_version: int) -> _Types:
+    for node in nodes:
+        types.update(dict.fromkeys(node.outputs, _output_type(node, types, opset_version)))
+    return types
+
+
+class _Retyping(abc.ABC):
+    """One walk over the nodes that brings what each reads to the type it computes in.
+
+    A value is converted once for each type that is asked of it.
+
+    Attributes:
+        types: of every value, kept up to date along the walk; in a body `half` stands for whatever type a node has.
+    """
+
+    def __init__(self, graph: ir.Graph, types: _Types, half: ir.DataType) -> None:
+        self.graph = graph
+        self.types = types
+        self.half = half
+        self._converted: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph):
+            read = {i: value for i, value in enumerate(node.inputs) if value is not None and self._is_float(value)}
+            if not read or node.op_type in ("Cast", "Shape"):
+                continue  # takes any type as it is
+            wanted = self.wanted(node, list(read.values()))
+            for index, dtype in zip(read, wanted, strict=True):
+                node.replace_input_with(index, self.converted(read[index], dtype, node))
+            for value in filter(self._is_float, node.outputs):
+                self.types[value] = wanted[0]
+        for index, value in enumerate(self.graph.outputs):
+            self.convert_output(index, value)
+
+    def _is_float(self, value: ir.Value) -> bool:
+        return self.types[value] in (FLOAT, self.half)
+
+    def converted(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node) -> ir.Value:
+        """`value` in another type, for `reader` and those after it."""
+        if self.types[value] == dtype:
+            return value
+        key = (value, dtype)
+        if key not in self._converted:
+            self._converted[key] = self.convert(value, dtype, reader)
+            self.types[self._converted[key]] = dtype
+        return self._converted[key]
+
+    def type_of_data(self, values: Sequence[ir.Value]) -> ir.DataType:
+        """Of what a node moves; constants have the type that is asked of them."""
+        found = {self.types[value] for value in values if not value.is_initializer()}
+        return FLOAT if FLOAT in found else self.half
+
+    @abc.abstractmethod
+    def wanted(self, node: ir.Node, read: Sequence[ir.Value]) -> list[ir.DataType]:
+        """The type of each floating-point input; the result has that of the first."""
+
+    @abc.abstractmethod
+    def convert(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node) -> ir.Value:
+        """A new value of another type, made before `reader`."""
+
+    @abc.abstractmethod
+    def convert_output(self, index: int, value: ir.Value) -> None:
+        """Give an output the type that it must have."""
+
+
+class _GraphRetyping(_Retyping):
+    def __init__(self, model: ir.Model, types: _Types, half: ir.DataType, islands: set[ir.Node]) -> None:
+        super().__init__(model.graph, types, half)
+        self.islands = islands
+        self.names = {str(node.name) for node in model.graph}
+
+    def run(self) -> None:
+        super().run()
+        for (weight, _), copy in self._converted.items():
+            name = weight.name
+            if weight.is_initializer() and not weight.uses():
+                del self.graph.initializers[str(name)]
+                copy.name = name
+        for value, dtype in self.types.items():
+            value.dtype = dtype
+
+    def wanted(self, node: ir.Node, read: Sequence[ir.Value]) -> list[ir.DataType]:
+        if node in self.islands:
+            return [FLOAT] * len(read)
+        if node.domain == DOMAIN_NAME:
+            is_fp32 = [name in _FP32_PARAMETERS for name in parameters(node.op_type)]
+            return [FLOAT if stays else self.half for stays in is_fp32]
+        dtype = self.type_of_data(read) if node.op_type in _MOVES else self.half
+        return [dtype] * len(read)
+
+    def convert(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node) -> ir.Value:
+        if value.is_initializer():
+            return self._converted_weight(value, dtype, reader)
+        # named after the module that is in float32 for the sake of this Cast
+        made_in = value.producer()
+        return self._cast(value, dtype, reader if dtype == FLOAT or made_in is None else made_in, reader)
+
+    def convert_output(self, index: int, value: ir.Value) -> None:
+        node = value.producer()
+        if self.types[value] == FLOAT or node is None:
+            return
+        result = self._cast(value, FLOAT, node, None)
+        self.types[result] = FLOAT
+        value.name, result.name = node.name, value.name
+        self.graph.outputs[index] = result
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType, namesake: ir.Node, reader: ir.Node | None) -> ir.Value:
+        module = _module(namesake)
+        name = numbered = f"{module}/Cast" if module else "Cast"
+        count = 1
+        while numbered in self.names:
+            count += 1
+            numbered = f"{name}_{count}"
+        self.names.add(numbered)
+        node = ir.node("Cast", [value], {"to": dtype}, name=numbered)
+        (result,) = node.outputs
+        result.name, result.shape = numbered, value.shape
+        if reader is None:
+            self.graph.append(node)
+        else:
+            self.graph.insert_before(reader, node)
+        return result
+
+    def _converted_weight(self, weight: ir.Value, dtype: ir.DataType, reader: ir.Node) -> ir.Value:
+        assert weight.const_value is not None
+        exact = weight.const_value.numpy()
+        with np.errstate(over="ignore"):
+            rounded = exact.astype(dtype.numpy())
+        if not np.isfinite(rounded[np.isfinite(exact)]).all():
+            largest = np.abs(exact[np.isfinite(exact)]).max()
+            raise ExportError(
+                f"weight '{weight.name}' holds {largest:.4g}, which {dtype.name.lower()} does not reach. Keep its "
+                f"module in float32 with --fp32 {_module(reader)}, or export with --precision "
+                f"{'bf16' if dtype == ir.DataType.FLOAT16 else 'fp32'}."
+            )
+        copy = ir.Value(name=f"{weight.name}/{dtype.name.lower()}", const_value=ir.tensor(rounded))
+        copy.dtype, copy.shape = dtype, weight.shape
+        self.graph.register_initializer(copy)
+        return copy
+
+
+class _BodyRetyping(_Retyping):
+    def __init__(self, function: ir.Function) -> None:
+        inputs = dict.fromkeys(function.inputs, FLOAT)
+        types = _with_results(inputs, function, function.opset_imports[""])
+        half = ir.DataType.FLOAT16
+        self.first = function.inputs[0]
+        self.carries_data = {value for value in function.inputs if value.name not in _FP32_PARAMETERS}
+        types.update(dict.fromkeys(self.carries_data, half))
+        super().__init__(function.graph, types, half)
+
+    def wanted(self, node: ir.Node, read: Sequence[ir.Value]) -> list[ir.DataType]:
+        carrying = [value in self.carries_data for value in read]
+        if any(carrying):
+            self.carries_data.update(filter(self._is_float, node.outputs))
+        if node.op_type in _MOVES:
+            return [self.type_of_data(read)] * len(read)
+        is_product_of_data = node.op_type == "MatMul" and all(carrying)
+        return [self.half if is_product_of_data else FLOAT] * len(read)
+
+    def convert(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node | None) -> ir.Value:
+        node = ir.node("Cast", [value], {"to": FLOAT}) if dtype == FLOAT else ir.node("CastLike", [value, self.first])
+        (result,) = node.outputs
+        self.types[result] = dtype
+        if reader is None:
+            self.graph.append(node)
+        else:
+            self.graph.insert_before(reader, node)
+        return result
+
+    def convert_output(self, index: int, value: ir.Value) -> None:
+        if self.types[value] != self.half:
+            self.graph.outputs[index] = self.convert(value, self.half, None)

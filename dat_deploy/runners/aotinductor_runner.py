@@ -1,0 +1,121 @@
+"""AOTInductor, on the CPU or on CUDA: a package that `dat-deploy build` made, by its passport."""
+
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dat_deploy.engine.aotinductor import check_fits, model_name
+from dat_deploy.engine.passport import open_engine
+from dat_deploy.errors import EngineBuildError, EngineRunError, UnsupportedError
+from dat_deploy.runners.base import Images, Runner, available_cores, describe
+
+__all__ = ["AotinductorRunner"]
+
+
+class AotinductorRunner(Runner):
+    """A package of compiled models, one for each batch. Several threads may call it, and take turns.
+
+    Args:
+        threads: that one call may use on a CPU; None for all that this process may run on.
+
+    Raises:
+        PassportError: if the package is not what its passport says; nothing of it was run then.
+        UnsupportedError: if this machine or its torch is another than the package was built for.
+        EngineBuildError: if torch cannot open it.
+    """
+
+    def __init__(
+        self, path: Path, name: str, *, image_size: tuple[int, int] | None = None, threads: int | None = None
+    ) -> None:
+        passport, content = open_engine(path)
+        if passport.backend != "aotinductor":
+            raise UnsupportedError(
+                f"{path} was built with backend {passport.backend}, not aotinductor. "
+                f"Open it as {passport.backend}:{path}"
+            )
+        check_fits(passport, name)
+        device = "cpu" if passport.architectures == ("cpu",) else "cuda"
+        if device == "cpu":
+            torch.set_num_threads(threads or available_cores())
+        self.description = describe(
+            passport.metadata,
+            name,
+            image_size,
+            outputs=passport.outputs,
+            runtime="aotinductor",
+            runtime_version=str(torch.__version__),
+            device=device,
+            precision=passport.metadata.precision,
+            threads=torch.get_num_threads() if device == "cpu" else 1,
+            profiles=passport.profiles,
+        )
+        self._lock = threading.Lock()
+        self._pinned: dict[int, Tensor] = {}
+        self._models: dict[int, Any] = {}
+        with tempfile.TemporaryDirectory() as folder:  # torch unpacks the file and needs it no more
+            package = Path(folder, "package.pt2")
+            package.write_bytes(content)
+            for profile in passport.profiles:
+                self._models[profile.best] = self._open(package, profile.best)
+
+    def _open(self, package: Path, batch: int) -> Any:
+        # Not torch's aoti_load_package: that would open all the models for each one, and look for a C++ compiler.
+        loader: Any = torch._C._aoti.AOTIModelPackageLoader
+        try:
+            compiled_for = loader.load_metadata_from_package(str(package), model_name(batch)).get("AOTI_CPU_ISA", "")
+            here = torch.backends.cpu.get_cpu_capability()
+            if "AVX512" in compiled_for and here != "AVX512":
+                raise UnsupportedError(
+                    f"{self.description.name} was built for CPUs with AVX512, and this one has {here}. Build it again "
+                    f"here with: dat-deploy build"
+                )
+            return loader(str(package), model_name(batch), False, 1, -1)
+        except UnsupportedError:
+            raise
+        except Exception as error:  # whatever the compiled code raises
+            text = " ".join(str(error).split())
+            raise EngineBuildError(f"torch cannot open {self.description.name} for batch {batch}: {text}") from error
+
+    def _run(self, images_nchw: Images) -> dict[str, NDArray[np.float32]]:
+        with self._lock:
+            image = torch.from_numpy(images_nchw)
+            if self.description.device == "cpu":
+                if torch.get_num_threads() != self.description.threads:  # in a thread that OpenMP sees anew
+                    torch.set_num_threads(self.description.threads)
+                results = self._call(image)
+            else:
+                results = [result.cpu() for result in self._call(self._on_device(image))]
+        return {name: result.numpy() for name, result in zip(self.description.outputs, results, strict=True)}
+
+    def _on_device(self, image: Tensor) -> Tensor:
+        """By way of page-locked memory, which is kept: the GPU copies from there without the CPU."""
+        batch = image.shape[0]
+        if batch not in self._pinned:
+            self._pinned[batch] = torch.empty(image.shape, pin_memory=True)
+        return self._pinned[batch].copy_(image).to("cuda", non_blocking=True)
+
+    def outputs_on_device(self, images_nchw: Tensor) -> dict[str, Tensor]:
+        """As `outputs`, for a tensor on the engine's device; nothing passes through host memory."""
+        with self._lock:
+            return dict(zip(self.description.outputs, self._call(images_nchw), strict=True))
+
+    @torch.inference_mode()
+    def _call(self, image: Tensor) -> list[Tensor]:
+        if not self._models:
+            raise EngineRunError(f"{self.description.name} is closed; open it again.")
+        try:
+            return self._models[image.shape[0]].boxed_run([image])  # type: ignore[no-any-return]  # untyped call
+        except Exception as error:  # whatever the compiled code raises
+            text = " ".join(str(error).split())
+            raise EngineRunError(f"AOTInductor failed while running {self.description.name}: {text}") from error
+
+    def close(self) -> None:
+        with self._lock:
+            self._models.clear()
+            self._pinned.clear()
