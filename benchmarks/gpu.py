@@ -1,4 +1,4 @@
-"""Everything that a CUDA device says of the operators and networks, in one command of a few minutes: `make bench-gpu`.
+"""Everything that a CUDA device says of operators, networks and engines, in a few minutes: `make bench-gpu`.
 
     python benchmarks/gpu.py [--part tests,ceilings,...] [--variant tiny,...] [--minutes 8] [--output DIR] [--fresh]
 
@@ -28,12 +28,13 @@ sys.path.insert(0, str(ROOT))  # a machine with a GPU may have this checkout, bu
 # In order, with their shares of the time; what a part does not need, the others get in the end.
 SHARES = {
     "ceilings": 0.02,
-    "memory": 0.05,
-    "tune": 0.17,
-    "operators": 0.18,
-    "ptx": 0.05,
+    "memory": 0.04,
+    "tune": 0.14,
+    "operators": 0.15,
+    "ptx": 0.04,
     "tests": 0.13,
-    "networks": 0.37,
+    "networks": 0.28,
+    "engines": 0.17,
     "profile": 0.03,
 }
 PARTS = (*SHARES, "report")
@@ -210,7 +211,8 @@ def work(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     state = {"record": str(path)}
     write_state(options.worker, state)
-    jobs = gpu_record.pending(all_jobs(options.parts, options.variant), record, continued=options.continued)
+    every = all_jobs(options.parts, options.variant, options.worker.parent)
+    jobs = gpu_record.pending(every, record, continued=options.continued)
     record.write(path)
     begin = time.time()
 
@@ -238,8 +240,12 @@ def work(options: argparse.Namespace) -> int:
     return 0 if ended else BROKEN
 
 
-def all_jobs(parts: Sequence[str], variants: str | None = None) -> list[Any]:
-    """Those of these parts, the most valuable of each part first. Raises VariantError for an unknown variant."""
+def all_jobs(parts: Sequence[str], variants: str | None = None, folder: Path | None = None) -> list[Any]:
+    """Those of these parts, the most valuable of each part first; `folder` keeps what several rows need.
+
+    Raises VariantError for an unknown variant.
+    """
+    import gpu_engines
     import gpu_networks
     import gpu_operators
     import gpu_ptx
@@ -255,6 +261,7 @@ def all_jobs(parts: Sequence[str], variants: str | None = None) -> list[Any]:
         "ptx": gpu_ptx.jobs,
         "tests": gpu_networks.tests_jobs,
         "networks": lambda: gpu_networks.jobs(names),
+        "engines": lambda: gpu_engines.jobs(names, folder),
         "profile": gpu_networks.profile_jobs,
     }
     return [job for part, make in jobs.items() if part in parts for job in make()]

@@ -1,6 +1,7 @@
 """A record of the GPU benchmark as Markdown and as a picture. Needs no torch, and matplotlib for the picture alone."""
 
 import importlib.util
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,44 @@ def _networks(record: Record) -> list[str]:
     return _table(head, lines) if lines else ["No network was measured."]
 
 
+def _engines(record: Record) -> list[str]:
+    """Beside the compiled network and AOTInductor, each of the same variant and batch."""
+    order = list(dict.fromkeys(row.labels["variant"] for row in record.rows.values() if row.part == "engines"))
+    lines = []
+    for row in (row for row in record.rows.values() if row.part == "engines"):
+        labels, found = row.labels, row.numbers
+        same = {"variant": labels["variant"], "batch": labels["batch"]}
+        variant = "any" if same["variant"] == "any" else f"`{same['variant']}` {labels['image']}"
+        cells = [variant, labels["batch"], labels["engine"]]
+        if row.error:
+            why = "not here" if labels["batch"] == "any" else "error"
+            cells += [f"{why}: {row.error[:80]}".replace("|", "\\|"), *["–"] * 10]
+        else:
+            compiled = number(record, "p50_ms", "networks", mode="fused+compile", **same)
+            packaged = number(record, "p50_ms", "engines", engine="aotinductor", **same)
+            cells += [_shown(found["images_per_s"], ".0f")]
+            cells += [_shown(found[f"{name}_ms"], ".3f") for name in ("p50", "p90", "p99", "host_p50")]
+            cells += [_shown(found["build_s"], ".0f")]
+            cells += [_shown(found[f"{name}_mib"], ".0f") for name in ("engine", "device")]
+            layers = [f"{value:.0f} {name.removesuffix(' layers')}" for name, value in _layers(found)]
+            cells += [", ".join(layers) or "–"]
+            cells += [_shown(_ratio(other, found["p50_ms"])) for other in (compiled, packaged)]
+        batch = int(labels["batch"]) if labels["batch"].isdigit() else 0
+        lines.append(((order.index(same["variant"]), batch, found.get("p50_ms", math.inf)), cells))
+    if not lines:
+        return ["No engine was measured."]
+    head = ["network", "batch", "engine", "images/s", "p50 ms", "p90 ms", "p99 ms", "p50 ms from NumPy", "build s"]
+    head += ["engine MiB", "device MiB", "layers", "× fused+compile", "× aotinductor"]
+    said = "Engines in fp16, with images and logits on the device but for one column; TensorRT must beat aotinductor:"
+    return [said, "", *_table(head, (cells for _, cells in sorted(lines)))]
+
+
+def _layers(numbers: dict[str, float]) -> list[tuple[str, float]]:
+    """How many layers compute in each precision, the most first."""
+    counted = [(name, value) for name, value in numbers.items() if name.endswith(" layers")]
+    return sorted(counted, key=lambda item: -item[1])
+
+
 def _sentences(record: Record) -> list[str]:
     said = []
     for row in rows(record, "ceilings"):
@@ -191,7 +230,7 @@ def markdown(record: Record) -> str:
     """The tables for the README, each target's verdict first."""
     machine = record.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-    lines = [targets(record), "", *_networks(record), "", *_operators(record), ""]
+    lines = [targets(record), "", *_networks(record), "", *_engines(record), "", *_operators(record), ""]
     lines += [f"- {sentence}" for sentence in _sentences(record)]
     where = f"{machine.gpu}, {machine.memory_gib} GiB, {versions}"
     lines += ["", f"{where}; commit {record.commit or 'unknown'} (source {record.source}), {record.date}."]
