@@ -17,7 +17,7 @@ from gpu_timing import Times, times
 from torch import Tensor
 
 from dat_deploy.engine.gpu import gpu_architecture
-from dat_deploy.engine.tensorrt_library import MODULES, import_tensorrt
+from dat_deploy.engine.tensorrt_library import MODULES, import_tensorrt, reasons_against_gpu
 from dat_deploy.errors import UnsupportedError
 from dat_deploy.plugins import trt_plugin
 from dat_deploy.variants import VARIANTS, Variant
@@ -70,11 +70,10 @@ def reason_against(engine: Engine) -> str | None:
     except UnsupportedError as error:
         return str(error)
     architecture = gpu_architecture()
-    if engine.backend == "tensorrt-rtx" and architecture is not None:
-        known = [name for name in trt.ComputeCapability.__members__ if name[2:].isdigit()]
-        if f"SM{architecture}" not in known:
-            takes = ", ".join(f"sm_{name[2:]}" for name in known)
-            return f"TensorRT-RTX {trt.__version__} does not run on sm_{architecture}; it knows {takes}"
+    if trt is not None and architecture is not None:
+        reasons = reasons_against_gpu(trt, engine.backend, architecture)
+        if reasons:
+            return "; ".join(reasons)
     against = {
         "ahead-of-time": trt_plugin.reasons_against_ahead_of_time,
         "IPluginV3": trt_plugin.reasons_against_plugins,

@@ -35,6 +35,7 @@ OUT_OF_TIME = "out of time"
 STOPPED = "out of time: stopped after"
 # What a row depends on: rows of other sources are not resumed.
 SOURCES = ("dat_deploy/plugins/**/*.py", "dat_deploy/model.py", "dat_deploy/variants.py", "dat_deploy/checkpoint.py")
+SOURCES += ("dat_deploy/engine/*.py", "dat_deploy/export/*.py", "dat_deploy/runners/*.py")
 SOURCES += ("benchmarks/cuda_driver.py", "benchmarks/gpu_[!r]*.py")  # neither gpu_record nor gpu_report
 
 

@@ -1,12 +1,12 @@
 """What a bug report needs: versions, hardware, and what can run here."""
 
-import importlib.metadata
 from dataclasses import dataclass
 
 from dat_deploy.benchmark.environment import commit, hardware, versions
 from dat_deploy.benchmark.record import Hardware
 from dat_deploy.engine.lowering_choice import LoweringVerdict, stored_verdicts
 from dat_deploy.runners import RUNTIMES, reasons_against
+from dat_deploy.system import installed_version
 
 __all__ = ["Diagnosis", "doctor"]
 
@@ -45,11 +45,6 @@ class Diagnosis:
 
 def doctor() -> Diagnosis:
     """Look at this environment; nothing is changed."""
-    packages: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = None
+    packages = {name: installed_version(name) for name in PACKAGES}
     runtimes = {name: reasons_against(runtime) for name, runtime in RUNTIMES.items()}
     return Diagnosis(hardware(), versions(), packages, runtimes, stored_verdicts(), commit())

@@ -1,9 +1,23 @@
-"""What other programs of this machine say."""
+"""What is installed on this machine, and what other programs of it say."""
 
+import importlib.metadata
 import shutil
 import subprocess
 
-__all__ = ["command_output", "nvidia_smi"]
+__all__ = ["command_output", "installed_version", "nvidia_smi", "tool_version"]
+
+
+def installed_version(package: str) -> str | None:
+    """None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def tool_version() -> str:
+    """Of dat-deploy; a checkout that was never installed has none."""
+    return installed_version("dat-deploy") or "not installed"
 
 
 def command_output(command: list[str]) -> str:

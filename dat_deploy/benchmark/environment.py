@@ -8,7 +8,7 @@ from pathlib import Path
 import dat_deploy
 from dat_deploy.benchmark.record import Hardware
 from dat_deploy.runners.base import available_cores
-from dat_deploy.system import command_output, nvidia_smi
+from dat_deploy.system import command_output, nvidia_smi, tool_version
 
 __all__ = ["commit", "hardware", "versions"]
 
@@ -37,7 +37,7 @@ def hardware() -> Hardware:
 def versions() -> dict[str, str]:
     """Of everything but the runtimes, which only their workers load."""
     found = {
-        "dat-deploy": importlib.metadata.version("dat-deploy"),
+        "dat-deploy": tool_version(),
         "python": platform.python_version(),
         "numpy": importlib.metadata.version("numpy"),
         "os": platform.platform(),

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import logging
 import tempfile
 import warnings
@@ -13,15 +12,17 @@ from typing import Any
 import torch
 import torch._inductor
 from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.package.package import package_aoti
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from dat_deploy.engine.gpu import gpu_architecture
 from dat_deploy.engine.passport import Passport
 from dat_deploy.errors import DatDeployError, EngineBuildError, UnsupportedError
-from dat_deploy.model import DAT, REFERENCE, Operators, half_network
+from dat_deploy.model import DAT, REFERENCE, half_network
 from dat_deploy.plugins.neighborhood_attention.reference import neighborhood_index
-from dat_deploy.variants import Variant
 
 __all__ = ["PRECISIONS", "check_fits", "compile_package", "model_name"]
 
@@ -68,6 +69,8 @@ def compile_package(
         raise UnsupportedError(
             f"torch {torch.__version__} sees no CUDA device here; build this package on one, or with --device cpu."
         )
+    with _translated(model.variant.name, *batches):
+        get_cpp_compiler()  # looked for now, and not when most of the work is done
     network = _network(model, precision, device)
     with tempfile.TemporaryDirectory(prefix="dat-deploy-") as folder:
         files = {}
@@ -113,7 +116,7 @@ def _network(model: DAT, precision: str, device: str) -> DAT:
     if precision != "fp32":
         network = half_network(network, PRECISIONS[precision])
     if device == "cpu":
-        operators = _operators(network.variant)
+        operators = REFERENCE._replace(neighborhood_attention=_gathered_neighborhood_attention)
         for module in network.modules():
             if hasattr(module, "operators"):
                 module.operators = operators  # type: ignore[assignment]  # torch knows modules and tensors alone
@@ -127,52 +130,57 @@ def _compiled(network: DAT, batch: int, device: str, folder: Path) -> list[Any]:
     options = {"aot_inductor.package": True, "aot_inductor.output_path": str(folder)}
     if device == "cpu":
         options |= CPU_OPTIONS
-    files = torch._inductor.aot_compile(program.module(check_guards=False), (image,), options=options)
+        module = program.run_decompositions({}).module(check_guards=False)
+        _fold_constants(module)
+    else:
+        module = program.module(check_guards=False)
+    files = torch._inductor.aot_compile(module, (image,), options=options)
     assert isinstance(files, list), "of a package it gives a list"
     return files
 
 
-def _operators(variant: Variant) -> Operators:
-    """Those that a CPU's compiler makes the fastest code of."""
-    indices = {
-        (side, stage.neighborhood_size): neighborhood_index(
-            max(side, stage.neighborhood_size), stage.neighborhood_size, dilation=1
-        )
-        for i, stage in enumerate(variant.stages)
-        if "N" in stage.blocks
-        for side in variant.feature_map(i)
-    }
-    return REFERENCE._replace(neighborhood_attention=functools.partial(_gathered_neighborhood_attention, indices))
+def _fold_constants(module: GraphModule) -> None:
+    """Replace by its value what depends on nothing: grids, indices, masks.
+
+    Torch folds what depends on weights alone, but would compile such arithmetic into every kernel that reads it; that
+    takes most of the time of a compilation.
+    """
+    values: dict[Node, Tensor] = {}
+    for node in module.graph.nodes:
+        known = node.op == "call_function" and all(source in values for source in node.all_input_nodes)
+        if known and node.target is not torch.ops.aten.expand.default:  # which would only become larger
+            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+            value = node.target(*args, **kwargs)
+            if isinstance(value, Tensor):
+                values[node] = value
+    for i, (node, value) in enumerate(values.items()):
+        if all(user in values for user in node.users):
+            continue
+        module.register_buffer(f"folded_{i}", value.contiguous())
+        with module.graph.inserting_before(node):
+            node.replace_all_uses_with(module.graph.get_attr(f"folded_{i}"))
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def _gathered_neighborhood_attention(
-    indices: dict[tuple[int, int], tuple[Tensor, Tensor]],
-    qkv: Tensor,
-    padding_qkv: Tensor,
-    table: Tensor,
-    num_heads: int,
-    kernel_size: int,
-    dilation: int,
+    qkv: Tensor, padding_qkv: Tensor, table: Tensor, num_heads: int, kernel_size: int, dilation: int
 ) -> Tensor:
     """As the operator's reference, for a compiler that fuses: each pixel's neighbors are gathered where they are used.
 
     Run as it stands it takes K² times the memory. The reference compiles to a kernel for each row of the window, which
     takes longer and gives slower code.
-
-    Args:
-        indices: what `neighborhood_index` gives for a side and K: constants, so that their arithmetic is not compiled
-            into every kernel. qkv, ...: as the operator's.
     """
-    assert dilation == 1, "no DAT has another"
     batch, height, width, channels3 = qkv.shape
     head_dim = channels3 // (3 * num_heads)
-    sides = [max(side, kernel_size) for side in (height, width)]
+    sides = [max(side, kernel_size * dilation) for side in (height, width)]
     if sides != [height, width]:
         canvas = padding_qkv.to(qkv.dtype).repeat(batch, *sides, 1)
         canvas[:, :height, :width] = qkv
         qkv = canvas
     (rows, bias_rows), (columns, bias_columns) = (
-        [index[:side] for index in indices[side, kernel_size]] for side in (height, width)
+        [index[:length] for index in neighborhood_index(side, kernel_size, dilation, qkv.device)]
+        for side, length in zip(sides, (height, width), strict=True)
     )
     q, k, v = qkv.reshape(batch, *sides, 3, num_heads, head_dim).unbind(3)  # B, H, W, M, D
     q = q[:, :height, :width, None] * head_dim**-0.5

@@ -4,32 +4,15 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
-import onnx
-import onnx_ir as ir
-import torch
-
-from dat_deploy.engine.gpu import driver_cuda_version, gpu_architecture
-from dat_deploy.engine.inspector import count_types, deserialized, layers_of
-from dat_deploy.engine.lowering_choice import choose_lowering
-from dat_deploy.engine.passport import Passport, Profile, passport_path, sha256, versions, write_engine
-from dat_deploy.engine.tensorrt_build import serialized_engine
-from dat_deploy.engine.tensorrt_library import import_tensorrt
-from dat_deploy.engine.tensorrt_session import check_fits
-from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
-from dat_deploy.export.lowering import LOWERINGS, lower
+from dat_deploy.engine.passport import Passport, Profile, passport_path, write_engine
+from dat_deploy.errors import EngineBuildError, ShapeError
 from dat_deploy.files import check_output
-from dat_deploy.metadata import FileMetadata, load_onnx
-from dat_deploy.plugins import trt_plugin
-from dat_deploy.plugins.onnx_domain import DOMAIN_NAME
-from dat_deploy.preprocess import Preprocessing
 from dat_deploy.variants import Variant
 
-__all__ = ["BACKENDS", "PLUGIN_FORMS", "BuildReport", "build"]
+__all__ = ["BACKENDS", "BuildReport", "build"]
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "aotinductor")
-PLUGIN_FORMS = ("auto", "IPluginV3", "ahead-of-time")
 Progress = Callable[[str], None]
 
 
@@ -75,9 +58,9 @@ def build(
         output: by default `source` with the suffix `.engine`, or `VARIANT.pt2`.
         backend: one of BACKENDS.
         batches: a profile each, see `Profile.parse`; single batches alone for AOTInductor.
-        lowering: one of LOWERINGS, or `auto`: the fastest that is right on the GPU at hand; without a GPU `plugin`
+        lowering: as in `export`, or `auto`: the fastest that is right on the GPU at hand; without a GPU `plugin`
             where the plugins can be used, else `gather`. A file whose operators are inlined keeps its own.
-        plugin_form: one of PLUGIN_FORMS; `auto` takes ahead-of-time where TensorRT knows it.
+        plugin_form: `IPluginV3`, `ahead-of-time`, or `auto`, which takes the latter where TensorRT knows it.
         architectures: compute capabilities times ten that it is to run on; by default that of the GPU at hand, and with
             TensorRT-RTX all that it knows.
         timing_cache, workspace_bytes: see `serialized_engine`.
@@ -128,7 +111,9 @@ def build(
         )
     else:
         assert source is not None
-        content, passport, notes = _engine_and_passport(
+        from dat_deploy.engine.tensorrt_engine import engine_and_passport
+
+        content, passport, notes = engine_and_passport(
             source,
             backend=backend,
             profiles=profiles,
@@ -143,178 +128,3 @@ def build(
         )
     write_engine(target, content, passport, force=force)
     return BuildReport(target, passport, time.monotonic() - started, notes)
-
-
-def _engine_and_passport(
-    source: Path,
-    *,
-    backend: str,
-    profiles: tuple[Profile, ...],
-    image_size: tuple[int, int] | None,
-    lowering: str,
-    plugin_form: str,
-    architectures: Sequence[int],
-    timing_cache: Path | None,
-    workspace_bytes: int | None,
-    command: Sequence[str],
-    progress: Progress,
-) -> tuple[bytes, Passport, tuple[str, ...]]:
-    """An engine of TensorRT or TensorRT-RTX, its passport, and notes."""
-    if lowering not in ("auto", *LOWERINGS):
-        raise EngineBuildError(f"no lowering '{lowering}'. Lowerings: auto, {', '.join(LOWERINGS)}.")
-    if plugin_form not in PLUGIN_FORMS:
-        raise EngineBuildError(f"no plugin form '{plugin_form}'. Forms: {', '.join(PLUGIN_FORMS)}.")
-    trt = import_tensorrt(backend)
-    here = gpu_architecture()
-    if backend == "tensorrt" and here is None:
-        raise UnsupportedError(
-            f"TensorRT builds on a GPU, and torch {torch.__version__} sees none here. Build where one is, or with "
-            f"--backend tensorrt-rtx, which needs none for that."
-        )
-    content, model, metadata = _read(source)
-    size = _image_size(metadata, image_size, source)
-    _check_batch(metadata, profiles, source)
-    model, chosen, notes = _lowered(trt, backend, model, metadata, lowering, profiles, size, source, progress)
-    form = _register_form(trt, backend, plugin_form, architectures) if chosen == "plugin" else None
-    built = serialized_engine(
-        trt,
-        backend,
-        model,
-        profiles,
-        size,
-        plugin_form=form,
-        architectures=architectures,
-        timing_cache=timing_cache,
-        workspace_bytes=workspace_bytes,
-        progress=progress,
-    )
-    passport = Passport(
-        engine_sha256=sha256(built.content),
-        engine_bytes=len(built.content),
-        backend=backend,
-        backend_version=trt.__version__,
-        versions=versions(),
-        architectures=tuple(f"sm_{a}" for a in architectures or ([here] if here and backend == "tensorrt" else [])),
-        profiles=profiles,
-        outputs=tuple(value.name for value in model.graph.output),
-        layers=built.parsed.layers,
-        engine_layers=None,
-        plugins=built.parsed.plugins,
-        plugin_form=form,
-        metadata=_of_engine(metadata, chosen, size),
-        source=source.name,
-        source_sha256=sha256(content),
-        rebuild=tuple(command),
-    )
-    try:
-        check_fits(passport, trt, source.name)
-    except UnsupportedError:
-        return built.content, passport, notes  # it was built for other GPUs, which will tell
-    layers = count_types(layers_of(trt, deserialized(trt, built.content)))
-    return built.content, dataclasses.replace(passport, engine_layers=layers), notes
-
-
-def _lowered(
-    trt: ModuleType,
-    backend: str,
-    model: onnx.ModelProto,
-    metadata: FileMetadata,
-    lowering: str,
-    profiles: Sequence[Profile],
-    image_size: tuple[int, int],
-    source: Path,
-    progress: Progress,
-) -> tuple[onnx.ModelProto, str, tuple[str, ...]]:
-    """The file in the lowering that was asked for, its name, and why it was taken."""
-    if not any(node.domain == DOMAIN_NAME for node in model.graph.node):
-        if lowering not in ("auto", metadata.lowering):
-            raise EngineBuildError(
-                f"{source} has its operators inlined (lowering '{metadata.lowering}'), so it cannot be built as "
-                f"'{lowering}'. Export it with --lowering function, or leave --lowering out."
-            )
-        return model, metadata.lowering, ()
-    notes: tuple[str, ...] = ()
-    if lowering == "auto":
-        most = max(profile.most for profile in profiles)
-        choice = choose_lowering(trt, backend, metadata, most, image_size, progress=progress)
-        lowering, notes = choice.lowering, (choice.reason,)
-    if lowering == metadata.lowering:
-        return model, lowering, notes
-    return ir.to_proto(lower(ir.from_proto(model), lowering)), lowering, notes
-
-
-def _register_form(trt: ModuleType, backend: str, plugin_form: str, architectures: Sequence[int]) -> str:
-    """Make the plugins known to TensorRT in the form that was asked for; returns it.
-
-    Raises:
-        UnsupportedError: if that form cannot be used here.
-    """
-    against = {
-        "IPluginV3": trt_plugin.reasons_against_plugins(trt),
-        "ahead-of-time": trt_plugin.reasons_against_ahead_of_time(trt),
-    }
-    form = plugin_form
-    if form == "auto":
-        form = "IPluginV3" if against["ahead-of-time"] else "ahead-of-time"
-    if against[form]:
-        raise UnsupportedError(
-            f"the {form} plugins cannot be used with {backend} {trt.__version__} here: {'; '.join(against[form])}. "
-            f"Build with --lowering gather instead."
-        )
-    if form == "IPluginV3":
-        trt_plugin.register_plugins(trt)
-        return form
-    from dat_deploy.plugins.ahead_of_time import newest_ptx_version
-
-    targets = sorted(set(architectures)) or [gpu_architecture() or 0]
-    if len(targets) > 1 and targets[0] >= 90:
-        raise UnsupportedError(
-            f"the kernels for sm_{targets[0]} run on no other architecture, and --arch also has "
-            f"{', '.join(f'sm_{a}' for a in targets[1:])}. Build an engine for each, or begin with one below 90."
-        )
-    driver = driver_cuda_version()
-    trt_plugin.register_ahead_of_time(trt, targets[0], newest_ptx_version(targets[0], driver) if driver else None)
-    return form
-
-
-def _read(source: Path) -> tuple[bytes, onnx.ModelProto, FileMetadata]:
-    """The file's bytes, and what was parsed from those."""
-    if not source.is_file():
-        load_onnx(source)  # says what is wrong
-    content = source.read_bytes()
-    try:
-        model = onnx.load_from_string(content)
-    except Exception:  # protobuf's own exception types differ between its releases
-        model = load_onnx(source)
-    return content, model, FileMetadata.from_properties({p.key: p.value for p in model.metadata_props}, source)
-
-
-def _image_size(metadata: FileMetadata, asked: tuple[int, int] | None, source: Path) -> tuple[int, int]:
-    if asked is None or asked == metadata.image_size:
-        return metadata.image_size
-    if not metadata.dynamic_image_size:
-        raise ShapeError(
-            f"{source} is made for images of {metadata.image_size[0]}x{metadata.image_size[1]}, not "
-            f"{asked[0]}x{asked[1]}. Export it again with --image-size {asked[0]}x{asked[1]}."
-        )
-    return metadata.network.with_image_size(*asked).image_size
-
-
-def _of_engine(metadata: FileMetadata, lowering: str, size: tuple[int, int]) -> FileMetadata:
-    """An engine has one lowering and one image size, whatever the file's are."""
-    metadata = dataclasses.replace(metadata, lowering=lowering)
-    if not metadata.dynamic_image_size:
-        return metadata
-    network = metadata.network.with_image_size(*size)
-    preprocessing = Preprocessing.from_variant(network)
-    return dataclasses.replace(metadata, network=network, preprocessing=preprocessing, dynamic_image_size=False)
-
-
-def _check_batch(metadata: FileMetadata, profiles: Sequence[Profile], source: Path) -> None:
-    fixed = metadata.batch
-    if fixed is not None and profiles != (Profile(fixed, fixed, fixed),):
-        listed = ",".join(map(str, profiles))
-        raise ShapeError(
-            f"{source} has the fixed batch {fixed} and cannot be built for batch {listed}. "
-            f"Build it with --batch {fixed}, or export it again with --batch dynamic."
-        )

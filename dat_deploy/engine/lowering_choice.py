@@ -25,6 +25,7 @@ from dat_deploy.checkpoint import load_model
 from dat_deploy.engine.gpu import gpu_architecture
 from dat_deploy.engine.passport import Profile
 from dat_deploy.engine.tensorrt_build import serialized_engine
+from dat_deploy.engine.tensorrt_library import reasons_against_gpu
 from dat_deploy.engine.tensorrt_session import Session
 from dat_deploy.errors import DatDeployError, VerificationError
 from dat_deploy.export import export, relower
@@ -99,6 +100,10 @@ def choose_lowering(
         if not against:
             return Choice("plugin", f"{none_here}; took plugin, whose kernels are tested by themselves.")
         return Choice("gather", f"{none_here}, and the plugins cannot be used ({'; '.join(against)}); took gather.")
+    reasons = reasons_against_gpu(trt, backend, architecture)
+    if reasons:
+        lowering = "gather" if trt_plugin.reasons_against_plugins(trt) else "plugin"
+        return Choice(lowering, f"{'; '.join(reasons)}, so nothing was tried; took {lowering}.")
     network = metadata.network.with_image_size(*image_size)
     where = f"{backend} {trt.__version__}, sm_{architecture}, driver {' '.join(nvidia_smi('driver_version')[:1])}"
     what = f"{network.name} {image_size[0]}x{image_size[1]}, {metadata.precision}, batch {batch}"

@@ -1,6 +1,5 @@
 """A network -> AOTInductor package with its passport."""
 
-import importlib.metadata
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.labels import class_names
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.preprocess import Preprocessing
+from dat_deploy.system import tool_version
 from dat_deploy.variants import Variant
 
 __all__ = ["package_and_passport"]
@@ -80,7 +80,7 @@ def package_and_passport(
         class_names=() if network.features else class_names(network.classes),
         weights_sha256=weights.sha256,
         weights_source=weights.source,
-        version=importlib.metadata.version("dat-deploy"),
+        version=tool_version(),
     )
     passport = Passport(
         engine_sha256=sha256(content),

@@ -7,8 +7,6 @@ files; it is no signature, since whoever can replace an engine can replace its p
 
 import dataclasses
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import platform
 import shlex
@@ -18,7 +16,7 @@ from pathlib import Path
 from dat_deploy.errors import DatDeployError, EngineBuildError, PassportError, ShapeError
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.system import nvidia_smi
+from dat_deploy.system import installed_version, nvidia_smi, tool_version
 from dat_deploy.typed_json import typed
 
 __all__ = [
@@ -167,10 +165,8 @@ def sha256(content: bytes) -> str:
 
 def versions() -> dict[str, str]:
     """Of what an engine is built with, beside its backend."""
-    names = ("dat-deploy", "torch", "triton")
-    found = {
-        name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name.replace("-", "_"))
-    }
+    installed = {name: installed_version(name) for name in ("torch", "triton")}
+    found = {"dat-deploy": tool_version()} | {name: version for name, version in installed.items() if version}
     drivers = nvidia_smi("driver_version")
     return found | {"python": platform.python_version()} | ({"nvidia-driver": drivers[0]} if drivers else {})
 

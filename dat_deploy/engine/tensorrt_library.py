@@ -13,7 +13,7 @@ from typing import Any
 
 from dat_deploy.errors import EngineBuildError, UnsupportedError
 
-__all__ = ["MODULES", "Log", "import_tensorrt", "missing", "version"]
+__all__ = ["MODULES", "Log", "import_tensorrt", "missing", "reasons_against_gpu", "version"]
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 LEAST = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
@@ -57,6 +57,17 @@ def import_tensorrt(backend: str) -> ModuleType:
 
 def version(trt: ModuleType) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:3])
+
+
+def reasons_against_gpu(trt: ModuleType, backend: str, architecture: int) -> list[str]:
+    """Why `backend` cannot run on a GPU of this compute capability times ten; empty if nothing is known against it."""
+    if backend != "tensorrt-rtx":
+        return []
+    known = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name[2:].isdigit())
+    if architecture in known or architecture > known[-1]:
+        return []
+    listed = ", ".join(f"sm_{each}" for each in known)
+    return [f"TensorRT-RTX {trt.__version__} does not run on sm_{architecture}; it knows {listed} and later"]
 
 
 _folders: list[tempfile.TemporaryDirectory[str]] = []  # until the process ends

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from dat_deploy.engine.gpu import gpu_architecture
 from dat_deploy.engine.passport import Passport, Profile
-from dat_deploy.engine.tensorrt_library import Log
+from dat_deploy.engine.tensorrt_library import Log, reasons_against_gpu
 from dat_deploy.errors import EngineRunError, ShapeError, UnsupportedError
 from dat_deploy.plugins import trt_plugin
 
 __all__ = ["Session", "check_fits"]
 
 MOST_BATCHES = 8  # whose buffers and graphs are kept, of a profile that is a range
-_RTX_KNOWS = {75, 80, 86, 89}  # and 120 on (1.7.1)
 
 
 def check_fits(passport: Passport, trt: ModuleType, name: str) -> None:
@@ -45,11 +44,9 @@ def check_fits(passport: Passport, trt: ModuleType, name: str) -> None:
         raise UnsupportedError(
             f"{name} was built for {', '.join(passport.architectures)}, and the GPU here is {here}. {again}"
         )
-    if passport.backend == "tensorrt-rtx" and architecture not in _RTX_KNOWS and architecture < 120:
-        raise UnsupportedError(
-            f"TensorRT-RTX {trt.__version__} does not run on {here}, {torch.cuda.get_device_name()}. "
-            f"Use --backend tensorrt or aotinductor."
-        )
+    reasons = reasons_against_gpu(trt, passport.backend, architecture)
+    if reasons:
+        raise UnsupportedError(f"{'; '.join(reasons)}. Build with --backend tensorrt or aotinductor.")
 
 
 class Session:
@@ -120,6 +117,11 @@ class Session:
         Raises:
             ShapeError, EngineRunError: as `run`.
         """
+        if images.device.type != self._device or tuple(images.shape[1:]) != (3, *self._image_size):
+            raise ShapeError(
+                f"{self._name} got images of shape {list(images.shape)} on {images.device}; it takes "
+                f"[batch, 3, {self._image_size[0]}, {self._image_size[1]}] on a CUDA device."
+            )
         caller = torch.cuda.current_stream()
         with self._lock:
             self._stream.wait_stream(caller)

@@ -1,7 +1,6 @@
 """Checkpoint -> one self-contained ONNX file."""
 
 import dataclasses
-import importlib.metadata
 import re
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from dat_deploy.files import atomic_output, check_output
 from dat_deploy.labels import class_names
 from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.preprocess import Preprocessing
+from dat_deploy.system import tool_version
 from dat_deploy.variants import Variant
 
 __all__ = [
@@ -123,7 +123,7 @@ def export(
         class_names=() if network.features else class_names(network.classes),
         weights_sha256=weights.sha256,
         weights_source=weights.source,
-        version=importlib.metadata.version("dat-deploy"),
+        version=tool_version(),
     )
     model = onnx_from_model(module, batch=batch, dynamic_image_size=dynamic_image_size, opset_version=opset_version)
     operators = len(operator_nodes(model))

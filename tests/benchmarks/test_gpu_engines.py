@@ -305,7 +305,7 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know_is_told_without_building(monkeypa
     monkeypatch.setattr(gpu_engines, "gpu_architecture", lambda: 90)
     for engine in ENGINES[-2:]:
         assert gpu_engines.reason_against(engine) == (
-            "TensorRT-RTX 1.7.1.116 does not run on sm_90; it knows sm_89, sm_120"
+            "TensorRT-RTX 1.7.1.116 does not run on sm_90; it knows sm_89, sm_120 and later"
         )
     monkeypatch.setattr(gpu_engines, "gpu_architecture", lambda: 120)
     assert [gpu_engines.reason_against(engine) for engine in ENGINES[-2:]] == [None, None]
