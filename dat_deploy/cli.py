@@ -254,14 +254,6 @@ def build(
     pixels = None if image_size is None else _image_size(image_size)
     stages = None if features is None else _numbers(features, "--features", "0,1,2,3")
     architectures = [] if arch is None else _numbers(arch, "--arch", "80,86,89")
-    given = {"--variant": variant, "--config": config, "--checkpoint": checkpoint, "--features": features}
-    given |= {"--precision": precision, "--device": device}
-    theirs = [name for name, value in given.items() if value]
-    if backend != "aotinductor" and theirs:
-        raise DatDeployError(
-            f"{', '.join(theirs)} is for --backend aotinductor; other backends build what a file holds. Give it to: "
-            f"dat-deploy export"
-        )
     if variant and config:
         raise DatDeployError("build takes one of --variant NAME and --config FILE.yaml.")
     if variant:
@@ -269,10 +261,6 @@ def build(
     from dat_deploy.engine import build as library
 
     _check_json(json_file, force=force)
-    words = ["dat-deploy", "build"] + ([] if source is None else [str(source)])
-    options = {"--backend": backend, "--output": output, "--batch": batch, "--lowering": lowering, "--plugins": plugins}
-    options |= {"--arch": arch, "--image-size": image_size, **given}
-    words += [str(word) for name, value in options.items() if value and value != "auto" for word in (name, value)]
     with err.status("building") as status:
         report = library.build(
             source,
@@ -288,20 +276,16 @@ def build(
             checkpoint=checkpoint,
             image_size=pixels,
             features=stages,
-            precision=precision or "fp32",
+            precision=precision,
             device=device,
             force=force,
-            command=[*words, "--force"],
             progress=status.update,
         )
     _print_passport(report.path, report.passport)
     _notes(report.notes)
     out.print(f"built in {report.seconds:.0f} s; its passport is {report.path}.json")
     _write_json(asdict(report), json_file, force=force)
-    if report.passport.architectures == ("cpu",) or "sm_" in " ".join(report.passport.architectures):
-        _next("validate", "--engine", report.path, *_option("--checkpoint", checkpoint))
-    else:
-        _next("inspect", report.path)
+    _next(*_after(report.path, report.passport, "inspect"))
 
 
 @app.command()
@@ -340,7 +324,7 @@ def inspect(
     if found.passport is None:
         _next("build", engine)
     else:
-        _next("validate", "--engine", engine)
+        _next(*_after(engine, found.passport, "doctor"))
 
 
 @app.command()
@@ -360,7 +344,7 @@ def validate(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            "--tolerance", help="Largest error of an output. Default: 1e-4; bf16: twice that of eager PyTorch."
+            "--tolerance", help="Largest error of an output. Default: 1e-4; fp16, bf16: twice that of eager PyTorch."
         ),
     ] = None,
     force: ForceOption = False,
@@ -757,6 +741,16 @@ def _print_passport(path: Path, passport: "Passport") -> None:
     verdict = passport.verdict
     table.add_row("validated", "never" if verdict is None else f"{verdict.date}: {verdict.sentence}")
     out.print(table)
+
+
+def _after(engine: Path, passport: "Passport", elsewhere: str) -> tuple[object, ...]:
+    """The next command: to validate the engine, where it can run."""
+    from dat_deploy.runners import RUNTIMES, reasons_against
+
+    if reasons_against(RUNTIMES[passport.backend]):
+        return (elsewhere, engine) if elsewhere == "inspect" else (elsewhere,)
+    source = passport.metadata.weights_source
+    return ("validate", "--engine", engine, *(() if "random weights" in source else ("--checkpoint", source)))
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -407,8 +407,7 @@ def registry() -> dict[str, Any]:
             attempt()
         except DatDeployError as error:
             refusals.append(f"{type(error).__name__}: {error}")
-    flag = trt_plugin.ahead_of_time_flag(trt)
-    return {"steps": steps, "refusals": refusals, "flag": flag == 1 << int(flag).bit_length() - 1}
+    return {"steps": steps, "refusals": refusals}
 
 
 def refusals() -> list[list[str]]:

@@ -822,7 +822,7 @@ def test_an_engine_is_built_and_inspected_without_a_gpu(run: Run, mini_onnx: Pat
     target = tmp_path / "mini.engine"
     words = (mini_onnx, "--backend", "tensorrt-rtx", "--output", target, "--batch", "1,2-8", "--arch", "80,89")
     outcome = run("build", *words, "--json", tmp_path / "build.json")
-    assert outcome.next_words == ["validate", "--engine", str(target)]
+    assert outcome.next_words == ["inspect", str(target)]
     rows = dict(re.findall(r"^ (\S[\w ]*?)  +(\S.*?) *$", outcome.out, re.MULTILINE))
     assert rows["runs on"] == "sm_80, sm_89"
     assert rows["batch"] == "1, 2-8-8"
@@ -834,7 +834,7 @@ def test_an_engine_is_built_and_inspected_without_a_gpu(run: Run, mini_onnx: Pat
     assert json.loads((tmp_path / "build.json").read_text())["passport"]["backend"] == "tensorrt-rtx"
 
     inspected = run("inspect", target)
-    assert inspected.next_words == ["validate", "--engine", str(target)]
+    assert inspected.next_words == ["doctor"]
     assert "layers of the built engine: not seen;" in inspected.out
     assert "needs an NVIDIA GPU" in inspected.out
 
@@ -877,8 +877,19 @@ def test_a_package_is_built_validated_inspected_and_classifies(run: Run, tmp_pat
         (
             ["--variant", "tiny"],
             1,
-            "--variant is for --backend aotinductor; other backends build what a file holds. Give it to: "
+            "backend tensorrt builds from an exported file. Make one with: "
+            "dat-deploy export --variant tiny --precision fp16 --output tiny.onnx",
+        ),
+        (
+            ["MINI", "--precision", "fp16", "--device", "cuda"],
+            1,
+            "--precision, --device is for --backend aotinductor; tensorrt builds what a file holds. Give it to: "
             "dat-deploy export",
+        ),
+        (
+            ["--variant", "tiny", "--backend", "aotinductor", "--lowering", "gather", "--arch", "80"],
+            1,
+            "--lowering, --arch is for TensorRT, not for --backend aotinductor; leave it out.",
         ),
         (
             [],

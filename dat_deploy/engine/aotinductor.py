@@ -142,8 +142,8 @@ def _compiled(network: DAT, batch: int, device: str, folder: Path) -> list[Any]:
 def _fold_constants(module: GraphModule) -> None:
     """Replace by its value what depends on nothing: grids, indices, masks.
 
-    Torch folds what depends on weights alone, but would compile such arithmetic into every kernel that reads it; that
-    takes most of the time of a compilation.
+    Torch folds what depends on weights alone, but would compile such arithmetic into every kernel that reads it, which
+    takes a quarter of the time of a compilation of DAT++.
     """
     values: dict[Node, Tensor] = {}
     for node in module.graph.nodes:

@@ -45,10 +45,9 @@ def build(
     checkpoint: Path | None = None,
     image_size: tuple[int, int] | None = None,
     features: Sequence[int] | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     device: str | None = None,
     force: bool = False,
-    command: Sequence[str] = ("dat-deploy", "build"),
     progress: Progress = lambda _: None,
 ) -> BuildReport:
     """Build an engine and write it with its passport.
@@ -64,10 +63,10 @@ def build(
         architectures: compute capabilities times ten that it is to run on; by default that of the GPU at hand, and with
             TensorRT-RTX all that it knows.
         timing_cache, workspace_bytes: see `serialized_engine`.
-        variant, checkpoint, features, precision: for AOTInductor, which builds from PyTorch; see `export`.
+        variant, checkpoint, features, precision: for AOTInductor alone, which builds from PyTorch; see `export`. What
+            does not concern the backend is refused, not ignored.
         image_size: (height, width) in pixels, for AOTInductor and for a file of dynamic size.
         device: `cpu` or `cuda`, for AOTInductor; by default cuda where there is one.
-        command: the words that the passport gives as the way to make the engine again.
         progress: called with what is being done.
 
     Raises:
@@ -93,6 +92,42 @@ def build(
         )
     else:
         target = output or source.with_suffix(".engine")
+    _check_options(
+        backend,
+        {
+            "--variant or --config": variant,
+            "--checkpoint": checkpoint,
+            "--features": features,
+            "--precision": precision,
+            "--device": device,
+        },
+        {
+            "--lowering": lowering != "auto",
+            "--plugins": plugin_form != "auto",
+            "--arch": architectures,
+            "--timing-cache": timing_cache,
+            "--workspace-mib": workspace_bytes,
+        },
+    )
+    command = _command(
+        source,
+        {
+            "--backend": backend,
+            "--config" if str(variant).endswith((".yaml", ".yml")) else "--variant": variant,
+            "--checkpoint": checkpoint,
+            "--features": ",".join(map(str, features or ())),
+            "--precision": precision,
+            "--device": device,
+            "--output": target,
+            "--batch": ",".join(map(str, batches)),
+            "--lowering": lowering,
+            "--plugins": plugin_form,
+            "--arch": ",".join(map(str, architectures)),
+            "--image-size": "" if image_size is None else f"{image_size[0]}x{image_size[1]}",
+            "--timing-cache": timing_cache,
+            "--workspace-mib": (workspace_bytes or 0) >> 20,
+        },
+    )
     check_output(target, force=force)
     check_output(passport_path(target), force=force)
     if variant is not None and source is None:
@@ -104,7 +139,7 @@ def build(
             checkpoint=checkpoint,
             image_size=image_size,
             features=features,
-            precision=precision,
+            precision=precision or "fp32",
             device=device,
             command=command,
             progress=progress,
@@ -128,3 +163,25 @@ def build(
         )
     write_engine(target, content, passport, force=force)
     return BuildReport(target, passport, time.monotonic() - started, notes)
+
+
+def _check_options(backend: str, of_aotinductor: dict[str, object], of_tensorrt: dict[str, object]) -> None:
+    """Raises EngineBuildError for what the backend would ignore."""
+    theirs = of_tensorrt if backend == "aotinductor" else of_aotinductor
+    given = [name for name, value in theirs.items() if value]
+    if given and backend == "aotinductor":
+        raise EngineBuildError(f"{', '.join(given)} is for TensorRT, not for --backend aotinductor; leave it out.")
+    if given:
+        raise EngineBuildError(
+            f"{', '.join(given)} is for --backend aotinductor; {backend} builds what a file holds. Give it to: "
+            f"dat-deploy export"
+        )
+
+
+def _command(source: Path | None, options: dict[str, object]) -> tuple[str, ...]:
+    """The words that make the same engine again."""
+    words = ["dat-deploy", "build"] + ([] if source is None else [str(source)])
+    for name, value in options.items():
+        if value and value != "auto":
+            words += [name, value.name if isinstance(value, Variant) else str(value)]
+    return (*words, "--force")

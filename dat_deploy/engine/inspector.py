@@ -113,9 +113,7 @@ def deserialized(trt: ModuleType, content: bytes) -> Any:
     log = Log(trt)
     engine = trt.Runtime(log.logger).deserialize_cuda_engine(content)
     if engine is None:
-        raise EngineRunError(
-            f"TensorRT cannot open the engine; it said: {log.tail() or 'nothing'}. Build it again here."
-        )
+        raise EngineRunError(f"TensorRT cannot open the engine; it said: {log.tail()}. Build it again here.")
     return engine
 
 

@@ -8,7 +8,6 @@ in every slot of the batch, and timed. What was found is kept for that TensorRT,
 import contextlib
 import dataclasses
 import json
-import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,17 +22,18 @@ from numpy.typing import NDArray
 
 from dat_deploy.checkpoint import load_model
 from dat_deploy.engine.gpu import gpu_architecture
-from dat_deploy.engine.passport import Profile
+from dat_deploy.engine.passport import Profile, sha256
 from dat_deploy.engine.tensorrt_build import serialized_engine
 from dat_deploy.engine.tensorrt_library import reasons_against_gpu
 from dat_deploy.engine.tensorrt_session import Session
-from dat_deploy.errors import DatDeployError, VerificationError
+from dat_deploy.errors import DatDeployError, OutputError, VerificationError
 from dat_deploy.export import export, relower
 from dat_deploy.files import atomic_output
 from dat_deploy.metadata import FileMetadata, load_onnx
+from dat_deploy.model import half_network
 from dat_deploy.plugins import trt_plugin
 from dat_deploy.plugins.tuning import configurations_path
-from dat_deploy.system import nvidia_smi
+from dat_deploy.system import installed_version, nvidia_smi, tool_version
 from dat_deploy.typed_json import typed
 from dat_deploy.variants import Variant
 
@@ -86,9 +86,13 @@ def choose_lowering(
     batch: int,
     image_size: tuple[int, int],
     *,
+    register_plugins: Callable[[], str],
     progress: Progress = lambda _: None,
 ) -> Choice:
     """The lowering to build `metadata`'s network from, for batches up to `batch`.
+
+    Args:
+        register_plugins: makes them known to TensorRT in the form that the engine is to have, and returns that.
 
     Raises:
         VerificationError: if none is right on the GPU at hand.
@@ -106,15 +110,17 @@ def choose_lowering(
         return Choice(lowering, f"{'; '.join(reasons)}, so nothing was tried; took {lowering}.")
     network = metadata.network.with_image_size(*image_size)
     where = f"{backend} {trt.__version__}, sm_{architecture}, driver {' '.join(nvidia_smi('driver_version')[:1])}"
-    what = f"{network.name} {image_size[0]}x{image_size[1]}, {metadata.precision}, batch {batch}"
+    what = f"{network.name} {image_size[0]}x{image_size[1]}, {metadata.precision}, batch {batch}, {_digest(network)}"
     verdicts = stored_verdicts().get(where, {}).get(what)
     if verdicts is None:
 
         def execute(lowering: str, model: onnx.ModelProto, images: NDArray[np.float32]) -> tuple[Outputs, float]:
-            return _execute(trt, backend, lowering, model, images)
+            return _execute(trt, backend, lowering, model, images, register_plugins)
 
         verdicts = try_lowerings(network, metadata.precision, batch, execute, progress=progress)
-        _store(where, what, verdicts)
+        if any(verdict.passed for verdict in verdicts):  # else something may be wrong that will be mended
+            with contextlib.suppress(OSError, OutputError):  # without it, the next build tries again
+                _store(where, what, verdicts)
     passed = [verdict for verdict in verdicts if verdict.passed]
     told = "; ".join(map(str, verdicts))
     if not passed:
@@ -123,6 +129,12 @@ def choose_lowering(
         )
     best = min(passed, key=lambda verdict: verdict.ms or 0.0)
     return Choice(best.lowering, f"took {best.lowering}, the fastest that is right with {where}: {told}.", verdicts)
+
+
+def _digest(network: Variant) -> str:
+    """Of what else decides how the lowerings do: the blocks, and the versions that made the kernels and the files."""
+    made_by = [tool_version(), *(installed_version(package) for package in ("torch", "triton", "onnxscript"))]
+    return sha256(json.dumps([dataclasses.asdict(small_network(network)), made_by]).encode())[:8]
 
 
 def small_network(network: Variant) -> Variant:
@@ -168,8 +180,9 @@ def _verdict(
 ) -> LoweringVerdict:
     try:
         outputs, ms = execute(lowering, model, images)
-    except DatDeployError as error:
-        return LoweringVerdict(lowering, None, None, None, f"not built: {error}")
+    except (DatDeployError, RuntimeError) as error:  # torch's, of CUDA, are RuntimeErrors
+        text = " ".join(str(error).split())
+        return LoweringVerdict(lowering, None, None, None, f"not built: {text}")
     slots = np.zeros(len(images))
     for name, values in outputs.items():
         difference = np.abs(values - exact[name]).reshape(len(images), -1).max(axis=1)
@@ -186,48 +199,44 @@ def _verdict(
 @torch.inference_mode()
 def _eager(model: torch.nn.Module, images: NDArray[np.float32]) -> Outputs:
     """One image at a time, so that no slot can disturb another."""
-    dtype = next(model.parameters()).dtype
+    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
     maps: dict[str, list[Any]] = {}
-    for image in torch.from_numpy(images):
-        for i, result in enumerate(model(image[None].to(device, dtype))):
-            maps.setdefault(f"feature_map_{i}", []).append(result.double().cpu().numpy())
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for image in torch.from_numpy(images):
+            for i, result in enumerate(model(image[None].to(device, dtype))):
+                maps.setdefault(f"feature_map_{i}", []).append(result.double().cpu().numpy())
     return {name: np.concatenate(results) for name, results in maps.items()}
 
 
 def _tolerances(small: Variant, precision: str, images: NDArray[np.float32], exact: Outputs) -> dict[str, float]:
     """Twice the error of eager PyTorch in that precision, on the same images."""
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    rounded = _eager(load_model(small).to(dtype), images)
+    model = load_model(small)
+    if precision != "fp32":
+        model = half_network(model, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+    rounded = _eager(model, images)
     least = 1e-4 if precision == "fp32" else 0.0  # two orders of summation differ by more than one does from exact
     return {name: max(least, 2 * float(np.abs(rounded[name] - exact[name]).max())) for name in exact}
 
 
 def _execute(
-    trt: ModuleType, backend: str, lowering: str, model: onnx.ModelProto, images: NDArray[np.float32]
+    trt: ModuleType,
+    backend: str,
+    lowering: str,
+    model: onnx.ModelProto,
+    images: NDArray[np.float32],
+    register_plugins: Callable[[], str],
 ) -> tuple[Outputs, float]:
-    """Build and run on the GPU at hand; the time is that of the device, in the median of 50 calls."""
-    if lowering == "plugin":
-        trt_plugin.register_plugins(trt)
+    """Build and run on the GPU at hand; the time is that of the replay of a CUDA graph, in the median of 50."""
     batch, _, height, width = images.shape
     profiles = [Profile(batch, batch, batch)]
-    form = "IPluginV3" if lowering == "plugin" else None
+    form = register_plugins() if lowering == "plugin" else None
     built = serialized_engine(trt, backend, model, profiles, (height, width), plugin_form=form)
     names = [value.name for value in model.graph.output]
     session = Session(trt, built.content, name=lowering, profiles=profiles, outputs=names, image_size=(height, width))
     with contextlib.closing(session):
-        outputs = session.run(images)
-        on_device = torch.from_numpy(images).cuda()
-        times = []
-        for _ in range(50):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
-            start.record()
-            session.run_on_device(on_device)
-            end.record()
-            end.synchronize()
-            times.append(float(start.elapsed_time(end)))
-    return outputs, statistics.median(times)
+        return session.run(images), session.replay_ms(batch, 50)
 
 
 def _verdicts_path() -> Path:

@@ -71,12 +71,18 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the last `validate` said of the engine."""
+    """What the last `validate` said of the engine.
+
+    Attributes:
+        batches: that were tried; tolerance: that the user asked for, None for the usual ones.
+    """
 
     passed: bool
     sentence: str
     date: str
     checks: int
+    batches: tuple[int, ...]
+    tolerance: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,14 +220,20 @@ def read_passport(engine: Path) -> Passport:
     return Passport.from_bytes(content, path)
 
 
-def record_verdict(engine: Path, verdict: Verdict) -> None:
-    """Write the outcome of a validation into an engine's passport, the last one's place.
+def record_verdict(engine: Path, verdict: Verdict, engine_sha256: str) -> None:
+    """Write the outcome of a validation into an engine's passport, in place of the last one.
+
+    Args:
+        engine_sha256: of the engine that was validated.
 
     Raises:
-        PassportError: if the passport is missing or damaged.
+        PassportError: if the passport is missing or damaged, or by now that of another engine.
         OutputError: as `atomic_output`.
     """
-    write_passport(engine, dataclasses.replace(read_passport(engine), verdict=verdict), force=True)
+    passport = read_passport(engine)
+    if passport.engine_sha256 != engine_sha256:
+        raise PassportError(f"{engine} was built anew while it was validated; validate it again.")
+    write_passport(engine, dataclasses.replace(passport, verdict=verdict), force=True)
 
 
 def open_engine(engine: Path) -> tuple[Passport, bytes]:

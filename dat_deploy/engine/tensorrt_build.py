@@ -14,7 +14,7 @@ from dat_deploy.engine.passport import Profile
 from dat_deploy.engine.tensorrt_library import Log
 from dat_deploy.engine.tensorrt_network import ParsedNetwork, parsed_network
 from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
-from dat_deploy.files import atomic_output
+from dat_deploy.files import atomic_output, check_output
 from dat_deploy.plugins import trt_plugin
 
 __all__ = ["Built", "serialized_engine"]
@@ -24,11 +24,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Built:
-    """A serialised engine and the network that it was built from."""
+    """A serialised engine, and of the network that it was built from what `ParsedNetwork` counts."""
 
     content: bytes
-    parsed: ParsedNetwork
-    warnings: tuple[str, ...]
+    layers: dict[str, int]
+    plugins: dict[str, int]
 
 
 def serialized_engine(
@@ -59,6 +59,8 @@ def serialized_engine(
         UnsupportedError: if the backend does not know an architecture, or has no timing cache.
     """
     log = Log(trt)
+    if timing_cache is not None:
+        check_output(timing_cache, force=True)
     progress("reading the file")
     try:
         parsed = parsed_network(
@@ -84,14 +86,14 @@ def serialized_engine(
     if cache is not None and timing_cache is not None:
         with atomic_output(timing_cache, force=True) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
-    return Built(bytes(memory), parsed, tuple(log.warnings))
+    return Built(bytes(memory), parsed.layers, parsed.plugins)
 
 
 def _failed(log: Log, *, out_of_memory: bool = False) -> EngineBuildError:
     plugin = trt_plugin.last_error()
     if plugin is not None:
         return EngineBuildError(f"a plugin refused its part of the network: {plugin}")
-    said = log.tail() or "nothing"
+    said = log.tail()
     hint = "--lowering gather, and report this"
     if out_of_memory or any(word in said.lower() for word in ("memory", "alloc")):
         hint = "a smaller --batch, --workspace-mib, or a machine with more memory"
@@ -102,8 +104,14 @@ def _set_architectures(trt: ModuleType, backend: str, config: Any, architectures
     if not architectures:
         return
     if backend == "tensorrt":
-        if set(architectures) == {gpu_architecture()}:
+        here = gpu_architecture()
+        if set(architectures) == {here}:
             return
+        if here not in architectures:
+            raise UnsupportedError(
+                f"TensorRT times the kernels on the GPU at hand, sm_{here}, which --arch does not have; add it, or "
+                f"build on one of {', '.join(f'sm_{a}' for a in architectures)}."
+            )
         if min(architectures) < 80:
             raise UnsupportedError(
                 f"an engine of TensorRT runs on the architecture of the GPU at hand, or with --arch on several from "
@@ -144,7 +152,10 @@ def _set_timing_cache(backend: str, config: Any, path: Path | None) -> Any:
         raise UnsupportedError(
             "TensorRT-RTX times nothing while it builds, so --timing-cache is for --backend tensorrt; leave it out."
         )
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    try:
+        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    except OSError as error:
+        raise EngineBuildError(f"cannot read {path}: {error.strerror}; give another --timing-cache.") from error
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise EngineBuildError(
             f"{path} is no timing cache of this TensorRT and this GPU; give another --timing-cache, or remove it."

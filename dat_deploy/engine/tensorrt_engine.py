@@ -62,8 +62,27 @@ def engine_and_passport(
     content, model, metadata = _read(source)
     size = _image_size(metadata, image_size, source)
     _check_batch(metadata, profiles, source)
-    model, chosen, notes = _lowered(trt, backend, model, metadata, lowering, profiles, size, source, progress)
-    form = _register_form(trt, backend, plugin_form, architectures) if chosen == "plugin" else None
+    if not any(node.domain == DOMAIN_NAME for node in model.graph.node):
+        if lowering not in ("auto", metadata.lowering):
+            raise EngineBuildError(
+                f"{source} has its operators inlined (lowering '{metadata.lowering}'), so it cannot be built as "
+                f"'{lowering}'. Export it with --lowering function, or leave --lowering out."
+            )
+        lowering = metadata.lowering
+
+    def register_plugins() -> str:
+        return _register_form(trt, backend, plugin_form, architectures)
+
+    notes: tuple[str, ...] = ()
+    if lowering == "auto":
+        most = max(profile.most for profile in profiles)
+        choice = choose_lowering(
+            trt, backend, metadata, most, size, register_plugins=register_plugins, progress=progress
+        )
+        lowering, notes = choice.lowering, (choice.reason,)
+    if lowering != metadata.lowering:
+        model = ir.to_proto(lower(ir.from_proto(model), lowering))
+    form = register_plugins() if lowering == "plugin" else None
     built = serialized_engine(
         trt,
         backend,
@@ -85,11 +104,11 @@ def engine_and_passport(
         architectures=tuple(f"sm_{a}" for a in architectures or ([here] if here and backend == "tensorrt" else [])),
         profiles=profiles,
         outputs=tuple(value.name for value in model.graph.output),
-        layers=built.parsed.layers,
+        layers=built.layers,
         engine_layers=None,
-        plugins=built.parsed.plugins,
+        plugins=built.plugins,
         plugin_form=form,
-        metadata=_of_engine(metadata, chosen, size),
+        metadata=_of_engine(metadata, lowering, size),
         source=source.name,
         source_sha256=sha256(content),
         rebuild=tuple(command),
@@ -100,35 +119,6 @@ def engine_and_passport(
         return built.content, passport, notes  # it was built for other GPUs, which will tell
     layers = count_types(layers_of(trt, deserialized(trt, built.content)))
     return built.content, dataclasses.replace(passport, engine_layers=layers), notes
-
-
-def _lowered(
-    trt: ModuleType,
-    backend: str,
-    model: onnx.ModelProto,
-    metadata: FileMetadata,
-    lowering: str,
-    profiles: Sequence[Profile],
-    image_size: tuple[int, int],
-    source: Path,
-    progress: Progress,
-) -> tuple[onnx.ModelProto, str, tuple[str, ...]]:
-    """The file in the lowering that was asked for, its name, and why it was taken."""
-    if not any(node.domain == DOMAIN_NAME for node in model.graph.node):
-        if lowering not in ("auto", metadata.lowering):
-            raise EngineBuildError(
-                f"{source} has its operators inlined (lowering '{metadata.lowering}'), so it cannot be built as "
-                f"'{lowering}'. Export it with --lowering function, or leave --lowering out."
-            )
-        return model, metadata.lowering, ()
-    notes: tuple[str, ...] = ()
-    if lowering == "auto":
-        most = max(profile.most for profile in profiles)
-        choice = choose_lowering(trt, backend, metadata, most, image_size, progress=progress)
-        lowering, notes = choice.lowering, (choice.reason,)
-    if lowering == metadata.lowering:
-        return model, lowering, notes
-    return ir.to_proto(lower(ir.from_proto(model), lowering)), lowering, notes
 
 
 def _register_form(trt: ModuleType, backend: str, plugin_form: str, architectures: Sequence[int]) -> str:

@@ -3,15 +3,15 @@
 import ctypes
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import re
 import tempfile
+from collections import deque
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dat_deploy.errors import EngineBuildError, UnsupportedError
+from dat_deploy.errors import UnsupportedError
 
 __all__ = ["MODULES", "Log", "import_tensorrt", "missing", "reasons_against_gpu", "version"]
 
@@ -105,30 +105,29 @@ def _load_under_the_name_that_the_parser_opens() -> None:
 
 
 class Log:
-    """What TensorRT says while it works; `logger` is the object that it takes.
-
-    Attributes:
-        errors: messages of severity error and worse; warnings: the others that were kept.
-    """
+    """What TensorRT says from here on; `logger` is the object that it takes, one a process, for it ignores others."""
 
     def __init__(self, trt: ModuleType) -> None:
-        self.errors: list[str] = []
-        self.warnings: list[str] = []
-        log = self
-
-        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # a class of a module known at run time
-            def log(self, severity: Any, message: str) -> None:
-                if severity <= trt.ILogger.Severity.ERROR:
-                    log.errors.append(message.strip())
-                elif severity == trt.ILogger.Severity.WARNING:
-                    log.warnings.append(message.strip())
-
-        self.logger = Logger()
+        self.logger, self._said = _logger(trt)
+        self._said.clear()
 
     def tail(self, lines: int = 6) -> str:
-        """Its last errors, else its last warnings, on one line."""
-        return " | ".join(" ".join(text.split()) for text in (self.errors or self.warnings)[-lines:])
+        """Its last errors on one line, else its last warnings; `nothing` if there are none."""
+        errors = [text for is_error, text in self._said if is_error]
+        warnings = [text for is_error, text in self._said if not is_error]
+        return " | ".join(" ".join(text.split()) for text in (errors or warnings)[-lines:]) or "nothing"
 
-    def error(self, doing: str, hint: str) -> EngineBuildError:
-        said = self.tail() or "nothing"
-        return EngineBuildError(f"{doing} failed; TensorRT said: {said}. {hint}")
+
+@functools.cache
+def _logger(trt: ModuleType) -> tuple[Any, "deque[tuple[bool, str]]"]:
+    said: deque[tuple[bool, str]] = deque(maxlen=100)
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # a class of a module known at run time
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.WARNING:
+                said.append((severity <= trt.ILogger.Severity.ERROR, message.strip()))
+
+    return Logger(), said

@@ -51,6 +51,7 @@ def parsed_network(
         EngineBuildError: if TensorRT does not take the file; its words are in the message.
         VerificationError: if the network is not what the file says.
     """
+    trt_plugin.last_error()  # of something earlier
     builder = trt.Builder(log.logger)
     flags = trt.NetworkDefinitionCreationFlag.__members__
     wanted = ["STRONGLY_TYPED"] + ["PREFER_AOT_PYTHON_PLUGINS"] * ahead_of_time
@@ -66,7 +67,7 @@ def parsed_network(
         plugin = trt_plugin.last_error()
         if plugin is not None:
             raise EngineBuildError(f"a plugin refused its node: {plugin}") from plugin
-        said = [parser.get_error(i).desc() for i in range(parser.num_errors)][:3] + log.errors[-2:]
+        said = [parser.get_error(i).desc() for i in range(parser.num_errors)][:3] or [log.tail()]
         words = " | ".join(" ".join(text.split()) for text in dict.fromkeys(said))
         raise EngineBuildError(f"TensorRT cannot read the file: {words}. Export it again, or try --lowering gather.")
     operators = {node.name: node.op_type for node in model.graph.node if node.domain == DOMAIN_NAME}

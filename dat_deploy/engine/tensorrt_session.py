@@ -1,5 +1,6 @@
 """A deserialised engine of TensorRT or TensorRT-RTX on the GPU at hand."""
 
+import statistics
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from dat_deploy.plugins import trt_plugin
 
 __all__ = ["Session", "check_fits"]
 
+_capturing = threading.Lock()  # while a stream captures, no other thread may synchronise the device
 MOST_BATCHES = 8  # whose buffers and graphs are kept, of a profile that is a range
 
 
@@ -78,21 +80,14 @@ class Session:
     ) -> None:
         self._name, self._profiles, self._outputs, self._image_size = name, profiles, outputs, image_size
         self._device, self._cuda_graphs = device, cuda_graphs
-        self._log = Log(trt)
+        self._trt, self._log = trt, Log(trt)
         self._runtime = trt.Runtime(self._log.logger)
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
-            raise EngineRunError(
-                f"TensorRT cannot open {name}; it said: {self._log.tail() or 'nothing'}. Build it again here."
-            )
+            raise EngineRunError(f"TensorRT cannot open {name}; it said: {self._log.tail()}. Build it again here.")
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
         self._lock = threading.Lock()
         self._bindings: OrderedDict[int, _Binding] = OrderedDict()
-
-    @property
-    def engine(self) -> Any:
-        """TensorRT's own object."""
-        return self._engine
 
     def run(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """Outputs by name for normalised images [B, 3, H, W]; both in host memory.
@@ -136,9 +131,24 @@ class Session:
                 result.record_stream(caller)
             return results
 
+    def replay_ms(self, batch: int, times: int) -> float:
+        """The median time of the engine alone on the device, without copies, in milliseconds."""
+        taken = []
+        with self._lock, torch.cuda.stream(self._stream):
+            binding = self._binding(batch)
+            for _ in range(times):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
+                start.record()
+                self._execute(binding)
+                end.record()
+                end.synchronize()
+                taken.append(float(start.elapsed_time(end)))
+        return statistics.median(taken)
+
     def close(self) -> None:
         """Free the engine and its buffers."""
         with self._lock:
+            self._stream.synchronize()  # what `run_on_device` started may still run
             self._bindings.clear()
             self._engine = self._runtime = None
 
@@ -150,17 +160,34 @@ class Session:
             return self._bindings[batch]
         index = profile_of(self._profiles, batch, self._name)
         if len(self._bindings) >= max(MOST_BATCHES, len(self._profiles)):
+            self._stream.synchronize()
             self._bindings.popitem(last=False)
-        context = self._engine.create_execution_context()
+        with _capturing:
+            try:
+                self._bindings[batch] = self._new_binding(batch, index)
+            except RuntimeError as error:  # torch's, of CUDA: out of memory, or nothing can be captured
+                text = " ".join(str(error).split())[:500]
+                raise EngineRunError(
+                    f"{self._name} cannot be made ready for batch {batch}: {text} Close other engines, or build with a "
+                    f"smaller --batch."
+                ) from error
+        return self._bindings[batch]
+
+    def _new_binding(self, batch: int, index: int) -> "_Binding":
+        context = self._context()
         if context is None:
             raise EngineRunError(
                 f"TensorRT has no memory for another context of {self._name} at batch {batch}; it said: "
-                f"{self._log.tail() or 'nothing'}. Close other engines, or build with a smaller --batch."
+                f"{self._log.tail()}. Close other engines, or build with a smaller --batch."
             )
-        if self._engine.num_optimization_profiles > 1:
-            context.set_optimization_profile_async(index, self._stream.cuda_stream)
         shape = (batch, 3, *self._image_size)
-        context.set_input_shape("image", shape)
+        several = self._engine.num_optimization_profiles > 1
+        if (several and not context.set_optimization_profile_async(index, self._stream.cuda_stream)) or (
+            not context.set_input_shape("image", shape)
+        ):
+            raise EngineRunError(
+                f"{self._name} does not take its profile {index} at batch {batch}: {self._log.tail()}."
+            )
         binding = _Binding(context, shape, {n: tuple(context.get_tensor_shape(n)) for n in self._outputs}, self._device)
         self._launch(binding)  # loads and, with TensorRT-RTX, compiles; neither can be captured
         self._stream.synchronize()
@@ -169,8 +196,15 @@ class Session:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._launch(binding)
             binding.graph = graph
-        self._bindings[batch] = binding
         return binding
+
+    def _context(self) -> Any:
+        """TensorRT-RTX compiles for the shapes at hand: at once, or a graph would keep what stands in till then."""
+        if self._trt.__name__ != "tensorrt_rtx":
+            return self._engine.create_execution_context()
+        config = self._engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return self._engine.create_execution_context(config)
 
     def _execute(self, binding: "_Binding") -> None:
         if binding.graph is None:
@@ -179,11 +213,12 @@ class Session:
             binding.graph.replay()
 
     def _launch(self, binding: "_Binding") -> None:
+        trt_plugin.last_error()  # of something earlier
         if not binding.context.execute_async_v3(self._stream.cuda_stream):
             plugin = trt_plugin.last_error()
             if plugin is not None:
                 raise EngineRunError(f"a plugin of {self._name} failed: {plugin}") from plugin
-            raise EngineRunError(f"{self._name} failed; TensorRT said: {self._log.tail() or 'nothing'}.")
+            raise EngineRunError(f"{self._name} failed; TensorRT said: {self._log.tail()}.")
 
 
 class _Binding:

@@ -35,7 +35,6 @@ __all__ = [
     "OPERATORS",
     "Node",
     "PluginSpecification",
-    "ahead_of_time_flag",
     "deregister_plugins",
     "last_error",
     "launch_counts",
@@ -241,6 +240,7 @@ def _check_programs(operator: str, launch: Launch) -> None:
 # What is known of the plugins in this process.
 
 _lock = threading.Lock()
+_registering = threading.RLock()
 _launches = dict.fromkeys(OPERATORS, 0)
 _error: Exception | None = None
 
@@ -382,11 +382,12 @@ def register_plugins(trt: Any) -> None:
     """
     _require_none(reasons_against_plugins(trt), "the plugins")
     last_error()
-    creators = _python_creators.setdefault(trt.__name__, {})
-    for name in OPERATORS:
-        if name not in creators:
-            creators[name] = _creator_class(trt)(trt, name)
-        _register(trt, name, creators[name])
+    with _registering:
+        creators = _python_creators.setdefault(trt.__name__, {})
+        for name in OPERATORS:
+            if name not in creators:
+                creators[name] = _creator_class(trt)(trt, name)
+            _register(trt, name, creators[name])
 
 
 def deregister_plugins(trt: Any) -> None:
@@ -514,6 +515,7 @@ class _Plugin:
         self.plugin_name = node.operator
         self.plugin_version, self.plugin_namespace, self.num_outputs = VERSION, NAMESPACE, 1
         self.configurations: list[Configuration] = []
+        self.fields = _Fields(trt, {name: [value] for name, value in node.fields.items()})
 
     def get_capability_interface(self, kind: Any) -> "_Plugin":
         return self
@@ -587,7 +589,7 @@ class _Plugin:
         return 0
 
     def get_fields_to_serialize(self) -> Any:
-        return _fields(self.trt, {name: [value] for name, value in self.node.fields.items()})
+        return self.fields.collection
 
 
 class _Creator:
@@ -597,7 +599,8 @@ class _Creator:
         trt.IPluginCreatorV3One.__init__(self)
         self.trt = trt
         self.name, self.plugin_version, self.plugin_namespace = operator, VERSION, NAMESPACE
-        self.field_names = _fields(trt, {name: [] for name in specification(operator).attributes})
+        self.fields = _Fields(trt, {name: [] for name in specification(operator).attributes})
+        self.field_names = self.fields.collection
 
     @_recorded
     def create_plugin(self, name: str, fields: Sequence[Any], phase: Any) -> Any:
@@ -606,11 +609,14 @@ class _Creator:
         return _plugin_class(self.trt)(self.trt, Node.from_fields(self.name, values, name))
 
 
-def _fields(trt: Any, values: Mapping[str, list[int]]) -> Any:
-    fields = [
-        trt.PluginField(name, np.array(value, np.int32), trt.PluginFieldType.INT32) for name, value in values.items()
-    ]
-    return trt.PluginFieldCollection(fields)
+class _Fields:
+    """TensorRT's `collection` of fields, which holds addresses alone: what is there must live as long as it is read."""
+
+    def __init__(self, trt: Any, values: Mapping[str, list[int]]) -> None:
+        self._arrays = [np.array(value, np.int32) for value in values.values()]
+        kind = trt.PluginFieldType.INT32
+        self._fields = [trt.PluginField(name, array, kind) for name, array in zip(values, self._arrays, strict=True)]
+        self.collection = trt.PluginFieldCollection(self._fields)
 
 
 @functools.cache
@@ -638,16 +644,12 @@ class _Target:
 _target: _Target | None = None
 
 
-def ahead_of_time_flag(trt: Any) -> int:
-    """The bit of `create_network`'s flags by which the parser takes the ahead-of-time form of a plugin."""
-    return 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
-
-
 def register_ahead_of_time(trt: Any, architecture: int, ptx_version: int | None = None) -> None:
     """Let TensorRT's parser compile the four operators into the engines it builds; again, for another GPU, is no error.
 
     The image size of an engine must be fixed, only its batch may be dynamic. Networks are created with
-    `ahead_of_time_flag`. Forgets `last_error`. Takes what `register_plugins` registered out of the registry.
+    the flag PREFER_AOT_PYTHON_PLUGINS. Forgets `last_error`. Takes what `register_plugins` registered out of the
+    registry.
 
     Args:
         trt: `tensorrt`; TensorRT-RTX has no such plugins.

@@ -10,7 +10,16 @@ from dat_deploy.engine.passport import read_passport
 from dat_deploy.errors import DatDeployError, PassportError, UnsupportedError
 from dat_deploy.runners.base import EngineDescription, Runner
 
-__all__ = ["RUNTIMES", "EngineDescription", "Runner", "Runtime", "open_runner", "parse_engine", "reasons_against"]
+__all__ = [
+    "ENGINES",
+    "RUNTIMES",
+    "EngineDescription",
+    "Runner",
+    "Runtime",
+    "open_runner",
+    "parse_engine",
+    "reasons_against",
+]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dat_deploy.engine.aotinductor import check_fits, model_name
 from dat_deploy.engine.passport import open_engine
-from dat_deploy.errors import EngineBuildError, EngineRunError, UnsupportedError
+from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError, UnsupportedError
 from dat_deploy.runners.base import Images, Runner, available_cores, describe
 
 __all__ = ["AotinductorRunner"]
@@ -75,7 +75,8 @@ class AotinductorRunner(Runner):
                     f"{self.description.name} was built for CPUs with AVX512, and this one has {here}. Build it again "
                     f"here with: dat-deploy build"
                 )
-            return loader(str(package), model_name(batch), False, 1, -1)
+            # single-threaded: else each call queries an event, which a CUDA graph cannot capture; there is a lock here
+            return loader(str(package), model_name(batch), True, 1, -1)
         except UnsupportedError:
             raise
         except Exception as error:  # whatever the compiled code raises
@@ -101,16 +102,29 @@ class AotinductorRunner(Runner):
         return self._pinned[batch].copy_(image).to("cuda", non_blocking=True)
 
     def outputs_on_device(self, images_nchw: Tensor) -> dict[str, Tensor]:
-        """As `outputs`, for a tensor on the engine's device; nothing passes through host memory."""
-        with self._lock:
-            return dict(zip(self.description.outputs, self._call(images_nchw), strict=True))
+        """As `outputs`, for a tensor on the engine's device; nothing passes through host memory.
+
+        Raises:
+            ShapeError: if there is no model for that shape.
+        """
+        about = self.description
+        shape = tuple(images_nchw.shape)
+        if shape[1:] != (3, *about.image_size) or not about.takes_batch(shape[0]):
+            raise ShapeError(
+                f"{about.name}: input 'image' has shape {list(shape)}; it takes [{about.batches_taken}, 3, "
+                f"{about.image_size[0]}, {about.image_size[1]}]. Build again with --batch or --image-size for another."
+            )
+        with self._lock:  # compiled code reads float32, one row after the other, whatever it is given
+            image = images_nchw.to(about.device, torch.float32).contiguous()
+            return dict(zip(about.outputs, self._call(image), strict=True))
 
     @torch.inference_mode()
     def _call(self, image: Tensor) -> list[Tensor]:
         if not self._models:
             raise EngineRunError(f"{self.description.name} is closed; open it again.")
         try:
-            return self._models[image.shape[0]].boxed_run([image])  # type: ignore[no-any-return]  # untyped call
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions of fp32 in fp32
+                return self._models[image.shape[0]].boxed_run([image])  # type: ignore[no-any-return]  # untyped call
         except Exception as error:  # whatever the compiled code raises
             text = " ".join(str(error).split())
             raise EngineRunError(f"AOTInductor failed while running {self.description.name}: {text}") from error

@@ -15,13 +15,14 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from dat_deploy.engine.passport import Verdict, passport_path, record_verdict
-from dat_deploy.errors import DatDeployError, OutputError, ShapeError, VerificationError
+from dat_deploy.engine.build import BACKENDS
+from dat_deploy.engine.passport import Verdict, read_passport, record_verdict
+from dat_deploy.errors import DatDeployError, OutputError, PassportError, ShapeError, VerificationError
 from dat_deploy.export.lowering import OperatorRecord, operator_records
 from dat_deploy.export.subgraph import operator_model
 from dat_deploy.files import atomic_output
 from dat_deploy.metadata import read_metadata
-from dat_deploy.model import REFERENCE
+from dat_deploy.model import REFERENCE, half_network
 from dat_deploy.photographs import photographs
 from dat_deploy.preprocess import preprocess_files
 from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
@@ -154,6 +155,7 @@ def validate(
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(open_runner(engine, checkpoint=checkpoint))
         about = runner.description
+        identity = _identity(engine)
         reference = stack.enter_context(_reference(about, about.network, checkpoint))
         if reference.description.weights_sha256 != about.weights_sha256:
             raise DatDeployError(
@@ -173,20 +175,26 @@ def validate(
             checks += [replace(check, name=check.name + where) for check in found]
         checks += _check_coordinates(runner, reference, progress)
         report = ValidationReport(about, reference.description, tuple(checks))
-    return _recorded(engine, report)
+    return report if identity is None else _recorded(engine, report, tolerance, identity)
 
 
-def _recorded(engine: str, report: ValidationReport) -> ValidationReport:
-    """An engine's passport carries the last verdict."""
+def _identity(engine: str) -> str | None:
+    """The SHA-256 in an engine's passport; None of what is no engine."""
+    runtime, target = parse_engine(engine)
+    return read_passport(Path(target)).engine_sha256 if runtime.name in BACKENDS else None
+
+
+def _recorded(engine: str, report: ValidationReport, tolerance: float | None, identity: str) -> ValidationReport:
+    """An engine's passport carries the last verdict, with what it was held to."""
     _, target = parse_engine(engine)
-    if not passport_path(Path(target)).is_file():
-        return report
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     checks = sum(check.passed is not None for check in report.checks)
+    batches = tuple(sorted({check.batch for check in report.checks if check.batch is not None}))
+    verdict = Verdict(report.passed, report.verdict, date, checks, batches, tolerance)
     try:
-        record_verdict(Path(target), Verdict(report.passed, report.verdict, date, checks))
-    except OutputError as error:
-        return replace(report, notes=(f"the verdict could not be written to the engine's passport: {error}",))
+        record_verdict(Path(target), verdict, identity)
+    except (OutputError, PassportError) as error:
+        return replace(report, notes=(f"the verdict is not in the engine's passport: {error}",))
     return report
 
 
@@ -227,7 +235,7 @@ def _check_at_size(
     if tolerance is None:
         inputs = np.concatenate([photos, *stress.values()])
         outputs = _joined([expected, *stress_expected.values()])
-        tolerances = _default_tolerances(reference, _precision(about), inputs, outputs)
+        tolerances = _default_tolerances(reference, about, inputs, outputs)
     else:
         tolerances = dict.fromkeys(about.outputs, tolerance)
     tried = _batches(about, batches)
@@ -264,16 +272,19 @@ def _precision(about: EngineDescription) -> str:
 
 
 def _default_tolerances(
-    reference: PytorchRunner, precision: str, images: Images, expected: Outputs
+    reference: PytorchRunner, about: EngineDescription, images: Images, expected: Outputs
 ) -> dict[str, float]:
     """One an output: what is much for attention is little for a logit."""
+    precision = _precision(about)
     if precision == "fp32":
         return dict.fromkeys(expected, FP32_TOLERANCE)
-    model = copy.deepcopy(reference.model).to(DTYPES[precision])
+    dtype = DTYPES[precision]
+    rounds_all = about.runtime == "openvino" and about.precision == precision  # whatever the file says
+    model = copy.deepcopy(reference.model).to(dtype) if rounds_all else half_network(reference.model, dtype)
     worst = dict.fromkeys(expected, 0.0)
     with torch.inference_mode():
         for i, image in enumerate(torch.from_numpy(images)):
-            outputs = model(image[None].to(DTYPES[precision]))
+            outputs = model(image[None].to(dtype if rounds_all else torch.float32))
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             for (name, exact), rounded in zip(expected.items(), outputs, strict=True):
                 worst[name] = max(worst[name], float(np.abs(rounded[0].float().numpy() - exact[i]).max()))

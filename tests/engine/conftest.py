@@ -78,6 +78,4 @@ def built(
     folder = tmp_path_factory.mktemp("built")
     source = folder / "mini.onnx"
     source.write_bytes(exported("mini", "fp16", "function").read_bytes())
-    return build(
-        source, backend="tensorrt-rtx", batches=[1, 4], lowering="plugin", command=["dat-deploy", "build", "X"]
-    )
+    return build(source, backend="tensorrt-rtx", batches=[1, 4], lowering="plugin")

@@ -73,7 +73,7 @@ def test_one_changed_bit_anywhere_is_refused_before_anything_is_deserialised(eng
 
 
 @pytest.mark.usefixtures("nothing_deserialised")
-def test_a_longer_or_shorter_engine_is_refused(engine: Path) -> None:
+def test_a_longer_or_shorter_engine_is_refused(engine: Path, built: BuildReport) -> None:
     content = engine.read_bytes()
     for changed in (content[:-1], content + b"\0", b""):
         engine.write_bytes(changed)
@@ -81,7 +81,7 @@ def test_a_longer_or_shorter_engine_is_refused(engine: Path) -> None:
             open_runner(str(engine))
         assert str(caught.value) == (
             f"{engine} is not the engine that mini.engine.json describes (its SHA-256 differs): it was replaced or is "
-            f"damaged. Build it again with: dat-deploy build X"
+            f"damaged. Build it again with: {built.passport.rebuild_command}"
         )
 
 
@@ -107,13 +107,14 @@ def test_a_missing_engine_is_told_from_a_missing_passport(tmp_path: Path) -> Non
         open_runner(str(tmp_path / "none.engine"))
 
 
-def test_an_onnx_file_that_changed_since_is_told(engine: Path) -> None:
+def test_an_onnx_file_that_changed_since_is_told(engine: Path, built: BuildReport) -> None:
     source = engine.with_suffix(".onnx")
     source.write_bytes(source.read_bytes() + b"\0")
     with pytest.raises(PassportError) as caught:
         open_engine(engine)
     assert str(caught.value) == (
-        f"{source} has changed since mini.engine was built from it. Build the engine again with: dat-deploy build X"
+        f"{source} has changed since mini.engine was built from it. Build the engine again with: "
+        f"{built.passport.rebuild_command}"
     )
     source.unlink()
     assert open_engine(engine)  # on a server there is no ONNX file
@@ -138,11 +139,14 @@ def test_the_passport_of_a_later_version_is_told(engine: Path, built: BuildRepor
 
 
 def test_a_verdict_is_kept_and_the_engine_still_opens(engine: Path) -> None:
-    verdict = Verdict(True, "it agrees.", "2026-11-21T00:00:00+00:00", 18)
-    library.record_verdict(engine, verdict)
+    verdict = Verdict(True, "it agrees.", "2026-11-21T00:00:00+00:00", 18, (1, 4), None)
+    before = read_passport(engine)
+    library.record_verdict(engine, verdict, before.engine_sha256)
+    with pytest.raises(PassportError, match="was built anew while it was validated"):
+        library.record_verdict(engine, verdict, "0" * 64)
     passport, _ = open_engine(engine)
+    assert replace(passport, verdict=None) == before
     assert passport.verdict == verdict
-    assert passport == replace(passport, verdict=verdict)
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,13 @@ class FakeContext:
         self.engine, self.addresses, self.profile = engine, {}, None
         self.shape: tuple[int, ...] = ()
 
-    def set_optimization_profile_async(self, index: int, stream: int) -> None:
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.profile = index
+        return True
 
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shape = shape
+        return not self.engine.refuses_shapes
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return (self.shape[0], 2)
@@ -59,27 +61,30 @@ def _floats(address: int, size: int) -> Any:
 
 
 class FakeEngine:
+    """Counts what is asked of it."""
+
     num_optimization_profiles = 3
 
     def __init__(self) -> None:
         self.executions: list[tuple[int | None, int]] = []
         self.contexts = 0
-        self.busy = self.fails = False
+        self.busy = self.fails = self.refuses_shapes = False
 
     def create_execution_context(self) -> FakeContext:
         self.contexts += 1
         return FakeContext(self)
 
 
-def fake_tensorrt(engine: FakeEngine | None) -> types.SimpleNamespace:
+def fake_tensorrt(engine: FakeEngine | None) -> types.ModuleType:
     class Logger:
         Severity = types.SimpleNamespace(ERROR=1, WARNING=2)
 
     runtime = types.SimpleNamespace(deserialize_cuda_engine=lambda content: engine)
     known = types.SimpleNamespace(__members__={"NONE": 0, "SM75": 1, "SM89": 2, "SM120": 3})
-    return types.SimpleNamespace(
-        ILogger=Logger, Runtime=lambda logger: runtime, ComputeCapability=known, __version__="1.7.1.116"
-    )
+    module = types.ModuleType("tensorrt")
+    module.__dict__.update(ILogger=Logger, Runtime=lambda logger: runtime, ComputeCapability=known)
+    module.__version__ = "1.7.1.116"  # type: ignore[attr-defined]  # as every package has it
+    return module
 
 
 @pytest.fixture
@@ -94,7 +99,7 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def open_session(engine: FakeEngine | None) -> Session:
     return Session(
-        fake_tensorrt(engine),  # type: ignore[arg-type]  # as much of the module as is used
+        fake_tensorrt(engine),
         b"engine",
         name="x.engine",
         profiles=PROFILES,
@@ -155,6 +160,13 @@ def test_threads_take_turns_and_get_their_own_answers(engine: FakeEngine) -> Non
     assert len(engine.executions) == 300 + 2  # each of two batches was tried once before
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 4, 6), (1, 3, 1, 1), (1, 3, 6, 4), (3, 4, 6)])
+def test_tensors_that_would_be_broadcast_are_refused(engine: FakeEngine, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match=r"it takes \[batch, 3, 4, 6\] on a CUDA device"):
+        open_session(engine).run_on_device(torch.zeros(shape))
+    assert not engine.executions
+
+
 def test_results_stay_when_the_buffers_are_used_again(engine: FakeEngine) -> None:
     session = open_session(engine)
     first = session.run(np.ones((1, 3, 4, 6), np.float32))["logits"]
@@ -177,6 +189,9 @@ def test_what_fails_says_so(engine: FakeEngine) -> None:
     engine.fails = True
     with pytest.raises(EngineRunError, match=r"x\.engine failed; TensorRT said: nothing"):
         session.run(np.zeros((1, 3, 4, 6), np.float32))
+    engine.refuses_shapes = True
+    with pytest.raises(EngineRunError, match=r"x\.engine does not take its profile 1 at batch 8: nothing"):
+        session.run(np.zeros((8, 3, 4, 6), np.float32))
     session.close()
     with pytest.raises(EngineRunError, match=r"x\.engine is closed"):
         session.run(np.zeros((1, 3, 4, 6), np.float32))
@@ -185,10 +200,10 @@ def test_what_fails_says_so(engine: FakeEngine) -> None:
 def test_an_engine_of_another_version_is_refused(built: BuildReport) -> None:
     passport = replace(built.passport, backend_version="1.6.0.1")
     with pytest.raises(UnsupportedError) as caught:
-        check_fits(passport, fake_tensorrt(None), "x.engine")  # type: ignore[arg-type]
+        check_fits(passport, fake_tensorrt(None), "x.engine")
     assert str(caught.value) == (
         "x.engine was built with tensorrt-rtx 1.6.0.1, and 1.7.1.116 is installed; engines run on the version that "
-        "built them. Build it again here: dat-deploy build X"
+        f"built them. Build it again here: {built.passport.rebuild_command}"
     )
 
 
@@ -196,9 +211,10 @@ def test_an_engine_of_another_gpu_is_refused(built: BuildReport, monkeypatch: py
     monkeypatch.setattr(tensorrt_session, "gpu_architecture", lambda: 89)
     passport = replace(built.passport, architectures=("sm_80", "sm_86"))
     with pytest.raises(UnsupportedError) as caught:
-        check_fits(passport, fake_tensorrt(None), "x.engine")  # type: ignore[arg-type]
+        check_fits(passport, fake_tensorrt(None), "x.engine")
     assert str(caught.value) == (
-        "x.engine was built for sm_80, sm_86, and the GPU here is sm_89. Build it again here: dat-deploy build X"
+        "x.engine was built for sm_80, sm_86, and the GPU here is sm_89. Build it again here: "
+        f"{built.passport.rebuild_command}"
     )
 
 
@@ -207,13 +223,13 @@ def test_tensorrt_rtx_is_refused_on_a_gpu_that_it_does_not_know(
 ) -> None:
     monkeypatch.setattr(tensorrt_session, "gpu_architecture", lambda: 90)
     with pytest.raises(UnsupportedError) as caught:
-        check_fits(built.passport, fake_tensorrt(None), "x.engine")  # type: ignore[arg-type]
+        check_fits(built.passport, fake_tensorrt(None), "x.engine")
     assert str(caught.value) == (
         "TensorRT-RTX 1.7.1.116 does not run on sm_90; it knows sm_75, sm_89, sm_120 and later. "
         "Build with --backend tensorrt or aotinductor."
     )
     monkeypatch.setattr(tensorrt_session, "gpu_architecture", lambda: 121)
-    check_fits(built.passport, fake_tensorrt(None), "x.engine")  # type: ignore[arg-type]
+    check_fits(built.passport, fake_tensorrt(None), "x.engine")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -326,7 +326,10 @@ def test_what_an_engine_holds_of_a_plugin_gives_the_plugin_back(operator, rtx):
         for name, value in ATTRIBUTES[operator].items()
     ]
     plugin = creator.create_plugin("some node", rtx.PluginFieldCollection(fields), rtx.TensorRTPhase.BUILD)
-    restored = creator.create_plugin("", plugin.get_fields_to_serialize(), rtx.TensorRTPhase.RUNTIME)
+    serialized = plugin.get_fields_to_serialize()
+    overwriting = [np.full(1, 90, np.int32) for _ in range(10_000)]  # any memory that was freed too early
+    restored = creator.create_plugin("", serialized, rtx.TensorRTPhase.RUNTIME)
+    assert len(overwriting) == 10_000
     assert restored.node.fields == plugin.node.fields == ATTRIBUTES[operator]
     restored.set_tactic(3)
     for copy in (restored.clone(), restored.attach_to_context(None)):
@@ -706,7 +709,6 @@ def test_one_registry_takes_both_forms_in_turn(harness, libraries):
         taken,
         "UnsupportedError: the kernels cannot be compiled for architecture 91; it takes 75, 80, 86, 89, 90, 100, 120.",
     ]
-    assert found["flag"]
 
 
 def test_what_cannot_be_compiled_ahead_of_time_is_refused(harness, libraries):
