@@ -322,7 +322,7 @@ def inspect(
         out.print(table)
     _write_json(asdict(found), json_file, force=force)
     if found.passport is None:
-        _next("build", engine)
+        _next("build", engine, *_backend_option())
     else:
         _next(*_after(engine, found.passport, "doctor"))
 
@@ -726,8 +726,14 @@ def _print_passport(path: Path, passport: "Passport") -> None:
     table.add_row("backend", f"{passport.backend} {passport.backend_version}")
     table.add_row("runs on", ", ".join(passport.architectures) or f"every GPU that {passport.backend} runs on")
     table.add_row("batch", ", ".join(map(str, passport.profiles)))
-    table.add_row("lowering", metadata.lowering + (f", plugins {passport.plugin_form}" if passport.plugin_form else ""))
-    table.add_row("precision", metadata.precision)
+    forms = {
+        "IPluginV3": ", plugins in Python: needs this package where it runs",
+        "ahead-of-time": ", plugins baked in",
+    }
+    table.add_row("lowering", metadata.lowering + forms.get(passport.plugin_form or "", ""))
+    kept = f"; kept in fp32: {', '.join(metadata.fp32_added)}" if metadata.fp32_added else ""
+    less = f"; no fp32 in: {', '.join(metadata.fp32_removed)}" if metadata.fp32_removed else ""
+    table.add_row("precision", metadata.precision + kept + less)
     if passport.layers:
         table.add_row("layers", f"{_counts(passport.layers)} in the network that was parsed")
     if passport.engine_layers is not None:
@@ -743,12 +749,21 @@ def _print_passport(path: Path, passport: "Passport") -> None:
     out.print(table)
 
 
+def _backend_option() -> tuple[str, ...]:
+    """Where only TensorRT-RTX is installed, the option that names it."""
+    from dat_deploy.engine.tensorrt_library import missing
+
+    return ("--backend", "tensorrt-rtx") if missing("tensorrt") and not missing("tensorrt-rtx") else ()
+
+
 def _after(engine: Path, passport: "Passport", elsewhere: str) -> tuple[object, ...]:
     """The next command: to validate the engine, where it can run."""
     from dat_deploy.runners import RUNTIMES, reasons_against
 
     if reasons_against(RUNTIMES[passport.backend]):
         return (elsewhere, engine) if elsewhere == "inspect" else (elsewhere,)
+    if passport.verdict is not None:
+        return ("bench", "--engine", engine)
     source = passport.metadata.weights_source
     return ("validate", "--engine", engine, *(() if "random weights" in source else ("--checkpoint", source)))
 

@@ -825,8 +825,8 @@ def test_an_engine_is_built_and_inspected_without_a_gpu(run: Run, mini_onnx: Pat
     assert outcome.next_words == ["inspect", str(target)]
     rows = dict(re.findall(r"^ (\S[\w ]*?)  +(\S.*?) *$", outcome.out, re.MULTILINE))
     assert rows["runs on"] == "sm_80, sm_89"
-    assert rows["batch"] == "1, 2-8-8"
-    assert rows["lowering"] == "plugin, plugins IPluginV3"
+    assert rows["batch"] == "1, 2-8"
+    assert rows["lowering"] == "plugin, plugins in Python: needs this package where it runs"
     assert rows["plugins"] == "6 window_attention, 2 deformable_sample, 2 deformable_attention"
     assert rows["validated"] == "never"
     assert "note: no GPU is at hand to try the lowerings on; took plugin" in outcome.out
@@ -846,7 +846,8 @@ def test_an_engine_is_built_and_inspected_without_a_gpu(run: Run, mini_onnx: Pat
     again = run("build", *words)
     assert again.error == f"{target} exists; pass --force to replace it, or choose another name."
     rebuild = json.loads((tmp_path / "mini.engine.json").read_text())["rebuild"]
-    assert run(*rebuild[1:]).code == 0  # the command in the passport works as it is
+    assert run(*rebuild[1:]).code == 1  # and the command in the passport works, once it is told to replace the engine
+    assert run(*rebuild[1:], "--force").code == 0
 
     target.write_bytes(target.read_bytes()[:-1])
     for command in (["validate", "--engine"], ["inspect"]):
@@ -906,7 +907,7 @@ def test_a_package_is_built_validated_inspected_and_classifies(run: Run, tmp_pat
         (
             ["--variant", "tiny", "--backend", "aotinductor", "--batch", "1-8"],
             1,
-            "an AOTInductor package has static batches, and --batch got 1-8-8; give each, as 1,8,32.",
+            "an AOTInductor package has static batches, and --batch got 1-8; give each, as 1,8,32.",
         ),
         (
             ["--variant", "tiny", "--backend", "aotinductor", "--precision", "int4"],
@@ -934,7 +935,7 @@ def test_what_build_cannot_do_is_one_sentence(
     if "tensorrt" in words and importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("tensorrt is installed")
     monkeypatch.chdir(tmp_path)
-    outcome = run("build", *(mini_onnx if word == "MINI" else word for word in words), "--output", tmp_path / "out")
+    outcome = run("build", *(mini_onnx if word == "MINI" else word for word in words))
     assert outcome.error == sentence
     assert outcome.code == code
     assert names(tmp_path) == []

@@ -8,26 +8,19 @@ from pathlib import Path
 import dat_deploy
 from dat_deploy.benchmark.record import Hardware
 from dat_deploy.runners.base import available_cores
-from dat_deploy.system import command_output, nvidia_smi, tool_version
+from dat_deploy.system import command_output, cpu_flags, nvidia_smi, tool_version
 
 __all__ = ["commit", "hardware", "versions"]
-
-_CPU_FLAGS = (  # that decide which kernels a runtime picks; x86 and Arm
-    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "amx_int8"),
-    *("asimd", "bf16", "i8mm", "sve", "sve2"),
-)
 
 
 def hardware() -> Hardware:
     """Of this machine, as far as this process may use it."""
     cpuinfo = _text("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     memory = re.search(r"^MemTotal:\s+(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
-    present = set(flags.group(1).split()) if flags else set()
     return Hardware(
         cpu=model.group(1).strip() if model else platform.machine(),
-        cpu_flags=tuple(flag for flag in _CPU_FLAGS if flag in present),
+        cpu_flags=cpu_flags(),
         cores=available_cores(),
         memory_gib=round(int(memory.group(1)) / 2**20) if memory else 0,
         gpus=tuple(nvidia_smi("name")),

@@ -211,7 +211,8 @@ def _check_batches(label: str, description: EngineDescription, batches: Sequence
     if others and description.profiles:
         raise ShapeError(
             f"engine '{label}' was built for {description.batches_taken} and cannot run batch {', '.join(others)}. "
-            f"Measure it at those, or build it again with --batch {','.join(map(str, batches))}."
+            f"Measure it with --batch {','.join(str(profile.best) for profile in description.profiles)}, or build it "
+            f"again with --batch {','.join(map(str, batches))}."
         )
     if others:
         raise ShapeError(

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from dat_deploy.engine.passport import Passport
 from dat_deploy.errors import DatDeployError, EngineBuildError, UnsupportedError
 from dat_deploy.model import DAT, REFERENCE, half_network
 from dat_deploy.plugins.neighborhood_attention.reference import neighborhood_index
+from dat_deploy.system import cpu_flags
 
 __all__ = ["PRECISIONS", "check_fits", "compile_package", "model_name"]
 
@@ -95,11 +97,13 @@ def check_fits(passport: Passport, name: str) -> None:
             f"{name} was built with torch {passport.backend_version}, and {torch.__version__} is installed; packages "
             f"run on the version that built them. {again}"
         )
-    here = gpu_architecture()
-    if passport.architectures not in (("cpu",), (f"sm_{here}",)):
+    architecture = gpu_architecture()
+    here = {"cpu", platform.machine(), *cpu_flags()} | ({f"sm_{architecture}"} if architecture else set())
+    lacking = [each for each in passport.architectures if each not in here]
+    if lacking:
         raise UnsupportedError(
-            f"{name} was built for {', '.join(passport.architectures)}, and "
-            f"{'no GPU is here' if here is None else f'the GPU here is sm_{here}'}. {again}"
+            f"{name} was built for {', '.join(passport.architectures)}, and this machine has no {', '.join(lacking)}. "
+            f"{again}"
         )
 
 

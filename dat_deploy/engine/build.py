@@ -92,6 +92,11 @@ def build(
         )
     else:
         target = output or source.with_suffix(".engine")
+    suffix = ".pt2" if backend == "aotinductor" else ".engine"
+    if target.suffix != suffix:
+        raise EngineBuildError(
+            f"--output got '{target}'; what {backend} makes ends in {suffix}, by which the other commands know it."
+        )
     _check_options(
         backend,
         {
@@ -184,4 +189,4 @@ def _command(source: Path | None, options: dict[str, object]) -> tuple[str, ...]
     for name, value in options.items():
         if value and value != "auto":
             words += [name, value.name if isinstance(value, Variant) else str(value)]
-    return (*words, "--force")
+    return tuple(words)

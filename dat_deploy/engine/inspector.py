@@ -35,6 +35,7 @@ _TYPES = (  # of TensorRT 10.x: "Row major linear FP16 format"; 11.x: "Half"
     ("fp16", re.compile(r"fp16|half", re.IGNORECASE)),
     ("fp32", re.compile(r"fp32|float", re.IGNORECASE)),
 )
+_OTHER_PROFILE = re.compile(r"\[profile [1-9]\d*\]$", re.IGNORECASE)
 _ATTENTION = re.compile(r"f?mha|flash|attention", re.IGNORECASE)
 
 
@@ -127,13 +128,16 @@ def layers_from_json(text: str) -> list[EngineLayer]:
     """The layers in what the inspector gives; those that were built without their details have a name alone."""
     layers = []
     for entry in json.loads(text)["Layers"]:
+        name = entry if isinstance(entry, str) else entry.get("Name", "")
+        if _OTHER_PROFILE.search(name):
+            continue  # the same layer as often as there are profiles
         if isinstance(entry, str):
             layers.append(EngineLayer(entry, "", "", (), (), "unknown"))
             continue
         inputs, outputs = (tuple(map(_format, entry.get(side, []))) for side in ("Inputs", "Outputs"))
         layers.append(
             EngineLayer(
-                name=entry.get("Name", ""),
+                name=name,
                 kind=(entry.get("PluginType") and "Plugin " + entry["PluginType"]) or entry.get("LayerType", ""),
                 tactic=entry.get("TacticName", ""),
                 inputs=inputs,

@@ -1,5 +1,6 @@
 """A network -> AOTInductor package with its passport."""
 
+import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.labels import class_names
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.preprocess import Preprocessing
-from dat_deploy.system import tool_version
+from dat_deploy.system import cpu_flags, tool_version
 from dat_deploy.variants import Variant
 
 __all__ = ["package_and_passport"]
@@ -88,10 +89,11 @@ def package_and_passport(
         backend="aotinductor",
         backend_version=str(torch.__version__),
         versions=versions(),
-        architectures=(f"sm_{architecture}",) if device == "cuda" else ("cpu",),
+        architectures=(f"sm_{architecture}",) if device == "cuda" else ("cpu", platform.machine(), *cpu_flags()),
         profiles=tuple(profiles),
         outputs=tuple(model.output_names),
         layers={},
+        kinds={},
         engine_layers=None,
         plugins={},
         plugin_form=None,

@@ -47,7 +47,8 @@ class Profile:
     most: int
 
     def __str__(self) -> str:
-        return str(self.best) if self.least == self.most else f"{self.least}-{self.best}-{self.most}"
+        sizes = (self.least, self.best, self.most)
+        return "-".join(str(size) for i, size in enumerate(sizes) if size not in sizes[:i])
 
     @classmethod
     def parse(cls, text: str) -> "Profile":
@@ -96,7 +97,8 @@ class Passport:
         architectures: what it runs on, such as `sm_90` or `cpu`; none if on all that its backend runs on.
         profiles: the batches it takes.
         outputs: names of what it gives, in order.
-        layers: how many layers compute in which type, counted in the parsed network.
+        layers: how many layers compute in which type, counted in the parsed network; kinds: how many layers of each of
+            TensorRT's types.
         engine_layers: the same of the built engine, from its inspector; None where no GPU was at hand.
         plugins: how many layers each plugin has; plugin_form: IPluginV3, ahead-of-time, or None.
         metadata: of the exported file; its lowering is the engine's.
@@ -115,6 +117,7 @@ class Passport:
     profiles: tuple[Profile, ...]
     outputs: tuple[str, ...]
     layers: dict[str, int]
+    kinds: dict[str, int]
     engine_layers: dict[str, int] | None
     plugins: dict[str, int]
     plugin_form: str | None
@@ -154,13 +157,13 @@ class Passport:
             DatDeployError,
         ) as error:
             raise PassportError(
-                f"{path} is not a passport of this version, or it is damaged ({error}). Build the engine again with: "
-                f"dat-deploy build"
+                f"{path} is not a passport of this version, or it is damaged ({error}). Build the engine again, see: "
+                f"dat-deploy build --help"
             ) from error
         if not whole:
             raise PassportError(
                 f"{path} was edited or is damaged: its digest does not fit its content. "
-                f"Build the engine again with: dat-deploy build"
+                f"Build the engine again, see: dat-deploy build --help"
             )
         return passport
 
@@ -213,7 +216,7 @@ def read_passport(engine: Path) -> Passport:
     except FileNotFoundError:
         raise PassportError(
             f"{engine} has no passport {path.name} beside it, so nothing says what it holds; copy both files, or build "
-            f"the engine again with: dat-deploy build"
+            f"the engine again, see: dat-deploy build --help"
         ) from None
     except OSError as error:
         raise PassportError(f"cannot read {path}: {error.strerror}. Check the path.") from error

@@ -28,6 +28,7 @@ class Built:
 
     content: bytes
     layers: dict[str, int]
+    kinds: dict[str, int]
     plugins: dict[str, int]
 
 
@@ -86,7 +87,7 @@ def serialized_engine(
     if cache is not None and timing_cache is not None:
         with atomic_output(timing_cache, force=True) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
-    return Built(bytes(memory), parsed.layers, parsed.plugins)
+    return Built(bytes(memory), parsed.layers, parsed.kinds, parsed.plugins)
 
 
 def _failed(log: Log, *, out_of_memory: bool = False) -> EngineBuildError:

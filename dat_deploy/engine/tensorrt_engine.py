@@ -16,7 +16,7 @@ from dat_deploy.engine.passport import Passport, Profile, sha256, versions
 from dat_deploy.engine.tensorrt_build import serialized_engine
 from dat_deploy.engine.tensorrt_library import import_tensorrt
 from dat_deploy.engine.tensorrt_session import check_fits
-from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
+from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError, UnsupportedError
 from dat_deploy.export.lowering import LOWERINGS, lower
 from dat_deploy.metadata import FileMetadata, load_onnx
 from dat_deploy.plugins import trt_plugin
@@ -82,6 +82,11 @@ def engine_and_passport(
         lowering, notes = choice.lowering, (choice.reason,)
     if lowering != metadata.lowering:
         model = ir.to_proto(lower(ir.from_proto(model), lowering))
+    if plugin_form != "auto" and lowering != "plugin":
+        raise EngineBuildError(
+            f"--plugins {plugin_form} is for --lowering plugin, and this is {lowering}; leave --plugins out, or build "
+            f"a file of lowering function or plugin with --lowering plugin."
+        )
     form = register_plugins() if lowering == "plugin" else None
     built = serialized_engine(
         trt,
@@ -105,6 +110,7 @@ def engine_and_passport(
         profiles=profiles,
         outputs=tuple(value.name for value in model.graph.output),
         layers=built.layers,
+        kinds=built.kinds,
         engine_layers=None,
         plugins=built.plugins,
         plugin_form=form,
@@ -117,8 +123,19 @@ def engine_and_passport(
         check_fits(passport, trt, source.name)
     except UnsupportedError:
         return built.content, passport, notes  # it was built for other GPUs, which will tell
-    layers = count_types(layers_of(trt, deserialized(trt, built.content)))
-    return built.content, dataclasses.replace(passport, engine_layers=layers), notes
+    passport, told = _confirmed(trt, built.content, passport)
+    return built.content, passport, (*notes, *told)
+
+
+def _confirmed(trt: ModuleType, content: bytes, passport: Passport) -> tuple[Passport, tuple[str, ...]]:
+    """The passport with what the inspector says of the engine; a note if that is not what was parsed."""
+    try:
+        layers = layers_of(trt, deserialized(trt, content))
+    except (EngineRunError, ValueError, KeyError, AttributeError, TypeError) as error:  # of any JSON
+        return passport, (f"the layers of the engine could not be listed ({error}), so its types are not confirmed.",)
+    found, parsed = sum(layer.is_plugin for layer in layers), sum(passport.plugins.values())
+    note = f"the network has {parsed} plugin layers and the engine {found}; look at dat-deploy inspect --layers."
+    return dataclasses.replace(passport, engine_layers=count_types(layers)), (note,) if found != parsed else ()
 
 
 def _register_form(trt: ModuleType, backend: str, plugin_form: str, architectures: Sequence[int]) -> str:
@@ -137,7 +154,7 @@ def _register_form(trt: ModuleType, backend: str, plugin_form: str, architecture
     if against[form]:
         raise UnsupportedError(
             f"the {form} plugins cannot be used with {backend} {trt.__version__} here: {'; '.join(against[form])}. "
-            f"Build with --lowering gather instead."
+            f"Build with {'--plugins IPluginV3' if not against['IPluginV3'] else '--lowering gather'} instead."
         )
     if form == "IPluginV3":
         trt_plugin.register_plugins(trt)

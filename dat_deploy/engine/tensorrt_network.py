@@ -89,7 +89,8 @@ def parsed_network(
             f"TensorRT's network should have {_listed(expected)} as plugins, but has {_listed(found)}. "
             f"Build with --lowering gather, and report this."
         )
-    return ParsedNetwork(network, builder, dict(layers), dict(kinds), dict(found), (parser, log))
+    by_type = {name: layers[name] for name in ("fp16", "bf16", "fp32", "integer", "cast") if layers[name]}
+    return ParsedNetwork(network, builder, by_type, dict(kinds), dict(found), (parser, log))
 
 
 def _listed(counts: Counter[str]) -> str:

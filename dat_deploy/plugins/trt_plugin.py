@@ -313,7 +313,7 @@ def reasons_against_ahead_of_time(trt: Any) -> list[str]:
     """Why `register_ahead_of_time` cannot work here, a sentence each; none if it can."""
     reasons = _reasons_against_both(trt)
     if _is_rtx(trt):
-        reasons.append("TensorRT-RTX takes no plugins that are compiled ahead of time; use register_plugins")
+        reasons.append("TensorRT-RTX takes no plugins that are compiled ahead of time")
     elif _version(trt) == (10, 14):
         reasons.append(
             f"TensorRT {trt.__version__} cannot build plugins that are compiled ahead of time, no 10.14 can; "

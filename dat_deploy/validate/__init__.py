@@ -240,6 +240,10 @@ def _check_at_size(
         tolerances = dict.fromkeys(about.outputs, tolerance)
     tried = _batches(about, batches)
     checks: list[Check] = []
+    if about.profiles:
+        refused = [batch for batch in sorted(set(batches)) if not about.takes_batch(batch)]
+        detail = f"it was built for {about.batches_taken}"
+        checks += [Check("photographs", batch, None, max(tolerances.values()), detail) for batch in refused]
     for batch in tried:
         progress(f"photographs, batch {batch}")
         checks.append(_compare_photographs(runner, photos, expected, batch, tolerances))

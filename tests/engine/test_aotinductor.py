@@ -130,6 +130,7 @@ def beside(package: Path, model: DAT, **changes: object) -> Path:
         profiles=(Profile.parse("1"), Profile.parse("3")),
         outputs=tuple(model.output_names),
         layers={},
+        kinds={},
         engine_layers=None,
         plugins={},
         plugin_form=None,
@@ -296,7 +297,8 @@ def test_threads_get_the_answers_to_their_own_images(runner, images):
         ),
         (
             {"architectures": ("sm_10",)},
-            "p.pt2 was built for sm_10, and no GPU is here. Build it again here: dat-deploy build --batch 1,3",
+            "p.pt2 was built for sm_10, and this machine has no sm_10. Build it again here: "
+            "dat-deploy build --batch 1,3",
         ),
     ],
     ids=["torch", "gpu"],

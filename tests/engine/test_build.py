@@ -44,11 +44,21 @@ def operators(network: Variant) -> dict[str, int]:
     return {name: count for name, count in expected.items() if count}
 
 
+def norms_between(network: Variant) -> int:
+    """The LayerNorms outside of blocks: of the stem, the steps between stages and the head, and of the offsets."""
+    stem = 2 if network.overlapping_patches else 1
+    return stem + len(network.stages) - 1 + 1 + len(network.deformable_blocks)
+
+
 def check_built(report: BuildReport, network: Variant, precision: str, lowering: str) -> None:
     passport = report.passport
     assert passport.engine_bytes == report.path.stat().st_size > 10_000
     assert passport.plugins == (operators(network) if lowering == "plugin" else {})
     assert passport.metadata.lowering == lowering
+    assert "GRID_SAMPLE" not in passport.kinds
+    assert passport.kinds["NORMALIZATION"] == sum(2 * len(stage.blocks) for stage in network.stages) + norms_between(
+        network
+    )
     others = set(PRECISIONS) - {precision}
     if precision == "fp32":
         assert not others & set(passport.layers)
@@ -138,6 +148,22 @@ def test_plugin_layers_have_the_shapes_and_types_of_their_operators(
         (precision, (56, 56, 16)),
     ]
     assert len(seen) == sum(operators(mini).values())
+
+
+def test_a_neighborhood_plugin_has_the_shapes_and_types_of_its_operator(exported: Exported) -> None:
+    parsed = _network(exported("mini-pp", "fp16", "plugin"), plugins=True)
+    (layer,) = (
+        layer
+        for layer in map(parsed.network.get_layer, range(parsed.network.num_layers))
+        if layer.name == "stages.0.attns.0/neighborhood_attention"
+    )
+    tensors = [*(layer.get_input(j) for j in range(layer.num_inputs)), layer.get_output(0)]
+    assert [(tensor.dtype.name, tuple(tensor.shape)) for tensor in tensors] == [
+        ("HALF", (-1, 56, 56, 48)),
+        ("HALF", (48,)),
+        ("FLOAT", (2, 13, 13)),
+        ("HALF", (-1, 56, 56, 16)),
+    ]
 
 
 def test_normalization_is_one_layer_in_fp32(exported: Exported) -> None:
@@ -240,8 +266,25 @@ REFUSED = {
         "the ahead-of-time plugins cannot be used with tensorrt-rtx 1.7.1.116 here: TensorRT-RTX takes no",
     ),
     "a timing cache": ({"timing_cache": Path("cache")}, UnsupportedError, "TensorRT-RTX times nothing while it builds"),
+    "plugins for another lowering": (
+        {"plugin_form": "IPluginV3"},
+        EngineBuildError,
+        "--plugins IPluginV3 is for --lowering plugin, and this is hat",
+    ),
+    "what is for aotinductor": (
+        {"precision": "fp16"},
+        EngineBuildError,
+        "--precision is for --backend aotinductor; tensorrt-rtx builds what a file holds.",
+    ),
     "no tensorrt": ({"backend": "tensorrt"}, UnsupportedError, "package tensorrt is not installed"),
 }
+
+
+def test_an_engine_has_its_suffix(exported: Exported, tmp_path: Path) -> None:
+    with pytest.raises(
+        EngineBuildError, match=r"what tensorrt-rtx makes ends in \.engine, by which the other commands"
+    ):
+        build(exported("mini", "fp32", "hat"), tmp_path / "x.onnx", backend="tensorrt-rtx")
 
 
 @pytest.mark.parametrize("case", REFUSED)

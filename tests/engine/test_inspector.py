@@ -20,6 +20,7 @@ LAYERS_10 = {
             ],
             "PluginType": "window_attention",
         },
+        {"Name": "stages.0.attns.0/window_attention [profile 1]", "LayerType": "PluginV3", "Inputs": [], "Outputs": []},
         {
             "Name": "__myl_Norm",
             "LayerType": "kgen",
