@@ -970,7 +970,8 @@ def test_checkpoint_to_safetensors_to_onnx_to_classes(run: Run, tmp_path: Path) 
 
     outcome = run(*outcome.next_words, "--output", exported, "--batch", "2", "--json", report)
     assert outcome.next_words == ["validate", "--engine", str(exported), "--checkpoint", str(converted)]
-    first, second, _ = outcome.out.splitlines()
+    first, precision, second, _ = outcome.out.splitlines()
+    assert re.fullmatch(r"precision: fp32 \d+ nodes", precision)
     size_mb = round(exported.stat().st_size / 1e6)
     pattern = (
         rf"{exported}: mini 224x224, batch 2, lowering function, opset 18, fp32, 10 operators, \d+ nodes, "

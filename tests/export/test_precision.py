@@ -548,6 +548,7 @@ def test_bf16_file_is_valid_and_passes_validation_where_it_runs(mini_pp, tmp_pat
 
 def test_command_line_takes_a_precision_and_islands_and_prints_the_census(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(VARIANTS, "mini-dat", MINI_DAT)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # handlers would stay for the tests that follow
 
     def run(*words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["dat-deploy", *map(str, words)])

@@ -592,7 +592,7 @@ def register_for_sm_90(trt: Any) -> None:
     trt_plugin.register_ahead_of_time(trt, 90)
 
 
-RTX_HAS_NONE = "TensorRT-RTX takes no plugins that are compiled ahead of time; use register_plugins"
+RTX_HAS_NONE = "TensorRT-RTX takes no plugins that are compiled ahead of time"
 
 
 @pytest.mark.parametrize(
