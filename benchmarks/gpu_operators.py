@@ -28,7 +28,7 @@ from dat_deploy.plugins.window_attention.reference import (
     window_merge,
     window_partition,
 )
-from dat_deploy.variants import VARIANTS, Variant
+from dat_deploy.variants import RELEASED, VARIANTS, Variant
 
 __all__ = ["Case", "cases", "ceilings_jobs", "jobs", "tune_jobs"]
 
@@ -137,7 +137,7 @@ class Case:
 def cases() -> dict[Case, list[str]]:
     """Every shape once, with those whom it serves, such as `base-384 384x384 stage 3` (the papers count from 1)."""
     found: dict[Case, list[str]] = {}
-    wanted = [(name, size, BATCHES) for name in VARIANTS for size in SIZES] + [(*DETECTOR, (1,))]
+    wanted = [(name, size, BATCHES) for name in RELEASED for size in SIZES] + [(*DETECTOR, (1,))]
     for name, size, batches in wanted:
         with contextlib.suppress(ShapeError):  # windows do not tile every size
             variant = VARIANTS[name].with_image_size(*size)

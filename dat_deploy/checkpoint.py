@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,11 @@ __all__ = [
     "load_weights",
     "model_from_weights",
     "official_state_dict_shapes",
+    "save_checkpoint",
     "seeded_weights",
 ]
 
+SHIPPED = "the weights that ship with dat-deploy (demo.safetensors)"
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BUFFERS = (".relative_position_index", ".attn_mask")
 # Upstream wraps LayerNorm (`norm`) and the MLP (`chunk`), and numbers the members of nn.Sequential.
@@ -85,7 +88,7 @@ def load_model(
     features: Sequence[int] | None = None,
     fused: bool = False,
 ) -> DAT:
-    """The network in eval mode, without gradients; seeded random weights if there is no checkpoint.
+    """The network in eval mode, without gradients; without a checkpoint, see `load_weights`.
 
     Args:
         name_or_variant, image_size, features: see `find_variant`.
@@ -109,8 +112,14 @@ def model_from_weights(weights: Weights, variant: Variant, *, fused: bool = Fals
 
 
 def load_weights(variant: Variant, checkpoint: Path | None = None) -> Weights:
-    """Those of the checkpoint, or seeded random ones without."""
-    return seeded_weights(variant) if checkpoint is None else load_checkpoint(checkpoint, variant)
+    """Those of the checkpoint; without one those that ship (of `demo`), or seeded random ones."""
+    if checkpoint is not None:
+        return load_checkpoint(checkpoint, variant)
+    demo = VARIANTS["demo"]
+    if (variant.name, variant.stages, variant.classes) != (demo.name, demo.stages, demo.classes):
+        return seeded_weights(variant)
+    with resources.as_file(resources.files("dat_deploy").joinpath("data/demo.safetensors")) as path:
+        return replace(load_checkpoint(path, variant), source=SHIPPED)
 
 
 def load_checkpoint(path: Path, variant: Variant) -> Weights:
@@ -159,6 +168,22 @@ def convert_checkpoint(path: Path, output: Path, *, force: bool = False) -> tupl
     with atomic_output(output, force=force) as temporary:
         temporary.write_bytes(save_safetensors(parameters, metadata))  # save_file's errors are no OSError
     return variant, weights
+
+
+def save_checkpoint(model: DAT, path: Path, *, force: bool = False) -> None:
+    """Write a network of the size it was trained for as `.safetensors`, under the official parameter names."""
+    state_dict = model.state_dict()
+    parameters = {}
+    for name, shape in official_state_dict_shapes(model.variant).items():
+        if name.endswith(BUFFERS):
+            continue
+        own = _model_name(name, shape)
+        tensor = state_dict[own]
+        if own.endswith(".linear.weight"):
+            tensor = tensor.reshape(shape[0], 2, 2, shape[1]).permute(0, 3, 1, 2)
+        parameters[name] = tensor.reshape(shape).contiguous()
+    with atomic_output(path, force=force) as temporary:
+        temporary.write_bytes(save_safetensors(parameters, {"format": "pt", "variant": model.variant.name}))
 
 
 def seeded_weights(variant: Variant, seed: int = 0) -> Weights:
@@ -319,11 +344,8 @@ def _weights_from_official(
     for official_name, tensor in parameters.items():
         if official_name.startswith(unused):
             continue
-        name = official_name
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if name.startswith("down_projs.") and tensor.shape[2:] == (2, 2):  # a product over its four pixels
-            name = name.replace(".conv.", ".linear.")
+        name = _model_name(official_name, tensor.shape)
+        if name.endswith(".linear.weight"):
             tensor = tensor.permute(0, 2, 3, 1).flatten(1).contiguous()
         elif tensor.shape[2:] == (1, 1):
             tensor = tensor.flatten(1)
@@ -336,6 +358,15 @@ def _weights_from_official(
                 notes[f"stage {stage}: bias tables resized from {old} to {_sides(size)} (bicubic)"] = None
         state_dict[name] = tensor
     return Weights(state_dict, _sha256(state_dict), path.name, tuple(notes))
+
+
+def _model_name(official_name: str, shape: Sequence[int]) -> str:
+    name = official_name
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    if name.startswith("down_projs.") and tuple(shape[2:]) == (2, 2):  # a product over its four pixels
+        name = name.replace(".conv.", ".linear.")
+    return name
 
 
 def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], variant: Variant) -> None:
@@ -397,11 +428,9 @@ def _optional(variant: Variant) -> set[str]:
 def _with_head_of(tensors: dict[str, Tensor], variant: Variant) -> Variant:
     """The variant with as many classes as the checkpoint's head, if it has one."""
     head = tensors.get("cls_head.weight")
-    return (
-        variant
-        if head is None or head.ndim != 2 or not 1 <= head.shape[0] <= LARGEST
-        else replace(variant, classes=head.shape[0])
-    )
+    if head is None or head.ndim != 2 or head.shape[0] == variant.classes or not 1 <= head.shape[0] <= LARGEST:
+        return variant
+    return replace(variant, classes=head.shape[0], class_names=())
 
 
 def _fitting_variants(tensors: dict[str, Tensor]) -> list[Variant]:

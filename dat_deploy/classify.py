@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dat_deploy.labels import top_k
+from dat_deploy.labels import class_names, top_k
 from dat_deploy.preprocess import preprocess_files
 from dat_deploy.runners import EngineDescription, open_runner
 
@@ -50,7 +50,6 @@ def classify(images: Sequence[Path], engine: str, *, checkpoint: Path | None = N
             part = inputs[first : first + size]
             padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])  # a fixed batch's last call
             logits.append(runner(padded)[: len(part)])
-        predictions = tuple(
-            tuple(Prediction(*entry) for entry in entries) for entries in top_k(np.concatenate(logits), top)
-        )
+        best = top_k(np.concatenate(logits), class_names(runner.description.network), top)
+        predictions = tuple(tuple(Prediction(*entry) for entry in entries) for entries in best)
         return Classification(runner.description, tuple(images), predictions)

@@ -6,12 +6,14 @@ brackets: "crane (bird)".
 """
 
 import functools
+from collections.abc import Sequence
 from importlib import resources
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dat_deploy.errors import ShapeError, VerificationError
+from dat_deploy.variants import Variant
 
 __all__ = ["class_names", "imagenet_class_names", "top_k"]
 
@@ -23,16 +25,23 @@ def imagenet_class_names() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
-def class_names(classes: int) -> tuple[str, ...]:
-    """Names of a head of `classes` outputs: ImageNet's for 1000, "class N" for other counts."""
-    return imagenet_class_names() if classes == 1000 else tuple(f"class {index}" for index in range(classes))
+def class_names(network: Variant) -> tuple[str, ...]:
+    """Its own names; where it has none, ImageNet's for 1000 classes, "class N" for other counts; none of a backbone."""
+    if network.features:
+        return ()
+    if network.class_names:
+        return network.class_names
+    if network.classes == 1000:
+        return imagenet_class_names()
+    return tuple(f"class {index}" for index in range(network.classes))
 
 
-def top_k(logits: ArrayLike, k: int = 5) -> list[list[tuple[int, str, float]]]:
+def top_k(logits: ArrayLike, names: Sequence[str], k: int = 5) -> list[list[tuple[int, str, float]]]:
     """The `k` most probable classes of each image, or all classes where there are fewer.
 
     Args:
         logits: [B, classes].
+        names: of the classes.
     Returns:
         per image (index, name, probability), falling; ties in the order of the index. The softmax is in float64.
     Raises:
@@ -42,6 +51,8 @@ def top_k(logits: ArrayLike, k: int = 5) -> list[list[tuple[int, str, float]]]:
     values = np.asarray(logits, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] == 0:
         raise ShapeError(f"logits have shape {values.shape}; top_k takes [B, classes]. Add the batch axis.")
+    if values.shape[1] != len(names):
+        raise ShapeError(f"logits are of {values.shape[1]} classes and there are {len(names)} names. Name each class.")
     if k < 1:
         raise ShapeError(f"top_k got k = {k}; it takes 1 or more. Ask for at least one class.")
     for image, row in enumerate(values):
@@ -50,7 +61,6 @@ def top_k(logits: ArrayLike, k: int = 5) -> list[list[tuple[int, str, float]]]:
                 f"logits of image {image} hold NaN or infinity; they must be finite. "
                 f"Find the first wrong layer with: dat-deploy validate"
             )
-    names = class_names(values.shape[1])
     exponentials = np.exp(values - values.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)  # B, classes
     best = np.argsort(-values, axis=1, kind="stable")[:, :k]  # B, k

@@ -1,4 +1,4 @@
-"""The released configurations of DAT, DAT+ and DAT++ as data: one row each, no torch.
+"""The released configurations of DAT, DAT+ and DAT++ as data, one row each, and `demo`, whose weights ship; no torch.
 
 Source: the official YAML files (LeapLabTHU/DAT) and the papers, CVPR 2022 (arXiv 2201.00520) and DAT++
 (arXiv 2309.01430). Letters: B batch, C channels, H W feature map, Hk Wk sampled grid, Ns = Hk·Wk, G offset groups,
@@ -9,10 +9,11 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dat_deploy.errors import ShapeError, VariantError
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "VARIANTS", "StageConfig", "Variant", "get_variant", "stride"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "RELEASED", "VARIANTS", "StageConfig", "Variant", "get_variant", "stride"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -21,6 +22,9 @@ PATCH_SIZE = 4
 TOTAL_STRIDE = 32  # the patch and three halvings
 FAMILIES = ("DAT", "DAT+", "DAT++")
 LARGEST = 2**16  # of any size
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
+)  # fmt: skip
 
 
 def stride(stage: int) -> int:
@@ -107,6 +111,7 @@ class Variant:
         runtimes_checked: where every lowering of this variant was compared with PyTorch.
         overlapping_patches: the stem and the steps between stages are 3×3 convolutions, not projections of patches.
         features: stages whose output maps the network returns instead of logits, as a backbone.
+        class_names: in the order of the logits; empty for ImageNet's 1000 and where they are not known.
     """
 
     name: str
@@ -123,6 +128,7 @@ class Variant:
     mlp_ratio: int = 4
     overlapping_patches: bool = False
     features: tuple[int, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises VariantError for what no network can be."""
@@ -133,10 +139,12 @@ class Variant:
             or len(stages) != 4
             or not all(1 <= size <= LARGEST for size in sizes)
             or list(self.features) != [i for i in stages if i in self.features]
+            or len(self.class_names) not in (0, self.classes)
         ):
             raise VariantError(
                 f"a network cannot be {self!r:.300}; its family is one of {', '.join(FAMILIES)}, it has four stages, "
-                f"its features are some of them in order, and its sizes are from 1 to {LARGEST}."
+                f"its features are some of them in order, its class names are as many as its classes, and its sizes "
+                f"are from 1 to {LARGEST}."
             )
 
     @property
@@ -324,6 +332,35 @@ def _dat_pp(
     )
 
 
+def _demo() -> Variant:
+    """Fashion-MNIST's ten classes by a network of every kind of block, small enough to ship with its weights.
+
+    Its images of 28×28 are enlarged to 64×64; `training/train_demo.py` made the weights.
+    """
+    shared: dict[str, Any] = {"neighborhood_size": 7, "local_perception": True, "depthwise_mlp": True}
+    deformable: dict[str, Any] = {"offset_range_factor": -1.0, "offset_kernel_size": 3, "offset_stride": 1}
+    return Variant(
+        name="demo",
+        family="DAT++",
+        image_size=(64, 64),
+        trained_size=64,
+        resize_size=64,
+        stages=(
+            StageConfig(16, "LS", 1, window_size=8, **shared),
+            StageConfig(32, "ND", 2, offset_groups=1, **{**deformable, "offset_stride": 2}, **shared),
+            StageConfig(64, "NDND", 4, offset_groups=2, **deformable, **shared),
+            StageConfig(128, "D", 8, offset_groups=4, **deformable, **shared),
+        ),
+        parameters=407_352,
+        gmacs=0.008,
+        runtimes_checked=("pytorch", "onnxruntime", "openvino"),
+        classes=10,
+        mlp_ratio=2,
+        overlapping_patches=True,
+        class_names=FASHION_CLASSES,
+    )
+
+
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
@@ -336,8 +373,10 @@ VARIANTS: dict[str, Variant] = {
         _dat_pp("pp-small", 96, (1, 2, 3, 6), 53_127_366, 9.382, 84.6),
         _dat_pp("pp-base", 128, (2, 4, 8, 16), 93_690_640, 16.502, 84.9),
         _dat_pp("pp-base-384", 128, (2, 4, 8, 16), 93_690_640, 49.502, 85.9, size=384, resize=384),
+        _demo(),
     )
 }
+RELEASED = tuple(name for name in VARIANTS if name != "demo")  # by the authors of the papers
 
 
 def get_variant(name: str) -> Variant:

@@ -1,8 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dat_deploy.errors import ShapeError, VerificationError
-from dat_deploy.labels import imagenet_class_names, top_k
+from dat_deploy.labels import class_names, imagenet_class_names, top_k
+from dat_deploy.variants import VARIANTS
+
+LETTERS = "abcdefghij"
 
 
 def test_there_are_1000_names_each_once_whatever_the_case() -> None:
@@ -43,48 +48,61 @@ def test_an_index_has_its_ilsvrc2012_name(index: int, name: str) -> None:
 
 def test_top_k_gives_the_best_classes_with_their_softmax() -> None:
     # softmax of ln 1, ln 2, ln 5 is 1/8, 2/8, 5/8
-    (row,) = top_k(np.log([[1.0, 5.0, 2.0]]), k=2)
-    assert [(index, name) for index, name, _ in row] == [(1, "class 1"), (2, "class 2")]
+    (row,) = top_k(np.log([[1.0, 5.0, 2.0]]), LETTERS[:3], k=2)
+    assert [(index, name) for index, name, _ in row] == [(1, "b"), (2, "c")]
     assert [probability for *_, probability in row] == pytest.approx([5 / 8, 2 / 8], rel=1e-12)
 
 
 def test_1000_classes_get_imagenets_names_in_every_row() -> None:
     logits = np.zeros((2, 1000), dtype=np.float32)
     logits[0, 281], logits[1, 999] = 10, 10
-    rows = top_k(logits)
+    rows = top_k(logits, class_names(VARIANTS["tiny"]))
     assert [len(row) for row in rows] == [5, 5]
     assert [row[0][:2] for row in rows] == [(281, "tabby"), (999, "toilet tissue")]
 
 
 def test_all_probabilities_sum_to_one_for_large_float16_logits() -> None:
-    (row,) = top_k(np.array([[6e4, 6e4, -6e4]], dtype=np.float16), k=10)
+    (row,) = top_k(np.array([[6e4, 6e4, -6e4]], dtype=np.float16), LETTERS[:3], k=10)
     assert [probability for *_, probability in row] == [0.5, 0.5, 0.0]
 
 
 def test_ties_come_in_the_order_of_the_index() -> None:
-    assert [index for index, *_ in top_k([[1, 2, 2, 1]], k=4)[0]] == [1, 2, 0, 3]
+    assert [index for index, *_ in top_k([[1, 2, 2, 1]], LETTERS[:4], k=4)[0]] == [1, 2, 0, 3]
 
 
 def test_an_empty_batch_has_no_rows() -> None:
-    assert top_k(np.zeros((0, 1000))) == []
+    assert top_k(np.zeros((0, 10)), LETTERS) == []
+
+
+def test_names_are_the_networks_own_or_imagenets_or_numbers() -> None:
+    assert class_names(VARIANTS["demo"])[:2] == ("T-shirt/top", "Trouser")
+    assert class_names(VARIANTS["tiny"]) == imagenet_class_names()
+    assert class_names(replace(VARIANTS["tiny"], classes=3)) == ("class 0", "class 1", "class 2")
+    assert class_names(VARIANTS["tiny"].as_backbone((0,))) == ()
+
+
+def test_a_class_without_a_name_is_refused() -> None:
+    with pytest.raises(ShapeError) as caught:
+        top_k(np.zeros((1, 3)), LETTERS[:2])
+    assert str(caught.value) == "logits are of 3 classes and there are 2 names. Name each class."
 
 
 def test_logits_without_a_batch_axis_are_refused() -> None:
     with pytest.raises(ShapeError) as caught:
-        top_k(np.zeros(1000))
-    assert str(caught.value) == "logits have shape (1000,); top_k takes [B, classes]. Add the batch axis."
+        top_k(np.zeros(10), LETTERS)
+    assert str(caught.value) == "logits have shape (10,); top_k takes [B, classes]. Add the batch axis."
 
 
 def test_a_k_below_one_is_refused() -> None:
     with pytest.raises(ShapeError) as caught:
-        top_k(np.zeros((1, 3)), k=0)
+        top_k(np.zeros((1, 3)), LETTERS[:3], k=0)
     assert str(caught.value) == "top_k got k = 0; it takes 1 or more. Ask for at least one class."
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_are_a_verification_error(wrong: float) -> None:
     with pytest.raises(VerificationError) as caught:
-        top_k([[1.0, 2.0], [wrong, 0.0]])
+        top_k([[1.0, 2.0], [wrong, 0.0]], LETTERS[:2])
     assert str(caught.value) == (
         "logits of image 1 hold NaN or infinity; they must be finite. "
         "Find the first wrong layer with: dat-deploy validate"

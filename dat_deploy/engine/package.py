@@ -78,7 +78,7 @@ def package_and_passport(
         precision=precision,
         opset_version=0,
         preprocessing=Preprocessing.from_variant(network),
-        class_names=() if network.features else class_names(network.classes),
+        class_names=class_names(network),
         weights_sha256=weights.sha256,
         weights_source=weights.source,
         version=tool_version(),

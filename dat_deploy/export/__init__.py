@@ -120,7 +120,7 @@ def export(
         fp32_removed=tuple(no_fp32),
         opset_version=opset_version,
         preprocessing=Preprocessing.from_variant(network),
-        class_names=() if network.features else class_names(network.classes),
+        class_names=class_names(network),
         weights_sha256=weights.sha256,
         weights_source=weights.source,
         version=tool_version(),
