@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from dat_deploy.errors import DatDeployError, OutputError
@@ -21,6 +22,7 @@ from dat_deploy.variants import VARIANTS, Variant, get_variant
 if TYPE_CHECKING:
     from dat_deploy.benchmark import Record
     from dat_deploy.engine.passport import Passport
+    from dat_deploy.validate.accuracy import Accuracy
 
 # Everything that loads torch, NumPy or a runtime is imported inside the command that needs it, so that --help is quick.
 
@@ -42,13 +44,18 @@ out = Console(
 )
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
+FLIPS_SHOWN = 10
+
 VariantOption = Annotated[str, typer.Option("--variant", help=f"One of: {', '.join(VARIANTS)}.")]
 FeaturesOption = Annotated[
     str | None,
     typer.Option("--features", help="Stages, such as 0,1,2,3: their maps instead of logits, for use as a backbone."),
 ]
 CheckpointOption = Annotated[
-    Path | None, typer.Option("--checkpoint", help="Official .pth or .safetensors file. Without it: random weights.")
+    Path | None,
+    typer.Option(
+        "--checkpoint", help="Official .pth or .safetensors file. Without it: random weights; demo has its own."
+    ),
 ]
 EngineOption = Annotated[
     str,
@@ -329,8 +336,23 @@ def inspect(
 
 @app.command()
 def validate(
-    engine: EngineOption,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine", help="FILE.onnx, FILE.engine, FILE.pt2, or RUNTIME:TARGET such as openvino:FILE.onnx."
+        ),
+    ] = None,
     checkpoint: CheckpointOption = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="A folder of images, or one with a folder for each class: accuracy, flips, gates."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Use so many images of --data, evenly spaced. Default: all.")
+    ] = None,
+    strict_data: Annotated[
+        bool, typer.Option("--strict-data", help="Stop at an image that cannot be read, instead of counting it.")
+    ] = False,
     image: Annotated[
         list[Path] | None, typer.Option("--image", help="A photograph; repeat it. Default: scikit-image's.")
     ] = None,
@@ -347,24 +369,53 @@ def validate(
             "--tolerance", help="Largest error of an output. Default: 1e-4; fp16, bf16: twice that of eager PyTorch."
         ),
     ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option("--gate", help="Largest value that passes, such as top1-drop=0.5; repeat it. See the README."),
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option("--skip", help="A kind of check to leave out; repeat it.")] = None,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Put known faults into the engine (default: demo); all must be caught.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write the report as one page to this file.")] = None,
     force: ForceOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Compare an engine with PyTorch; exit code 2 if it differs."""
+    if self_test:
+        alone = (data, limit, image, image_size, tolerance, gate, skip, html, checkpoint)
+        if any(value is not None for value in alone) or strict_data:
+            raise DatDeployError("--self-test takes no other option than --engine, --json and --force.")
+        _self_test(engine, json_file, force=force)
+        return
+    if engine is None:
+        raise DatDeployError("validate takes --engine ENGINE, such as --engine tiny.onnx, or --self-test.")
+    if data is None and (limit is not None or strict_data):
+        raise DatDeployError("--limit and --strict-data are about --data; name a folder with it.")
     sizes = _numbers(batch, "--batch")
     pixels = None if image_size is None else [_image_size(size) for size in image_size.split(",")]
     from dat_deploy import validate as library
 
     _check_json(json_file, force=force)
-    with err.status("opening") as status:
+    _check_json(html, force=force)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("opening", total=None)
         report = library.validate(
             engine,
             checkpoint=checkpoint,
             images=image,
+            data=data,
+            limit=limit,
+            strict_data=strict_data,
             batches=sizes,
             image_sizes=pixels,
             tolerance=tolerance,
-            progress=lambda name: status.update(name),
+            gates=_gates(gate or []),
+            skip=skip or (),
+            trace=html is not None,
+            progress=lambda name: bar.update(task, description=name),
+            data_progress=lambda done, of: bar.update(task, description="data", completed=done, total=of),
         )
     table = Table("check", box=None)
     for heading in ("batch", "error", "allowed"):
@@ -373,12 +424,22 @@ def validate(
     table.add_column("")
     for check in report.checks:
         verdict = {True: "ok", False: "FAILED", None: "not run"}[check.passed]
-        error = "" if check.error is None else f"{check.error:.2e}"
-        table.add_row(check.name, str(check.batch or ""), error, f"{check.tolerance:.2e}", verdict, check.detail)
+        error = "" if check.error is None else _figure(check.error, check.unit)
+        allowed = _figure(check.tolerance, check.unit)
+        table.add_row(check.name, str(check.batch or ""), error, allowed, verdict, check.detail)
     out.print(table)
+    if report.accuracy is not None:
+        _print_accuracy(report.accuracy)
     if json_file is not None:
         report.write(json_file, force=force)
+    if html is not None:
+        from dat_deploy.validate.page import write_page
+
+        write_page(report, html, force=force)
+        out.print(f"page: {html}")
     _notes(report.notes)
+    if not report.passed and engine.endswith(".onnx"):
+        out.print(f"to find the layer: dat-deploy {shlex.join(['bisect', '--engine', engine])}")
     report.raise_if_failed()
     out.print(report.verdict)
     network = report.engine.network
@@ -394,6 +455,62 @@ def validate(
             else ("--image-size", _size(network.image_size))
         )
         _next("bench", "--engine", f"pytorch:{network.name}", *again, *_features(network), *size)
+
+
+def _self_test(engine: str | None, json_file: Path | None, *, force: bool) -> None:
+    from dat_deploy.validate import faults
+
+    _check_json(json_file, force=force)
+    with err.status("opening") as status:
+        found = faults.self_test(engine, progress=lambda name: status.update(name))
+    table = Table("fault", "caught by", "", box=None)
+    for tried in found.tried:
+        table.add_row(tried.fault, ", ".join(tried.caught_by) or "NOTHING", tried.story)
+    out.print(table)
+    _write_json(asdict(found), json_file, force=force)
+    found.raise_if_failed()
+    out.print(found.verdict)
+    _next("validate", "--engine", engine or "demo.onnx")
+
+
+def _gates(texts: list[str]) -> dict[str, float]:
+    gates = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            gates[name] = float(value)
+        except ValueError:
+            raise DatDeployError(f"--gate got '{text}'; it takes NAME=NUMBER, such as top1-drop=0.5.") from None
+    return gates
+
+
+def _figure(value: float, unit: str) -> str:
+    """Small differences in powers of ten, what has a unit as people write it."""
+    if not unit:
+        return f"{value:.2e}"
+    return f"{value:.3g}{'' if unit == '%' else ' '}{unit}"
+
+
+def _print_accuracy(accuracy: "Accuracy") -> None:
+    """The images that flip, and those that could not be read."""
+    if accuracy.flips:
+        table = Table("image that flips", "label", "PyTorch", "engine", box=None)
+        for heading in ("margin", "engine's"):
+            table.add_column(heading, justify="right")
+        for flip in accuracy.flips[:FLIPS_SHOWN]:
+            name = str(flip.image.relative_to(accuracy.data.folder))
+            margins = (f"{flip.reference_margin:.3g}", f"{flip.engine_margin:.3g}")
+            table.add_row(name, flip.label or "", flip.reference, flip.engine, *margins)
+        out.print(table)
+        if len(accuracy.flips) > FLIPS_SHOWN:
+            out.print(f"{len(accuracy.flips) - FLIPS_SHOWN} more flip, with smaller margins; --json lists all")
+    for path, reason in accuracy.unreadable[:FLIPS_SHOWN]:
+        out.print(f"left out: {path}: {reason}")
+    seconds = accuracy.seconds
+    out.print(
+        f"data: {accuracy.images} images; engine {seconds['engine']:.1f} s, PyTorch {seconds['reference']:.1f} s, "
+        f"decoding {seconds['decode']:.1f} s, the comparison itself {seconds['own']:.1f} s"
+    )
 
 
 @app.command()
@@ -765,7 +882,11 @@ def _after(engine: Path, passport: "Passport", elsewhere: str) -> tuple[object, 
     if passport.verdict is not None:
         return ("bench", "--engine", engine)
     source = passport.metadata.weights_source
-    return ("validate", "--engine", engine, *(() if "random weights" in source else ("--checkpoint", source)))
+    return ("validate", "--engine", engine, *(() if _needs_no_checkpoint(source) else ("--checkpoint", source)))
+
+
+def _needs_no_checkpoint(weights_source: str) -> bool:
+    return any(words in weights_source for words in ("random weights", "ship with dat-deploy"))
 
 
 def _counts(counts: dict[str, int]) -> str:

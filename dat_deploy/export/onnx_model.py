@@ -17,6 +17,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 
 from dat_deploy.errors import ExportError
+from dat_deploy.export.boundaries import record_boundaries
 from dat_deploy.export.cleanup import constant_reshape_shapes, name_results
 from dat_deploy.model import DAT
 from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
@@ -44,7 +45,8 @@ def onnx_from_model(
 
     Returns:
         A graph with input `image` [batch, 3, H, W] and outputs as `model.output_names` says, all float32. A node's
-        name starts with the module that made it: `stages.2.attns.1/deformable_attention`.
+        name starts with the module that made it: `stages.2.attns.1/deformable_attention`. Its metadata lists the
+        tensors between the blocks (see `boundaries`).
 
     Raises:
         ExportError: for another opset; TensorRT reads opset 20's GridSample wrongly, so none above 19 is made.
@@ -81,6 +83,7 @@ def onnx_from_model(
     onnxscript.optimizer.remove_unused_nodes(graph_model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
     name_results(graph_model)
+    record_boundaries(graph_model, model.variant)
     if dynamic_image_size:
         _name_sides(graph_model, model)
     return graph_model

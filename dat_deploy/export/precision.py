@@ -147,6 +147,56 @@ def precision_census(model: ir.Model) -> PrecisionCensus:
     return PrecisionCensus({name: dict(found) for name, found in sorted(nodes.items())}, casts, islands)
 
 
+def asked_differently(
+    model: ir.Model,
+    precision: str,
+    locations: Sequence[str],
+    *,
+    fp32: Sequence[str] = (),
+    no_fp32: Sequence[str] = (),
+) -> list[str]:
+    """The nodes of an exported graph, of any lowering, that do not compute in what was asked for; a sentence each.
+
+    Args:
+        precision: of the products, as it was asked for; fp32, no_fp32: see `export`.
+        locations: names of the tensors of sampling locations, which nothing may round.
+    """
+    if precision == "int8":
+        quantized = any(node.op_type == "DequantizeLinear" for node in model.graph)
+        return [] if quantized else ["nothing in it is quantized"]
+    types = value_types(model)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    half = DTYPES[precision]
+    if half == FLOAT:
+        return [
+            f"{node.name} computes in {names[types[value]]}"
+            for node in model.graph
+            for value in node.outputs
+            if types[value] in names and types[value] != FLOAT
+        ]
+    sources = [value for node in model.graph for value in node.outputs if value.name in locations]
+    coordinates = _sources(sources, types)
+    wrong = [
+        f"{value.name}, a tensor of sampling locations, is {names[types[value]]}"
+        for value in sources
+        if types[value] != FLOAT
+    ]
+    for node in model.graph:
+        if node.op_type not in ("LayerNormalization", "MatMul", "Gemm", "Conv"):
+            continue
+        read = types[node.inputs[0]] if node.inputs[0] is not None else FLOAT
+        stays = node.op_type == "LayerNormalization" or node in coordinates
+        stays = stays and not any(_is_within(_module(node), pattern) for pattern in no_fp32)
+        stays = stays or any(_is_within(_module(node), pattern) for pattern in fp32)
+        stays = stays or half not in _allowed_types(node.op_type, model.opset_imports[""])
+        has_weight = node.op_type == "LayerNormalization" or any(
+            v is not None and v.is_initializer() for v in node.inputs
+        )
+        if has_weight and read != (FLOAT if stays else half):
+            wrong.append(f"{node.name} computes in {names[read]}")
+    return wrong
+
+
 def _representative(group: dict[ir.Node, ir.Node], node: ir.Node) -> ir.Node:
     while group[node] is not node:
         group[node] = node = group[group[node]]
@@ -179,16 +229,23 @@ def _islands(
 
 def _coordinate_path(model: ir.Model, types: _Types) -> set[ir.Node]:
     """What computes the sampling locations: back from each operator, to the convolution of the offsets, without it."""
+    return _sources(
+        (
+            value
+            for node in operator_nodes(model)
+            for name, value in zip(parameters(node.op_type), node.inputs, strict=True)
+            if name == "sampling_locations" and value is not None
+        ),
+        types,
+    )
+
+
+def _sources(values: Iterable[ir.Value], types: _Types) -> set[ir.Node]:
+    """The nodes of float32 that compute the values, back to a convolution, without it."""
     found: set[ir.Node] = set()
-    pending = [
-        value
-        for node in operator_nodes(model)
-        for name, value in zip(parameters(node.op_type), node.inputs, strict=True)
-        if name == "sampling_locations"
-    ]
+    pending = list(values)
     while pending:
-        value = pending.pop()
-        node = None if value is None else value.producer()
+        node = pending.pop().producer()
         if node is not None and node.op_type != "Conv" and node not in found:
             found.add(node)
             pending += [value for value in node.inputs if value is not None and types[value] == FLOAT]

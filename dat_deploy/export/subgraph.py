@@ -1,10 +1,10 @@
-"""Cut one operator out of an exported file, whatever its lowering, as a small ONNX model of its own."""
+"""Cut a part out of an exported file, whatever its lowering, as a smaller ONNX model of its own."""
 
 import onnx_ir as ir
 
 from dat_deploy.export.lowering import OperatorRecord
 
-__all__ = ["operator_model"]
+__all__ = ["model_up_to", "operator_model"]
 
 
 def operator_model(model: ir.Model, record: OperatorRecord) -> bytes:
@@ -28,6 +28,23 @@ def operator_model(model: ir.Model, record: OperatorRecord) -> bytes:
             ir.convenience.replace_all_uses_with(value, cast.outputs[0])
             graph.insert_before(graph[0], cast)
             graph.inputs[index] = given
+    return _serialized(model, graph)
+
+
+def model_up_to(model: ir.Model, tensor: str) -> bytes:
+    """Everything between the input `image` and one tensor, which is the only output, as float32.
+
+    Args:
+        model: the file; it stays as it is.
+
+    Returns:
+        A serialised ONNX model with the file's opset and functions.
+    """
+    return _serialized(model, ir.convenience.extract(model.graph, ["image"], [tensor]))
+
+
+def _serialized(model: ir.Model, graph: ir.Graph) -> bytes:
+    """`graph`, a part of `model`, with its one output in float32."""
     (output,) = graph.outputs
     if output.dtype != ir.DataType.FLOAT:
         graph.append(cast := ir.node("Cast", [output], {"to": ir.DataType.FLOAT}))

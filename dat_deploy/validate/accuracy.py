@@ -1,0 +1,276 @@
+"""Both sides on a folder of images: top-1 and top-5, which images flip, how far the logits are apart."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dat_deploy.errors import DatDeployError, ImageError, VerificationError
+from dat_deploy.labels import class_names
+from dat_deploy.preprocess import preprocess, read_image
+from dat_deploy.runners import EngineDescription, Runner
+from dat_deploy.validate.data_set import DataSet
+from dat_deploy.validate.statistics import mcnemar_p, wilson_interval
+
+__all__ = ["Accuracy", "Flip", "Share", "Side", "compare_on_data"]
+
+BATCH = 8  # where the engine takes any; the reference always gets this
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Share:
+    """`count` of `images`, with the 95 % confidence interval (Wilson) of the share in percent."""
+
+    count: int
+    images: int
+    percent: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, right: NDArray[np.bool_]) -> "Share":
+        count, images = int(right.sum()), len(right)
+        low, high = wilson_interval(count, images)
+        return cls(count, images, 100 * count / images, 100 * low, 100 * high)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Right answers of one side."""
+
+    top1: Share
+    top5: Share
+
+    @property
+    def images(self) -> int:
+        return self.top1.images
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An image that the two sides classify differently.
+
+    Attributes:
+        label: its class, if it has one; reference, engine: what the two sides say.
+        reference_margin: by how much the reference prefers its answer to the engine's, in logits; engine_margin: by
+            how much the engine prefers its own. Small margins flip by rounding, large ones do not.
+    """
+
+    image: Path
+    label: str | None
+    reference: str
+    engine: str
+    reference_margin: float
+    engine_margin: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What a data set says.
+
+    Attributes:
+        engine, reference: right answers; None without labels.
+        only_engine, only_reference: images that one side alone gets right; mcnemar_p: see `mcnemar_p`.
+        agreement: images on which the first classes are the same.
+        largest_error, mean_error, p999_error: of the absolute differences of all logits.
+        least_cosine: of the angles between the two sides' logits of an image.
+        not_finite: images for which the engine gives NaN or infinity; they count as wrong, and as flips.
+        unreadable: files that are no image, and why; they are left out of all the rest.
+        seconds: spent in `engine`, `reference`, `decode` (reading and preprocessing) and `own` (the comparison).
+    """
+
+    data: DataSet
+    images: int
+    engine: Side | None
+    reference: Side | None
+    only_engine: int
+    only_reference: int
+    mcnemar_p: float | None
+    agreement: Share
+    flips: tuple[Flip, ...]
+    largest_error: float
+    mean_error: float
+    p999_error: float
+    least_cosine: float
+    not_finite: int
+    unreadable: tuple[tuple[Path, str], ...]
+    seconds: dict[str, float] = field(compare=False)
+
+
+def compare_on_data(
+    runner: Runner,
+    reference: Runner,
+    about: EngineDescription,
+    data: DataSet,
+    *,
+    strict: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Accuracy:
+    """Run both sides over the images.
+
+    Args:
+        about: the engine at the image size of the comparison; its preprocessing is that of both sides.
+        strict: let an image that cannot be read be an error.
+        progress: called with the number of images done, and of all.
+
+    Raises:
+        DatDeployError: if no image can be read, or the engine is a backbone.
+        ImageError: see `strict`.
+        VerificationError: if the reference itself gives NaN or infinity.
+    """
+    if "logits" not in about.outputs:
+        raise DatDeployError(
+            f"{about.name} is a backbone and classifies nothing; leave --data out, or validate an engine with logits."
+        )
+    start = time.perf_counter()
+    seconds = {"engine": 0.0, "reference": 0.0, "decode": 0.0}
+    unreadable: list[tuple[Path, str]] = []
+    used: list[int] = []
+    engine_parts: list[Logits] = []
+    reference_parts: list[Logits] = []
+    batch = _batch(about)
+    done = 0
+    for indices, images in _batches(about, data, batch, unreadable, seconds, strict=strict):
+        full = images[np.arange(batch) % len(images)]  # an engine of a fixed batch takes no fewer
+        engine_parts.append(_timed(runner, full, seconds, "engine")[: len(images)])
+        expected = _timed(reference, images, seconds, "reference")
+        finite = _finite(expected)
+        if not finite.all():
+            raise VerificationError(
+                f"{reference.description.name} itself gives NaN or infinity for {data.images[indices[finite.argmin()]]}"
+                f", so no engine can be judged by it. Check the checkpoint."
+            )
+        reference_parts.append(expected)
+        used += indices
+        done = indices[-1] + 1
+        progress(done, len(data.images))
+    if not used:
+        raise DatDeployError(f"none of the {len(unreadable)} images of '{data.folder}' can be read: {unreadable[0][1]}")
+    found = _compared(about, data, used, np.concatenate(engine_parts), np.concatenate(reference_parts), unreadable)
+    seconds["own"] = time.perf_counter() - start - sum(seconds.values())
+    found.seconds.update(seconds)
+    return found
+
+
+def _batch(about: EngineDescription) -> int:
+    if about.batch:
+        return about.batch
+    return next((profile.best for profile in about.profiles[-1:]), BATCH)
+
+
+def _timed(runner: Runner, images: NDArray[np.float32], seconds: dict[str, float], side: str) -> Logits:
+    start = time.perf_counter()
+    logits = runner.outputs(images)["logits"]
+    seconds[side] += time.perf_counter() - start
+    return logits
+
+
+def _batches(
+    about: EngineDescription,
+    data: DataSet,
+    batch: int,
+    unreadable: list[tuple[Path, str]],
+    seconds: dict[str, float],
+    *,
+    strict: bool,
+) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+    """Indices into the data set and the network's input, at most `batch` images at a time."""
+    indices: list[int] = []
+    arrays: list[NDArray[np.float32]] = []
+    for index, path in enumerate(data.images):
+        start = time.perf_counter()
+        try:
+            arrays.append(preprocess(read_image(path), about.preprocessing))
+            indices.append(index)
+        except ImageError as error:
+            if strict:
+                raise
+            unreadable.append((path, str(error)))
+        seconds["decode"] += time.perf_counter() - start
+        if len(indices) == batch:
+            yield indices, np.stack(arrays)
+            indices, arrays = [], []
+    if indices:
+        yield indices, np.stack(arrays)
+
+
+def _compared(
+    about: EngineDescription,
+    data: DataSet,
+    used: list[int],
+    engine: Logits,
+    reference: Logits,
+    unreadable: list[tuple[Path, str]],
+) -> Accuracy:
+    names = class_names(about.network)
+    finite = _finite(engine)
+    first = reference.argmax(axis=1)
+    # what is not finite has no first class, and so agrees with nothing
+    of_engine = np.where(finite, np.where(finite[:, None], engine, 0).argmax(axis=1), -1)
+    rows = np.arange(len(used))
+    flips = []
+    for row in rows[of_engine != first]:
+        answer = int(of_engine[row])
+        index = used[row]
+        label = None if data.labels is None else names[data.labels[index]]
+        preferred = engine_preferred = math.nan
+        if answer >= 0:
+            preferred = float(reference[row, first[row]] - reference[row, answer])
+            engine_preferred = float(engine[row, answer] - engine[row, first[row]])
+        said = names[answer] if answer >= 0 else "NaN"
+        flips.append(Flip(data.images[index], label, names[first[row]], said, preferred, engine_preferred))
+    of_both: tuple[Side | None, Side | None] = (None, None)
+    only_engine = only_reference = 0
+    if data.labels is not None:
+        labels = np.array(data.labels)[used]
+        ranks, reference_ranks = np.where(finite, _rank(engine, labels), len(names)), _rank(reference, labels)
+        of_both = (
+            Side(Share.of(ranks < 1), Share.of(ranks < 5)),
+            Side(Share.of(reference_ranks < 1), Share.of(reference_ranks < 5)),
+        )
+        only_engine = int(((ranks < 1) & (reference_ranks >= 1)).sum())
+        only_reference = int(((reference_ranks < 1) & (ranks >= 1)).sum())
+    errors = np.abs(engine[finite] - reference[finite])
+    p999 = float(np.quantile(errors, 0.999)) if errors.size else float("nan")
+    return Accuracy(
+        data=data,
+        images=len(used),
+        engine=of_both[0],
+        reference=of_both[1],
+        only_engine=only_engine,
+        only_reference=only_reference,
+        mcnemar_p=None if data.labels is None else mcnemar_p(only_engine, only_reference),
+        agreement=Share.of(of_engine == first),
+        flips=tuple(sorted(flips, key=lambda flip: -flip.reference_margin)),
+        largest_error=float(errors.max()) if finite.all() else float("nan"),
+        mean_error=float(errors.mean()) if errors.size else float("nan"),
+        p999_error=p999,
+        least_cosine=float(_cosines(engine, reference).min()) if finite.all() else float("nan"),
+        not_finite=int((~finite).sum()),
+        unreadable=tuple(unreadable),
+        seconds={},
+    )
+
+
+def _finite(logits: Logits) -> NDArray[np.bool_]:
+    """Which images have no NaN and no infinity."""
+    return np.asarray(np.isfinite(logits).all(axis=1))
+
+
+def _rank(logits: Logits, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many classes come before the right one; ties in the order of the index, as argmax has it."""
+    right = logits[np.arange(len(labels)), labels][:, None]
+    before = np.arange(logits.shape[1]) < labels[:, None]
+    return np.asarray(((logits > right) | ((logits == right) & before)).sum(axis=1))
+
+
+def _cosines(first: Logits, second: Logits) -> NDArray[np.float64]:
+    a, b = first.astype(np.float64), second.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.where(lengths > 0, (a * b).sum(axis=1) / np.where(lengths > 0, lengths, 1), 1.0)

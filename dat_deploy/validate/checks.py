@@ -1,0 +1,366 @@
+"""The checks, by kind: each looks at one thing that goes wrong, and gives rows with a verdict."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dat_deploy.engine.passport import read_passport
+from dat_deploy.export.lowering import OperatorRecord, operator_records
+from dat_deploy.export.precision import asked_differently, precision_census
+from dat_deploy.export.subgraph import operator_model
+from dat_deploy.metadata import FileMetadata
+from dat_deploy.model import REFERENCE
+from dat_deploy.preprocess import Preprocessing
+from dat_deploy.runners import parse_engine
+from dat_deploy.runners.pytorch_runner import PytorchRunner
+from dat_deploy.validate.accuracy import Accuracy, compare_on_data
+from dat_deploy.validate.comparison import (
+    DTYPES,
+    FP32_TOLERANCE,
+    Comparison,
+    Images,
+    Outputs,
+    precision_of,
+    rounds_everything,
+)
+from dat_deploy.validate.drift import BlockDrift, block_drift, distances_px, network_locations
+from dat_deploy.validate.report import Check
+from dat_deploy.validate.stress import LOCATIONS, stress_locations
+
+__all__ = ["ENGINE_CHECKS", "SIZE_CHECKS", "check_accuracy", "check_drift"]
+
+REPEATS = 5
+# float32 at different batch sizes takes other kernels, which sum in another order; 2e-6 was the most seen.
+FP32_SPREAD = 1e-5
+# Locations are float32 in every precision; between runtimes they differed by 1e-5 px at most.
+LEAST_DRIFT_PX = 1e-3
+# Eight bits move the features that offsets are computed from; a pixel is what training itself jitters.
+INT8_DRIFT_PX = 1.0
+
+
+def check_preprocessing(comparison: Comparison) -> Iterator[Check]:
+    """The file's own preprocessing against that of its network's training: both sides of every other check use it."""
+    own, trained = comparison.about.preprocessing, Preprocessing.from_variant(comparison.about.network)
+    changed = [
+        f"{name} is {getattr(own, name)}, trained with {getattr(trained, name)}"
+        for name in ("image_size", "resize_size", "interpolation", "crop", "mean", "std", "color")
+        if getattr(own, name) != getattr(trained, name)
+    ]
+    detail = "; ".join(changed) or "as trained"
+    yield Check("preprocessing", "preprocessing", None, float(len(changed)), 0.0, detail, "settings")
+
+
+def check_precision(comparison: Comparison) -> Iterator[Check]:
+    """What the graph and the built engine compute in, against what was asked for."""
+    model = comparison.onnx_model
+    _, target = parse_engine(comparison.about.name)
+    if model is not None:
+        metadata = FileMetadata.from_properties(dict(model.metadata_props), Path(target))
+        records = operator_records(model.metadata_props)
+        locations = [r.inputs["sampling_locations"] for r in records if "sampling_locations" in r.inputs]
+        wrong = asked_differently(
+            model, metadata.precision, locations, fp32=metadata.fp32_added, no_fp32=metadata.fp32_removed
+        )
+        detail = f"asked {metadata.precision}, but {wrong[0]}" if wrong else f"asked {metadata.precision}"
+        if not wrong and metadata.precision != "int8":
+            detail += f"; {precision_census(model)}".removesuffix(" casts")
+        yield Check("precision", "precision of the file", None, float(len(wrong)), 0.0, detail, "nodes")
+    elif target.endswith(".engine"):
+        passport = read_passport(Path(target))
+        asked = passport.metadata.precision
+        if passport.engine_layers is None:
+            yield Check("precision", "precision of the engine", None, None, 0.25, "it has not been inspected")
+        else:
+            parsed, built = (
+                counts.get(asked, 0) / max(1, sum(counts.values()))
+                for counts in (passport.layers, passport.engine_layers)
+            )
+            detail = f"{built:.0%} of its layers in {asked}, {parsed:.0%} of the parsed network's"
+            yield Check("precision", "precision of the engine", None, max(0.0, parsed - built), 0.25, detail)
+
+
+def check_photographs(comparison: Comparison) -> Iterator[Check]:
+    """Real images at every batch."""
+    about, tolerances = comparison.about, comparison.tolerances
+    if about.profiles:
+        refused = [batch for batch in sorted(set(comparison.batches)) if not about.takes_batch(batch)]
+        detail = f"it was built for {about.batches_taken}"
+        for batch in refused:
+            yield Check("photographs", "photographs", batch, None, max(tolerances.values()), detail)
+    photos, expected = comparison.photos, comparison.expected
+    for batch in comparison.tried:
+        comparison.progress(f"photographs, batch {batch}")
+        got = {name: np.empty_like(values) for name, values in expected.items()}
+        for images, slots in _filled(photos, batch):
+            for name, values in comparison.runner.outputs(images).items():
+                got[name][slots] = values
+        detail = ""
+        if "logits" in got:
+            agreeing = int((got["logits"].argmax(axis=1) == expected["logits"].argmax(axis=1)).sum())
+            detail = f"top-1 agrees on {agreeing} of {len(photos)}"
+        yield _outputs("photographs", "photographs", batch, got, expected, tolerances, detail)
+
+
+def check_stress(comparison: Comparison) -> Iterator[Check]:
+    """Images that no photograph resembles."""
+    batch = comparison.about.least_batch
+    for label, image in comparison.stress.items():
+        comparison.progress(f"stress image: {label}")
+        got = comparison.runner.outputs(np.repeat(image, batch, axis=0))
+        expected = comparison.stress_expected[label]
+        yield _outputs("stress", f"stress image: {label}", batch, got, expected, comparison.tolerances, "")
+
+
+def check_slots(comparison: Comparison) -> Iterator[Check]:
+    """A runtime that mixes up the images of a batch passes every test on one image (NVIDIA/TensorRT#4813)."""
+    photos, expected = comparison.photos, comparison.expected
+    alone: Outputs | None = None
+    spread, bits = 0.0, True
+    for batch in comparison.tried:
+        comparison.progress(f"slots, batch {batch}")
+        same = comparison.runner.outputs(np.repeat(photos[:1], batch, axis=0))
+        alone = alone or {name: values[:1] for name, values in same.items()}
+        spread = float(np.max([spread, *(np.abs(values - alone[name]).max() for name, values in same.items())]))
+        bits = bits and all(np.array_equal(values, values[:1].repeat(batch, axis=0)) for values in same.values())
+        bits = bits and all(np.array_equal(values[:1], alone[name]) for name, values in same.items())
+        if batch == 1:
+            continue
+        apart = max(float(np.abs(values - values[:1]).max()) for values in same.values())
+        first = {name: values[:1] for name, values in expected.items()}
+        detail = f"slots differ by at most {apart:.1e}"
+        yield _outputs("slots", "slots: one image in all", batch, same, first, comparison.tolerances, detail)
+        order = np.roll(np.arange(batch)[::-1], 1) % len(photos)  # reversed, and moved by one
+        permuted = {name: values[order] for name, values in expected.items()}
+        got = comparison.runner.outputs(photos[order])
+        yield _outputs("slots", "slots: images permuted", batch, got, permuted, comparison.tolerances, "")
+    tried = ", ".join(map(str, comparison.tried))
+    detail = f"one image in every slot of batch {tried}: {'the same bits' if bits else 'not the same bits'}"
+    allowed = comparison.gates.batch_spread
+    if allowed is None:
+        is_fp32 = precision_of(comparison.about) == "fp32"
+        largest = max(comparison.tolerances.values())
+        allowed = min(FP32_SPREAD, largest) if is_fp32 and comparison.asked_tolerance is None else largest
+    yield Check("slots", "batch invariance", None, spread, allowed, detail)
+
+
+def check_repeats(comparison: Comparison) -> Iterator[Check]:
+    """The same batch again and again."""
+    batch = comparison.tried[-1]
+    comparison.progress(f"repeated runs, batch {batch}")
+    images = comparison.photos[np.arange(batch) % len(comparison.photos)]
+    first = comparison.runner.outputs(images)
+    spread = 0.0
+    for _ in range(REPEATS - 1):
+        again = comparison.runner.outputs(images)
+        spread = float(np.max([spread, *(np.abs(again[name] - values).max() for name, values in first.items())]))
+    detail = f"{REPEATS} runs gave the same bits" if spread == 0 else f"{REPEATS} runs differ"
+    yield Check("repeats", "repeated runs", batch, spread, comparison.gates.repeats, detail)
+
+
+def check_coordinates(comparison: Comparison) -> Iterator[Check]:
+    """Each deformable operator of the file alone, at locations that a trained network seldom visits."""
+    model, about = comparison.onnx_model, comparison.about
+    if model is None:
+        detail = "only an ONNX file can be cut into operators"
+        yield Check("coordinates", "coordinates", None, None, FP32_TOLERANCE, detail)
+        return
+    # the first of its module: `--sampling-locations` calls the attention again, with values that are constant
+    deformable = [r for r in operator_records(model.metadata_props) if "sampling_locations" in r.inputs]
+    records = list({(r.name.partition("/")[0], r.operator): r for r in reversed(deformable)}.values())[::-1]
+    if not records:
+        detail = "the file's metadata no longer lists its operators"
+        yield Check("coordinates", "coordinates", None, None, FP32_TOLERANCE, detail)
+        return
+    dtype = DTYPES.get(precision_of(about))  # eight bits leave the operators alone
+    worst: dict[str, Check] = {}
+    for record in records:
+        comparison.progress(f"coordinates: {record.name}")
+        run = comparison.runner.open_graph(operator_model(model, record))
+        for kind in LOCATIONS:
+            inputs = _operator_inputs(record, comparison.reference, kind, about.batch or 2)
+            exact = _operator_reference(record, comparison.reference, inputs, torch.float64, torch.float64)
+            tolerance = FP32_TOLERANCE
+            if dtype is not None:
+                # in a lower precision the points would move, and any fault be in the tolerance
+                of_locations = dtype if rounds_everything(about) else torch.float32
+                rounded = _operator_reference(record, comparison.reference, inputs, dtype, of_locations)
+                tolerance = 2 * float(np.abs(rounded - exact).max())
+            got = run({name: value.numpy() for name, value in inputs.items()})
+            detail = f"{len(records)} operators, worst {record.name}"
+            check = _check("coordinates", f"coordinates: {kind}", None, got, exact, tolerance, detail)
+            if kind not in worst or not check.share <= worst[kind].share:  # NaN is the worst
+                worst[kind] = check
+    yield from worst.values()
+
+
+def check_drift(comparison: Comparison) -> tuple[list[Check], tuple[BlockDrift, ...]]:
+    """Where the blocks look, on the photographs."""
+    network, expected = comparison.about.network, comparison.locations
+    if not expected:
+        return [], ()
+    got = comparison.engine_locations
+    if got is None:
+        detail = "the engine does not give its locations; build it from export --sampling-locations"
+        return [Check("drift", "drift of sampling locations", None, None, LEAST_DRIFT_PX, detail, "px")], ()
+    rows = []
+    allowed = dict.fromkeys(expected, comparison.gates.drift_px or LEAST_DRIFT_PX)
+    precision = precision_of(comparison.about)
+    if comparison.gates.drift_px is None and precision == "int8":
+        allowed = dict.fromkeys(expected, INT8_DRIFT_PX)
+    elif comparison.gates.drift_px is None and precision != "fp32":
+        rounded = network_locations(comparison.rounded, comparison.drift_images, comparison.rounded_input)
+        for block, locations in rounded.items():
+            allowed[block] += 2 * float(distances_px(locations, expected[block], network, block).max())
+    for block, locations in expected.items():
+        rows.append(block_drift(block, got[block], locations, network, allowed[block]))
+    worst = max(rows, key=lambda row: math.inf if math.isnan(row.largest) else row.largest / row.allowed)
+    detail = f"{len(rows)} blocks, worst {worst.block}: median {worst.median:.1e}, p99 {worst.p99:.1e} px"
+    check = Check("drift", "drift of sampling locations", None, worst.largest, worst.allowed, detail, "px")
+    return [check], tuple(rows)
+
+
+def check_accuracy(comparison: Comparison, progress: Callable[[int, int], None]) -> tuple[list[Check], Accuracy | None]:
+    """A folder of images."""
+    if comparison.data is None:
+        if precision_of(comparison.about) != "int8":
+            return [], None
+        detail = "what eight bits cost shows on images alone: give --data"
+        return [Check("data", "top-1", None, None, comparison.gates.top1_drop, detail, "points")], None
+    found = compare_on_data(
+        comparison.runner,
+        comparison.reference,
+        comparison.about,
+        comparison.data,
+        strict=comparison.strict_data,
+        progress=progress,
+    )
+    gates, rows = comparison.gates, []
+
+    def row(name: str, error: float, tolerance: float, detail: str, unit: str) -> None:
+        rows.append(Check("data", name, None, error, tolerance, detail, unit))
+
+    if found.engine is not None and found.reference is not None:
+        for name, engine, reference, gate in (
+            ("top-1", found.engine.top1, found.reference.top1, gates.top1_drop),
+            ("top-5", found.engine.top5, found.reference.top5, gates.top5_drop),
+        ):
+            detail = (
+                f"{engine.percent:.2f}% ({engine.low:.2f} to {engine.high:.2f}), PyTorch {reference.percent:.2f}% "
+                f"({reference.low:.2f} to {reference.high:.2f})"
+            )
+            if name == "top-1":
+                detail += f", McNemar's p {found.mcnemar_p:.2g}"
+            least = max(gate, 100 / found.images)  # a single image never fails
+            row(f"{name} lost", max(0.0, reference.percent - engine.percent), least, detail, "points")
+    agreement = found.agreement
+    disagreeing = 100 - agreement.percent
+    detail = f"{agreement.images - agreement.count} of {agreement.images} flip"
+    if found.flips:
+        detail += f", the surest by {found.flips[0].reference_margin:.2g} logits"
+    row("images that flip", disagreeing, max(gates.disagreement, 100 / agreement.images), detail, "%")
+    tolerance = _data_tolerance(comparison)
+    detail = f"mean {found.mean_error:.1e}, p99.9 {found.p999_error:.1e}"
+    if found.not_finite:
+        detail = f"NaN or infinity for {found.not_finite} images"
+    row("logits on data", found.largest_error, tolerance, detail, "")
+    row("cosine on data", 1 - found.least_cosine, gates.cosine_distance, f"least {found.least_cosine:.6f}", "")
+    if found.unreadable:
+        total = found.images + len(found.unreadable)
+        named = ", ".join(path.name for path, _ in found.unreadable[:3])
+        detail = f"{len(found.unreadable)} of {total} left out: {named}{' ...' * (len(found.unreadable) > 3)}"
+        row("unreadable images", 100 * len(found.unreadable) / total, gates.unreadable, detail, "%")
+    return rows, found
+
+
+def _data_tolerance(comparison: Comparison) -> float:
+    """Of the logits: thousands of images find rarer inputs than the photographs that it was derived from."""
+    factor = 1 if comparison.asked_tolerance is not None or precision_of(comparison.about) == "fp32" else 4
+    return factor * comparison.tolerances["logits"]
+
+
+SIZE_CHECKS: dict[str, Callable[[Comparison], Iterable[Check]]] = {
+    "preprocessing": check_preprocessing,
+    "photographs": check_photographs,
+    "stress": check_stress,
+    "slots": check_slots,
+    "repeats": check_repeats,
+}
+ENGINE_CHECKS: dict[str, Callable[[Comparison], Iterable[Check]]] = {
+    "precision": check_precision,
+    "coordinates": check_coordinates,
+}
+
+
+def _outputs(
+    kind: str,
+    name: str,
+    batch: int | None,
+    got: Outputs,
+    expected: Outputs,
+    tolerances: dict[str, float],
+    detail: str,
+) -> Check:
+    """The output that is furthest off, measured by what each is allowed."""
+    checks = [
+        _check(
+            kind, name, batch, got[output], expected[output], tolerances[output], detail if len(got) == 1 else output
+        )
+        for output in expected
+    ]
+    return max(checks, key=lambda check: math.inf if math.isnan(check.share) else check.share)
+
+
+def _check(
+    kind: str, name: str, batch: int | None, got: NDArray[Any], expected: NDArray[Any], tolerance: float, detail: str
+) -> Check:
+    error = float(np.abs(got.astype(np.float64) - expected).max())  # NaN if either has one
+    return Check(kind, name, batch, error, tolerance, detail)
+
+
+def _filled(images: Images, batch: int) -> Iterable[tuple[Images, list[int]]]:
+    """Batches of exactly `batch` images that together hold each image, and the index of the image in each slot."""
+    for first in range(0, len(images), batch):
+        slots = [(first + slot) % len(images) for slot in range(batch)]
+        yield images[slots], slots
+
+
+def _operator_inputs(
+    record: OperatorRecord, reference: PytorchRunner, kind: str, batch: int
+) -> dict[str, torch.Tensor]:
+    stage = int(record.name.split(".")[1])
+    config = reference.model.variant.stages[stage]
+    height, width = reference.model.variant.feature_map(stage)
+    sampled_map = config.sampled_map(height, width)
+    feature_map = (batch, height, width, config.channels)
+    sampled = (batch, math.prod(sampled_map), config.channels)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {}
+    for name in record.inputs:
+        if name != "sampling_locations":
+            is_map = name == "query" or record.operator == "deformable_sample"
+            inputs[name] = torch.randn(feature_map if is_map else sampled, generator=generator)
+    locations = (batch, config.offset_groups, *sampled_map, 2)
+    inputs["sampling_locations"] = stress_locations(kind, locations, (height, width), seed=0)
+    return inputs
+
+
+def _operator_reference(
+    record: OperatorRecord,
+    reference: PytorchRunner,
+    inputs: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    of_locations: torch.dtype,
+) -> NDArray[np.float64]:
+    """The operator in eager PyTorch, in `dtype` but for the locations, with the bias table of its module."""
+    values = {name: value.to(of_locations if name == "sampling_locations" else dtype) for name, value in inputs.items()}
+    if record.operator == "deformable_attention":
+        module = reference.model.get_submodule(record.name.partition("/")[0])
+        values["relative_position_bias_table"] = module.get_parameter("relative_position_bias_table").to(dtype)
+    with torch.inference_mode():
+        output = getattr(REFERENCE, record.operator)(**values, **record.attributes)
+    return output.double().numpy()  # type: ignore[no-any-return]  # found by name

@@ -1,0 +1,166 @@
+"""The two sides of a validation at one image size, and what the engine is held to there."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from dat_deploy.metadata import read_metadata
+from dat_deploy.model import DAT, half_network
+from dat_deploy.photographs import photographs
+from dat_deploy.preprocess import preprocess_files
+from dat_deploy.runners import EngineDescription, Runner, parse_engine
+from dat_deploy.runners.pytorch_runner import PytorchRunner
+from dat_deploy.validate.data_set import DataSet
+from dat_deploy.validate.drift import Locations, engine_locations, network_locations
+from dat_deploy.validate.gates import Gates
+from dat_deploy.validate.stress import stress_images
+
+__all__ = ["DTYPES", "FP32_TOLERANCE", "Comparison", "Images", "Outputs", "joined", "precision_of", "rounds_everything"]
+
+# In float32 two runtimes differ by the order of summation alone, about 2e-6 here; 1e-4 leaves room for other CPUs and
+# is far below what moves a prediction. In a lower precision an engine may err twice as much as eager PyTorch does in
+# that precision on the same inputs, both measured against float32.
+FP32_TOLERANCE = 1e-4
+# PyTorch has no eager int8 to compare with. Half the spread of the logits is far more than eight bits cost a sound
+# network and less than a mixed-up slot or a swapped axis does; what eight bits cost is judged on labelled data.
+INT8_SHARE_OF_SPREAD = 0.5
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+Images = NDArray[np.float32]
+Outputs = dict[str, NDArray[np.float32]]
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Comparison:
+    """What the checks look at; what is slow to make is made when the first of them asks for it.
+
+    Attributes:
+        about: the engine, at the image size of this comparison.
+        files: photographs of the user's own.
+        batches: that were asked for.
+        asked_tolerance: of every output; None for the default.
+        data: see `compare_on_data`; strict_data: likewise.
+    """
+
+    runner: Runner
+    reference: PytorchRunner
+    about: EngineDescription
+    files: Sequence[Path] | None
+    batches: Sequence[int]
+    asked_tolerance: float | None
+    gates: Gates
+    data: DataSet | None
+    strict_data: bool
+    progress: Progress
+
+    @cached_property
+    def photos(self) -> Images:
+        return preprocess_files(list(self.files) if self.files else photographs(8), self.about.preprocessing)
+
+    @cached_property
+    def expected(self) -> Outputs:
+        """PyTorch's answers to the photographs."""
+        self.progress("PyTorch")
+        return joined([self.reference.outputs(image[None]) for image in self.photos])
+
+    @cached_property
+    def stress(self) -> dict[str, Images]:
+        return stress_images(self.about.image_size)
+
+    @cached_property
+    def stress_expected(self) -> dict[str, Outputs]:
+        return {label: self.reference.outputs(image) for label, image in self.stress.items()}
+
+    @cached_property
+    def tolerances(self) -> dict[str, float]:
+        """One an output: what is much for attention is little for a logit."""
+        if self.asked_tolerance is not None:
+            return dict.fromkeys(self.about.outputs, self.asked_tolerance)
+        expected = joined([self.expected, *self.stress_expected.values()])
+        precision = precision_of(self.about)
+        if precision == "fp32":
+            return dict.fromkeys(expected, FP32_TOLERANCE)
+        if precision == "int8":
+            return {name: INT8_SHARE_OF_SPREAD * float(values.std()) for name, values in self.expected.items()}
+        worst = dict.fromkeys(expected, 0.0)
+        images = np.concatenate([self.photos, *self.stress.values()])
+        with torch.inference_mode():
+            for i, image in enumerate(torch.from_numpy(images)):
+                outputs = self.rounded(image[None].to(self.rounded_input))
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                for (name, exact), rounded in zip(expected.items(), outputs, strict=True):
+                    worst[name] = max(worst[name], float(np.abs(rounded[0].float().numpy() - exact[i]).max()))
+        return {name: 2 * error for name, error in worst.items()}
+
+    @cached_property
+    def rounded(self) -> DAT:
+        """Eager PyTorch in the engine's half precision."""
+        dtype = DTYPES[precision_of(self.about)]
+        if rounds_everything(self.about):
+            return copy.deepcopy(self.reference.model).to(dtype)
+        return half_network(self.reference.model, dtype)
+
+    @property
+    def rounded_input(self) -> torch.dtype:
+        return DTYPES[precision_of(self.about)] if rounds_everything(self.about) else torch.float32
+
+    @cached_property
+    def drift_images(self) -> Images:
+        """Those on which the two sides' sampling locations are compared."""
+        count = self.about.batch or max(4, self.about.least_batch)
+        return self.photos[np.arange(count) % len(self.photos)]
+
+    @cached_property
+    def locations(self) -> dict[str, Locations]:
+        """What PyTorch's blocks sample on `drift_images`, by their names."""
+        return network_locations(self.reference.model, self.drift_images)
+
+    @cached_property
+    def engine_locations(self) -> dict[str, Locations] | None:
+        """What the engine's do; None if it does not tell."""
+        return engine_locations(
+            self.runner,
+            self.onnx_model,
+            self.drift_images,
+            list(self.locations),
+            lambda b: self.progress(f"drift: {b}"),
+        )
+
+    @property
+    def tried(self) -> list[int]:
+        """Batches to run: of an engine with profiles, both ends and the best of each, too."""
+        if self.about.batch:
+            return [self.about.batch]
+        own = {batch for profile in self.about.profiles for batch in (profile.least, profile.best, profile.most)}
+        return sorted(own.union(batch for batch in self.batches if self.about.takes_batch(batch)))
+
+    @cached_property
+    def onnx_model(self) -> ir.Model | None:
+        """The engine's file, if it is an ONNX file."""
+        _, target = parse_engine(self.about.name)
+        return ir.load(target) if target.endswith(".onnx") else None
+
+
+def joined(parts: Sequence[Outputs]) -> Outputs:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def precision_of(about: EngineDescription) -> str:
+    """In which the answer was rounded: a runtime may compute in float32 with the weights of a file in float16."""
+    _, target = parse_engine(about.name)
+    if about.precision == "fp32" and target.endswith(".onnx"):
+        return read_metadata(Path(target)).precision
+    return about.precision
+
+
+def rounds_everything(about: EngineDescription) -> bool:
+    """Whether the runtime lowers the precision by itself, of coordinates too, whatever the file says."""
+    return about.runtime == "openvino" and about.precision != "fp32"

@@ -1,0 +1,93 @@
+"""A folder of images, with labels if it is in ImageFolder layout: a folder for each class."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dat_deploy.errors import DatDeployError
+
+__all__ = ["DataSet", "open_data_set"]
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """`labels` are indices of classes, one an image; None where the folder has none. `note`: how they were read."""
+
+    folder: Path
+    images: tuple[Path, ...]
+    labels: tuple[int, ...] | None
+    note: str = ""
+
+
+def open_data_set(folder: Path, class_names: Sequence[str], limit: int | None = None) -> DataSet:
+    """The images in a folder, sorted.
+
+    Images in subfolders are labelled: by the name of a class, by its index, or, where there are as many folders as
+    classes, by the folders' alphabetical order as ImageFolder has it. Images without subfolders are not.
+
+    Args:
+        class_names: of the network, in order; signs and case do not matter.
+        limit: take at most this many, evenly spaced over all of them, so that every class has its share.
+
+    Raises:
+        DatDeployError: if there is no such folder, no image in it, or a class that the network lacks.
+    """
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise DatDeployError(f"data '{folder}' {what}; name a folder of images, or one with a folder for each class.")
+    if limit is not None and limit < 1:
+        raise DatDeployError(f"{limit} images of '{folder}' were asked for; ask for 1 or more.")
+    try:
+        images = sorted(path for path in folder.rglob("*") if _is_image(path, folder))
+    except OSError as error:
+        raise DatDeployError(f"cannot read data '{folder}': {error.strerror}. Check its permissions.") from error
+    if not images:
+        raise DatDeployError(f"data '{folder}' has no image; image files end in {', '.join(SUFFIXES)}.")
+    loose = [path for path in images if path.parent == folder]
+    if loose and len(loose) < len(images):
+        raise DatDeployError(
+            f"data '{folder}' has images beside its folders, such as {loose[0].name}; put them into the folders of "
+            f"their classes, or name a folder without subfolders."
+        )
+    labels, note = None, ""
+    if not loose:
+        folders = sorted({path.relative_to(folder).parts[0] for path in images})
+        of_folder, note = _classes(folder, folders, class_names)
+        labels = [of_folder[path.relative_to(folder).parts[0]] for path in images]
+    if limit is not None and limit < len(images):
+        chosen = [index * len(images) // limit for index in range(limit)]
+        note += f"{', ' if note else ''}{limit} of {len(images)} images, evenly spaced"
+        images = [images[index] for index in chosen]
+        labels = None if labels is None else [labels[index] for index in chosen]
+    return DataSet(folder, tuple(images), None if labels is None else tuple(labels), note)
+
+
+def _is_image(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def _classes(folder: Path, folders: Sequence[str], class_names: Sequence[str]) -> tuple[dict[str, int], str]:
+    """Folder -> index of its class, and by what."""
+    known = {_plain(name): index for index, name in enumerate(class_names)}
+    by_name = {name: known[_plain(name)] for name in folders if _plain(name) in known}
+    if len(by_name) == len(folders):
+        return by_name, "labelled by the names of classes"
+    by_index = {name: int(name) for name in folders if name.isdecimal() and int(name) < len(class_names)}
+    if len(by_index) == len(folders):
+        return by_index, "labelled by the indices of classes"
+    if len(folders) == len(class_names) and not by_name:
+        return {name: index for index, name in enumerate(folders)}, "labelled by the folders' alphabetical order"
+    strange = next(name for name in folders if name not in by_name and name not in by_index)
+    raise DatDeployError(
+        f"data '{folder}' has a class '{strange}' that the network lacks; its {len(class_names)} classes are "
+        f"{', '.join(class_names[:3])} and so on. Name the folders after classes or their indices from 0, or give one "
+        f"folder for each class."
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()

@@ -1,0 +1,91 @@
+"""How far from PyTorch's the points lie that an engine samples, for each deformable block."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from dat_deploy.export.lowering import operator_records
+from dat_deploy.export.subgraph import model_up_to
+from dat_deploy.model import DAT
+from dat_deploy.runners import Runner
+from dat_deploy.variants import Variant
+
+__all__ = ["BlockDrift", "Locations", "block_drift", "distances_px", "engine_locations", "network_locations"]
+
+Images = NDArray[np.float32]
+Locations = NDArray[np.float32]  # B, G, Hk, Wk, 2, last axis (y, x)
+
+
+@dataclass(frozen=True)
+class BlockDrift:
+    """Distances between the two sides' sampling locations in pixels of the block's feature map.
+
+    Attributes:
+        block: `stages.2.attns.1`.
+        allowed: what the largest may be.
+    """
+
+    block: str
+    points: int
+    median: float
+    p99: float
+    largest: float
+    allowed: float
+
+
+def network_locations(model: DAT, images: Images, dtype: torch.dtype = torch.float32) -> dict[str, Locations]:
+    """What the blocks of a network in PyTorch sample, by their names."""
+    with torch.inference_mode():
+        _, sampled = model.forward_features(torch.from_numpy(images).to(dtype))
+    return {block: points.locations.float().numpy() for block, points in sampled.items()}
+
+
+def engine_locations(
+    runner: Runner, model: ir.Model | None, images: Images, blocks: list[str], progress: Callable[[str], None]
+) -> dict[str, Locations] | None:
+    """What the blocks of an engine sample; None if it cannot be had.
+
+    An engine that gives its locations is asked for them; an ONNX file is cut at one block's locations after another.
+
+    Args:
+        model: the file of an engine that is one.
+    """
+    names = [f"sampling_locations_{'_'.join(block.split('.')[1::2])}" for block in blocks]
+    if set(names) <= set(runner.description.outputs):
+        outputs = runner.outputs(images)
+        return {block: outputs[name] for block, name in zip(blocks, names, strict=True)}
+    if model is None:
+        return None
+    tensors = {
+        record.name.partition("/")[0]: record.inputs["sampling_locations"]
+        for record in operator_records(model.metadata_props)
+        if record.operator == "deformable_sample"
+    }
+    if set(tensors) != set(blocks):
+        return None
+    found = {}
+    for block in blocks:
+        progress(block)
+        found[block] = runner.open_graph(model_up_to(model, tensors[block]))({"image": images})
+    return found
+
+
+def distances_px(first: Locations, second: Locations, network: Variant, block: str) -> NDArray[np.float64]:
+    """Between points, in pixels of the block's feature map: corners are aligned, so -1 to 1 are H - 1 pixels."""
+    height, width = network.feature_map(int(block.split(".")[1]))
+    steps = (first.astype(np.float64) - second) * np.array([(height - 1) / 2, (width - 1) / 2])
+    return np.asarray(np.hypot(steps[..., 0], steps[..., 1]).ravel())
+
+
+def block_drift(block: str, got: Locations, expected: Locations, network: Variant, allowed: float) -> BlockDrift:
+    """One row."""
+    distances = distances_px(got, expected, network, block)
+    if not np.isfinite(distances).all():
+        return BlockDrift(block, distances.size, math.nan, math.nan, math.nan, allowed)
+    median, p99 = np.quantile(distances, [0.5, 0.99])
+    return BlockDrift(block, distances.size, float(median), float(p99), float(distances.max()), allowed)

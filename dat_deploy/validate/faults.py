@@ -1,0 +1,349 @@
+"""The tester tested: known faults are put into a sound file one at a time, and validate has to catch each."""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import ArrayLike
+
+from dat_deploy.errors import DatDeployError, VerificationError
+from dat_deploy.export import export
+from dat_deploy.export.lowering import OperatorRecord, operator_records
+from dat_deploy.metadata import FileMetadata
+from dat_deploy.model import reference_points
+from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
+from dat_deploy.runners.base import Graph, Images
+from dat_deploy.validate import ValidationReport, compare
+from dat_deploy.validate.comparison import Outputs
+
+__all__ = ["FAULTS", "Fault", "SelfTest", "Tried", "faulty_report", "self_test"]
+
+BATCHES = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One known fault.
+
+    Attributes:
+        story: how it comes about.
+        change: puts it into a file; or
+        misbehave: the answer of a runtime that has it, from the images and the right answer.
+    """
+
+    name: str
+    story: str
+    change: Callable[[ir.Model], None] | None = None
+    misbehave: Callable[[Images, Outputs], Outputs] | None = None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """`caught_by`: the kinds of checks that failed, in the order of the report; `row`: the first that did."""
+
+    fault: str
+    story: str
+    caught_by: tuple[str, ...]
+    row: str
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What validate made of each fault."""
+
+    engine: EngineDescription
+    tried: tuple[Tried, ...]
+
+    @property
+    def missed(self) -> list[str]:
+        return [tried.fault for tried in self.tried if not tried.caught_by]
+
+    @property
+    def verdict(self) -> str:
+        caught = len(self.tried) - len(self.missed)
+        sentence = f"validate caught {caught} of {len(self.tried)} faults put into {self.engine.name}"
+        return f"{sentence}; it missed {', '.join(self.missed)}." if self.missed else f"{sentence}."
+
+    def raise_if_failed(self) -> None:
+        """Raises VerificationError if a fault was missed."""
+        if self.missed:
+            raise VerificationError(self.verdict)
+
+
+def self_test(engine: str | None = None, *, progress: Callable[[str], None] = lambda _: None) -> SelfTest:
+    """Put each of FAULTS into an exported file and validate it.
+
+    Args:
+        engine: `[RUNTIME:]FILE.onnx` whose weights need no checkpoint; by default `demo`, exported for this.
+        progress: called with the name of each fault.
+
+    Raises:
+        DatDeployError: if the engine is no ONNX file.
+        VerificationError: if it fails without a fault.
+    """
+    with tempfile.TemporaryDirectory(prefix="dat-deploy-") as folder:
+        if engine is None:
+            progress("exporting demo")
+            engine = str(Path(folder, "demo.onnx"))
+            export("demo", Path(engine))
+        runtime, target = parse_engine(engine)
+        if not target.endswith(".onnx"):
+            raise DatDeployError(f"faults are put into ONNX files, and '{engine}' is none; name a FILE.onnx.")
+        progress("no fault")
+        with open_runner(engine) as runner:
+            about = runner.description
+            sound = compare(runner, batches=BATCHES)
+        if not sound.passed:
+            raise VerificationError(f"the self-test needs an engine that is right. {sound.verdict}")
+        found = []
+        for fault in FAULTS:
+            progress(fault.name)
+            report = faulty_report(fault, runtime.name, Path(target), Path(folder))
+            failed = [check for check in report.checks if check.passed is False]
+            kinds = tuple(dict.fromkeys(check.kind for check in failed))
+            found.append(Tried(fault.name, fault.story, kinds, failed[0].name if failed else ""))
+    return SelfTest(about, tuple(found))
+
+
+def faulty_report(
+    fault: Fault, runtime: str, source: Path, folder: Path, *, skip: Sequence[str] = ()
+) -> ValidationReport:
+    """What validate says of a file with the fault, less the kinds of checks in `skip`."""
+    path = source
+    if fault.change is not None:
+        model = ir.load(source)
+        fault.change(model)
+        path = folder / "faulty.onnx"
+        ir.save(model, path)
+    with open_runner(f"{runtime}:{path}") as runner:
+        tested = runner if fault.misbehave is None else _Misbehaving(runner, fault.misbehave)
+        return compare(tested, batches=BATCHES, skip=skip)
+
+
+class _Misbehaving(Runner):
+    """A runtime with a fault of its own."""
+
+    def __init__(self, inner: Runner, misbehave: Callable[[Images, Outputs], Outputs]) -> None:
+        self._inner, self._misbehave = inner, misbehave
+        self.description = inner.description
+
+    def _run(self, images_nchw: Images) -> Outputs:
+        right = {name: values.copy() for name, values in self._inner.outputs(images_nchw).items()}
+        return self._misbehave(images_nchw, right)
+
+    def open_graph(self, onnx_model: bytes) -> Graph:
+        return self._inner.open_graph(onnx_model)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+# --- in the file ---
+
+
+def _values(model: ir.Model) -> dict[str, ir.Value]:
+    return {str(value.name): value for node in model.graph for value in node.outputs}
+
+
+def _record(model: ir.Model, operator: str) -> OperatorRecord:
+    """The operator's first place."""
+    return next(record for record in operator_records(model.metadata_props) if record.operator == operator)
+
+
+def _apply(
+    model: ir.Model, value: ir.Value, op_type: str, *others: ArrayLike, takes_name: bool, **attributes: int
+) -> None:
+    """Let everything that reads `value` read `op_type(value, *others)` instead.
+
+    Args:
+        takes_name: whether the result gets the name of `value`, as if it had been computed so.
+    """
+    name = f"fault_{len(model.graph)}/{value.name}/{op_type}"
+    constants = []
+    for index, other in enumerate(others):
+        array = np.asarray(other)
+        array = array.astype(np.float32) if array.dtype.kind == "f" else array.astype(np.int64)
+        constant = ir.Value(name=f"{name}/{index}", const_value=ir.tensor(array))
+        model.graph.register_initializer(constant)
+        constants.append(constant)
+    node = ir.node(op_type, [value, *constants], attributes, name=name)
+    (result,) = node.outputs
+    result.type = ir.TensorType(ir.DataType(attributes["to"])) if op_type == "Cast" else value.type
+    result.shape = value.shape
+    for user, index in list(value.uses()):
+        if user is not node:
+            user.replace_input_with(index, result)
+    producer = value.producer()
+    if producer is None:
+        model.graph.insert_before(model.graph[0], node)
+    else:
+        model.graph.insert_after(producer, node)
+    result.name = name
+    if takes_name:
+        value.name, result.name = result.name, value.name
+    for index, output in enumerate(model.graph.outputs):
+        if output is value:
+            model.graph.outputs[index] = result
+
+
+def _locations(model: ir.Model) -> tuple[ir.Value, tuple[int, int], tuple[int, int]]:
+    """The first block's sampling locations, the size of its feature map and of its sampled grid."""
+    record = _record(model, "deformable_sample")
+    network = FileMetadata.from_properties(dict(model.metadata_props), Path("file")).network
+    stage = int(record.name.split(".")[1])
+    size = network.feature_map(stage)
+    return _values(model)[record.inputs["sampling_locations"]], size, network.stages[stage].sampled_map(*size)
+
+
+def _swap_x_and_y(model: ir.Model) -> None:
+    _apply(model, _locations(model)[0], "Gather", [1, 0], takes_name=True, axis=-1)
+
+
+def _flip_align_corners(model: ir.Model) -> None:
+    # with corners aligned -1 is the first pixel's centre, without them its edge: the same as a scale of size / size - 1
+    locations, size, _ = _locations(model)
+    _apply(model, locations, "Mul", [side / (side - 1) for side in size], takes_name=False)
+
+
+def _scale_offsets(model: ir.Model) -> None:
+    locations, _, sampled = _locations(model)
+    network = FileMetadata.from_properties(dict(model.metadata_props), Path("file")).network
+    centres = reference_points(*sampled, half_pixel=network.half_pixel_queries).numpy()
+    _apply(model, locations, "Sub", centres, takes_name=True)
+    scaled = _locations(model)[0]
+    _apply(model, scaled, "Mul", [1.1, 1.1], takes_name=True)
+    _apply(model, _locations(model)[0], "Add", centres, takes_name=True)
+
+
+def _shift_by_half_a_pixel(model: ir.Model) -> None:
+    locations, size, _ = _locations(model)
+    _apply(model, locations, "Add", [1 / (side - 1) for side in size], takes_name=True)
+
+
+def _round_locations(model: ir.Model) -> None:
+    locations, *_ = _locations(model)
+    _apply(model, locations, "Cast", takes_name=True, to=ir.DataType.FLOAT16)
+    _apply(model, _locations(model)[0], "Cast", takes_name=True, to=ir.DataType.FLOAT)
+
+
+def _transpose_heads(model: ir.Model) -> None:
+    record = _record(model, "deformable_attention")
+    network = FileMetadata.from_properties(dict(model.metadata_props), Path("file")).network
+    stage = network.stages[int(record.name.split(".")[1])]
+    order = np.arange(stage.channels).reshape(stage.heads, stage.head_dim).T.ravel()
+    _apply(model, _values(model)[record.output], "Gather", order, takes_name=False, axis=-1)
+
+
+def _reverse_channels(model: ir.Model) -> None:
+    _apply(model, model.graph.inputs[0], "Gather", [2, 1, 0], takes_name=False, axis=1)
+
+
+def _reverse_classes(model: ir.Model) -> None:
+    logits = model.graph.outputs[0]
+    classes = FileMetadata.from_properties(dict(model.metadata_props), Path("file")).network.classes
+    _apply(model, logits, "Gather", np.arange(classes)[::-1], takes_name=True, axis=1)
+
+
+def _change_epsilon(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.op_type == "LayerNormalization":
+            node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-3)
+
+
+def _forget_bias_table(model: ir.Model) -> None:
+    name = next(name for name in model.graph.initializers if "attns" in name and "bias_table" in name)
+    _set_weight(model.graph.initializers[name], 0.0, 0)
+
+
+def _truncate_weights(model: ir.Model) -> None:
+    largest = max(model.graph.initializers.values(), key=lambda v: 0 if v.const_value is None else v.const_value.size)
+    assert largest.const_value is not None
+    _set_weight(largest, 0.0, largest.const_value.size // 2)
+
+
+def _set_weight(weight: ir.Value, number: float, first: int) -> None:
+    """Every element from the `first` on."""
+    assert weight.const_value is not None
+    values = weight.const_value.numpy().copy()
+    values.reshape(-1)[first:] = number
+    weight.const_value = ir.tensor(values, name=weight.name)
+
+
+def _set_metadata(model: ir.Model, field: str, value: object) -> None:
+    model.metadata_props[f"dat_deploy.{field}"] = json.dumps(value)
+
+
+def _normalise_to_one(model: ir.Model) -> None:
+    own = FileMetadata.from_properties(dict(model.metadata_props), Path("file")).preprocessing
+    changed = dataclasses.replace(own, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    _set_metadata(model, "preprocessing", dataclasses.asdict(changed))
+
+
+def _crop_less(model: ir.Model) -> None:
+    own = FileMetadata.from_properties(dict(model.metadata_props), Path("file")).preprocessing
+    resize = own.image_size if own.resize_size != own.image_size else tuple(side + 8 for side in own.image_size)
+    _set_metadata(model, "preprocessing", {**dataclasses.asdict(own), "resize_size": resize})
+
+
+# --- in the runtime ---
+
+
+def _last_slot_wrong(images: Images, right: Outputs) -> Outputs:
+    if len(images) > 1:
+        for values in right.values():
+            values[-1] = values[-2]
+    return right
+
+
+def _leaks_between_images(images: Images, right: Outputs) -> Outputs:
+    if len(images) > 1:
+        for values in right.values():
+            values += 1e-3 * (values.mean(axis=0, keepdims=True) - values)
+    return right
+
+
+def _nan_where_bright(images: Images, right: Outputs) -> Outputs:
+    for values in right.values():
+        values[images.mean(axis=(1, 2, 3)) > 5] = np.nan
+    return right
+
+
+def _differs_by_run() -> Callable[[Images, Outputs], Outputs]:
+    runs = [0]
+
+    def misbehave(_: Images, right: Outputs) -> Outputs:
+        runs[0] += 1
+        return {name: values + np.float32(1e-6) * (runs[0] % 3) for name, values in right.items()}
+
+    return misbehave
+
+
+FAULTS = (
+    Fault("x and y swapped", "locations are (y, x), GridSample takes (x, y)", _swap_x_and_y),
+    Fault("align_corners flipped", "the sampling operator was rebuilt with its default", _flip_align_corners),
+    Fault("offsets scaled", "offsets 1.1 times as large: a range factor by another formula", _scale_offsets),
+    Fault("half-pixel shift", "reference points at corners instead of centres", _shift_by_half_a_pixel),
+    Fault("locations in float16", "the coordinate path was rounded, too", _round_locations),
+    Fault("heads transposed", "channels read as [D, M] instead of [M, D]", _transpose_heads),
+    Fault("BGR", "the picture's channels in the order of OpenCV", _reverse_channels),
+    Fault("wrong mean and std", "0.5 for ImageNet's, in the file's preprocessing", _normalise_to_one),
+    Fault("wrong resize", "another size before the crop, in the file's preprocessing", _crop_less),
+    Fault("LayerNorm epsilon", "1e-3, TensorFlow's default, for 1e-5", _change_epsilon),
+    Fault("stale bias table", "a block's table as before training: zeros", _forget_bias_table),
+    Fault("truncated weights", "the second half of the largest tensor is zeros", _truncate_weights),
+    Fault("classes reversed", "labels in another order than logits", _reverse_classes),
+    Fault(
+        "precision not as asked",
+        "said to be fp16, built in fp32",
+        lambda model: _set_metadata(model, "precision", "fp16"),
+    ),
+    Fault("one slot wrong", "the last image of a batch gets its neighbour's answer", None, _last_slot_wrong),
+    Fault("images leak", "each image's answer depends a little on the others'", None, _leaks_between_images),
+    Fault("NaN", "an overflow, on very bright images alone", None, _nan_where_bright),
+    Fault("runs differ", "the last bits change from run to run", None, _differs_by_run()),
+)

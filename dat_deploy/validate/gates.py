@@ -1,0 +1,65 @@
+"""What an engine may lose before it fails; every gate has a default for the precision, and can be set."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from dat_deploy.errors import DatDeployError
+
+__all__ = ["Gates", "default_gates"]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The largest value of each that passes.
+
+    Attributes:
+        top1_drop, top5_drop: percentage points that the engine is below PyTorch on labelled images. A single image
+            never fails: with fewer than a few hundred images one is more than the points allowed.
+        disagreement: percent of the images on which the two sides' first classes differ.
+        cosine_distance: 1 less the cosine of the angle between the two sides' logits, of the worst image.
+        unreadable: percent of the images that cannot be read.
+        batch_spread: difference between the answers to one image in any slot of any batch; None for the tolerance
+            of the outputs.
+        repeats: difference between the answers of repeated runs; 0 asks for the same bits.
+        drift_px: pixels of its feature map by which a sampling location may differ; None for twice what rounding
+            moves it in eager PyTorch, see `drift.py`.
+    """
+
+    top1_drop: float
+    top5_drop: float
+    disagreement: float
+    cosine_distance: float
+    unreadable: float = 1.0
+    batch_spread: float | None = None
+    repeats: float = 0.0
+    drift_px: float | None = None
+
+
+# Half precision rounds at 2^-11 (fp16) or 2^-8 (bf16) in every layer, so images between two classes flip either way: up
+# to one in a hundred or fifty, while top-1 stays where it was. Eight bits lose accuracy; a point is what users of
+# quantized vision transformers put up with. Measured on `demo`: README, Accuracy.
+_DEFAULTS = {
+    "fp32": Gates(top1_drop=0.1, top5_drop=0.1, disagreement=0.1, cosine_distance=1e-6),
+    "fp16": Gates(top1_drop=0.1, top5_drop=0.1, disagreement=1.0, cosine_distance=1e-4),
+    "bf16": Gates(top1_drop=0.1, top5_drop=0.1, disagreement=2.0, cosine_distance=1e-2),
+    "int8": Gates(top1_drop=1.0, top5_drop=1.0, disagreement=5.0, cosine_distance=0.2),
+}
+
+
+def default_gates(precision: str, changes: Mapping[str, float] | None = None) -> Gates:
+    """Those of a precision, with `changes` by name, `-` or `_` between words.
+
+    Raises:
+        DatDeployError: if there is no such gate, or a value is negative or not a number.
+    """
+    names = [field.name for field in fields(Gates)]
+    given = {}
+    for name, value in (changes or {}).items():
+        field = name.replace("-", "_")
+        if field not in names:
+            shown = ", ".join(name.replace("_", "-") for name in names)
+            raise DatDeployError(f"there is no gate '{name}'; gates are {shown}.")
+        if not value >= 0:  # nor NaN
+            raise DatDeployError(f"gate '{name}' got {value}; it takes the largest value that passes, from 0 on.")
+        given[field] = value
+    return replace(_DEFAULTS[precision], **given)

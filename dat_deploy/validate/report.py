@@ -1,0 +1,134 @@
+"""What validate found: rows with a verdict each, and the verdict of all in one sentence."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dat_deploy.errors import VerificationError
+from dat_deploy.files import atomic_output
+from dat_deploy.runners import EngineDescription
+from dat_deploy.validate.accuracy import Accuracy
+from dat_deploy.validate.drift import BlockDrift
+from dat_deploy.validate.trace import Trace
+
+__all__ = ["Check", "ValidationReport"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the report.
+
+    Attributes:
+        kind: of `CHECKS`, which found it.
+        batch: images in the call; None where there is no batch to speak of.
+        error: what was seen: the largest absolute difference, or what `unit` says; None if the check could not run,
+            `detail` then says why.
+        tolerance: what it may be.
+    """
+
+    kind: str
+    name: str
+    batch: int | None
+    error: float | None
+    tolerance: float
+    detail: str
+    unit: str = ""
+
+    @property
+    def share(self) -> float:
+        """The error as a share of what is allowed."""
+        if self.error is None or self.error == 0:
+            return 0.0
+        return self.error / self.tolerance if self.tolerance else math.inf
+
+    @property
+    def passed(self) -> bool | None:
+        """None if the check did not run."""
+        return None if self.error is None else self.error <= self.tolerance  # NaN is not <= anything
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What validate found.
+
+    Attributes:
+        skipped: the kinds of checks that were left out.
+        notes: what the user must know beside the checks.
+        trace: what a page shows beside it; only if it was asked for, and not in the JSON.
+    """
+
+    engine: EngineDescription
+    reference: EngineDescription
+    checks: tuple[Check, ...]
+    accuracy: Accuracy | None = None
+    drift: tuple[BlockDrift, ...] = ()
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    trace: Trace | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was checked, and nothing failed."""
+        verdicts = [check.passed for check in self.checks]
+        return False not in verdicts and True in verdicts
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in one sentence."""
+        failed = [check for check in self.checks if check.passed is False]
+        ran = [check for check in self.checks if check.passed is not None]
+        less = f"; left out on request: {', '.join(self.skipped)}" if self.skipped else ""
+        if not ran:
+            return f"{self.engine.name} was not compared with {self.reference.name}: no check ran{less}."
+        if not failed:
+            worst = max(ran, key=lambda check: check.share)
+            return (
+                f"{self.engine.name} agrees with {self.reference.name}: {len(ran)} checks passed, the worst is "
+                f"'{worst.name}' at {worst.share:.1%} of what is allowed{self._top1()}{less}."
+            )
+        first = failed[0]
+        where = f" at batch {first.batch}" if first.batch else ""
+        return (
+            f"{self.engine.name} differs from {self.reference.name}: {len(failed)} of {len(ran)} checks failed, first "
+            f"'{first.name}'{where} with an error of {_shown(first.error, first.unit)} where "
+            f"{_shown(first.tolerance, first.unit)} is allowed{self._top1()}{less}."
+        )
+
+    def _top1(self) -> str:
+        if self.accuracy is None or self.accuracy.engine is None or self.accuracy.reference is None:
+            return ""
+        engine, reference = self.accuracy.engine.top1, self.accuracy.reference.top1
+        return f"; top-1 {engine.percent:.2f}% against {reference.percent:.2f}% on {engine.images} images"
+
+    def to_json(self) -> str:
+        fields: dict[str, Any] = asdict(replace(self, trace=None))
+        del fields["trace"]
+        for check, row in zip(self.checks, fields["checks"], strict=True):
+            row["passed"] = check.passed
+        return json.dumps(_plain({"passed": self.passed, "verdict": self.verdict, **fields}), indent=2) + "\n"
+
+    def write(self, path: Path, *, force: bool = False) -> None:
+        with atomic_output(path, force=force) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    def raise_if_failed(self) -> None:
+        """Raises VerificationError with the verdict unless a check ran and every one that ran has passed."""
+        if not self.passed:
+            raise VerificationError(self.verdict)
+
+
+def _shown(value: float | None, unit: str) -> str:
+    return f"{value:.3g}{'' if unit in ('', '%') else ' '}{unit}"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: it has no NaN, and paths are text."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,78 @@
+"""One photograph followed through both sides: the error behind each block, and where the deformable blocks look."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dat_deploy.export.boundaries import block_boundaries, network_blocks
+from dat_deploy.export.subgraph import model_up_to
+from dat_deploy.validate.comparison import Comparison, precision_of
+from dat_deploy.validate.drift import Locations
+from dat_deploy.validate.hooks import captured
+
+__all__ = ["BlockError", "Trace", "trace_blocks"]
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """Behind one block.
+
+    Attributes:
+        error: the largest difference between the two sides; rounded: that of eager PyTorch in the engine's precision,
+            None in float32; both as shares of `scale`, PyTorch's largest value.
+    """
+
+    block: str
+    error: float
+    rounded: float | None
+    scale: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a page shows of the first photographs.
+
+    Attributes:
+        images: [B, 3, H, W], normalised.
+        locations, engine_locations: by block, [B, G, Hk, Wk, 2]; the engine's is None if it does not tell.
+        errors: in the order of the network; none if the engine cannot be cut.
+    """
+
+    images: NDArray[np.float32]
+    locations: dict[str, Locations]
+    engine_locations: dict[str, Locations] | None
+    errors: tuple[BlockError, ...]
+
+
+def trace_blocks(comparison: Comparison) -> Trace:
+    """Run the engine up to each block in turn; one tensor at a time, as `bisect` does."""
+    return Trace(comparison.drift_images, comparison.locations, comparison.engine_locations, tuple(_errors(comparison)))
+
+
+def _errors(comparison: Comparison) -> list[BlockError]:
+    model = comparison.onnx_model
+    names = {} if model is None else block_boundaries(dict(model.metadata_props))
+    if model is None or not names:
+        return []
+    image = comparison.photos[:1]
+    ends = {block.name: block.steps[-1] for block in network_blocks(comparison.about.network)}
+    sources = [(step.module, step.side) for step in ends.values()]
+    exact = captured(comparison.reference.model, sources, image)
+    precision = precision_of(comparison.about)
+    rounded = None
+    if precision in ("fp16", "bf16"):
+        rounded = captured(comparison.rounded, sources, image, comparison.rounded_input)
+    feeds = {"image": np.repeat(image, comparison.about.batch or 1, axis=0)}
+    found = []
+    for block, step in ends.items():
+        comparison.progress(f"trace: {block}")
+        expected = exact[step.module, step.side]
+        got = comparison.runner.open_graph(model_up_to(model, names[step.ends]))(feeds)[:1]
+        scale = float(np.abs(expected).max()) or 1.0
+        error = float(np.abs(got.reshape(expected.shape) - expected).max()) / scale
+        own = None
+        if rounded is not None:
+            own = float(np.abs(rounded[step.module, step.side] - expected).max()) / scale
+        found.append(BlockError(block, error, own, scale))
+    return found
