@@ -30,6 +30,8 @@ class FileMetadata:
         weights_sha256: of the weights' names, types, shapes and bytes, whatever file they came from.
         weights_source: the checkpoint's file name, or the seed of random weights.
         version: of dat-deploy.
+        golden_sha256: see `dat_deploy.preprocess.golden_sha256`, of `preprocessing` where the file was exported; empty
+            in files of before there was one.
     """
 
     network: Variant
@@ -45,6 +47,7 @@ class FileMetadata:
     version: str
     fp32_added: tuple[str, ...] = ()
     fp32_removed: tuple[str, ...] = ()
+    golden_sha256: str = dataclasses.field(default="", metadata={"optional": True})
 
     @property
     def variant(self) -> str:

@@ -6,6 +6,7 @@ upstream's `convert("RGB")` in two ways: EXIF orientation is applied, and sample
 than clipped. As upstream, alpha is dropped, not composited: a transparent pixel shows the colour stored under it.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -24,7 +25,16 @@ from PIL import ExifTags, Image
 from dat_deploy.errors import ImageError, ShapeError, UnsupportedError
 from dat_deploy.variants import IMAGENET_MEAN, IMAGENET_STD, Variant
 
-__all__ = ["FORMATS", "MAX_IMAGE_PIXELS", "Preprocessing", "preprocess", "preprocess_files", "read_image"]
+__all__ = [
+    "FORMATS",
+    "MAX_IMAGE_PIXELS",
+    "Preprocessing",
+    "golden_picture",
+    "golden_sha256",
+    "preprocess",
+    "preprocess_files",
+    "read_image",
+]
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # PIL's other readers see no untrusted file
 MAX_IMAGE_PIXELS = 89_478_485  # PIL's default, a quarter of a GiB in RGB; a lower Image.MAX_IMAGE_PIXELS is kept
@@ -160,6 +170,37 @@ def preprocess_files(paths: Sequence[str | os.PathLike[str]], preprocessing: Pre
     for slot, path in zip(batch, paths, strict=True):
         slot[:] = preprocess(read_image(path), preprocessing)
     return batch
+
+
+def golden_picture() -> Image.Image:
+    """A picture, 320 wide and 240 high, that comes out differently for every mistake in preprocessing.
+
+    Made by integer arithmetic alone. Its gradients show a shift of half a pixel and another mean or std; the rings of
+    a zone plate, whose frequency rises to the limit, another resize; checks and edges of pure colours another order of
+    channels, and a resize that does not clip to 8 bits; and no part of it is like its mirror image, or like another
+    part, so that another crop or aspect ratio shows, too.
+    """
+    y, x = np.mgrid[0:240, 0:320]
+    pixels = np.stack([x * 255 // 319, y * 255 // 239, 255 - (x + 2 * y) * 255 // 797], axis=-1)  # H, W, 3
+    pixels[24:120, 24:152] = (((x - 88) ** 2 + (y - 72) ** 2) % 256)[24:120, 24:152, None]
+    pixels[40:104, 176:296] = (255 * np.stack([(x + y) % 2, x // 2 % 2, y // 3 % 2], axis=-1))[40:104, 176:296]
+    colour = x // 20  # bars of black, red, green, ... white, two pixels in the middle of each inverted
+    bars = 255 * np.stack([colour & 1, colour >> 1 & 1, colour >> 2 & 1], axis=-1)
+    pixels[136:176, 40:280] = np.where((x % 20 // 2 == 5)[..., None], 255 - bars, bars)[136:176, 40:280]
+    slanted = (2 * x + 3 * y) // 24 % 3
+    pixels[184:224, 48:272] = (255 * np.stack([slanted == 0, slanted == 1, slanted == 2], axis=-1))[184:224, 48:272]
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def golden_sha256(preprocessing: Preprocessing) -> str:
+    """SHA-256 of the golden picture, preprocessed: its [3, H, W] float32 in little-endian bytes.
+
+    It is the same on every machine where Pillow resizes 8-bit samples in fixed point, with weights that are computed in
+    float64 and rounded to 22 bits, and where NumPy divides and subtracts float32 as IEEE 754 says: every release from
+    Pillow 11.0 and NumPy 2.0 on, with whatever SIMD instructions. An installation that gives another hash (a fork such
+    as Pillow-SIMD, a release to come) gives other images to the network, too.
+    """
+    return hashlib.sha256(preprocess(golden_picture(), preprocessing).astype("<f4").tobytes()).hexdigest()
 
 
 def _decode(file: BinaryIO, path: Path) -> Image.Image:

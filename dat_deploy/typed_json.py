@@ -11,6 +11,8 @@ __all__ = ["typed"]
 def typed(kind: Any, value: Any, where: str) -> Any:
     """`value` as the annotated type `kind`: dataclasses, tuples, dicts, unions with None, scalars.
 
+    A field of a dataclass may be absent if it says so, `field(default=..., metadata={"optional": True})`.
+
     Args:
         where: what `value` is called in messages.
 
@@ -21,10 +23,11 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         names = [field.name for field in fields(kind)]
-        if set(value) != set(names):
-            wrong = ", ".join(sorted(set(value) ^ set(names)))
+        absent = {field.name for field in fields(kind) if field.metadata.get("optional")} - set(value)
+        if set(value) | absent != set(names):
+            wrong = ", ".join(sorted((set(value) | absent) ^ set(names)))
             raise ValueError(f"{where} lacks, or should not have: {wrong}")
-        return kind(**{name: typed(hints[name], value[name], f"{where}.{name}") for name in names})
+        return kind(**{name: typed(hints[name], value[name], f"{where}.{name}") for name in names if name in value})
     if origin is tuple and isinstance(value, list):
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) == len(value):

@@ -51,6 +51,13 @@ def test_each_field_is_one_property_in_json_and_properties_of_others_are_left_al
     assert FileMetadata.from_properties(properties | others, PATH) == METADATA
 
 
+def test_a_file_of_before_there_was_a_golden_picture_is_read() -> None:
+    properties = METADATA.to_properties()
+    del properties["dat_deploy.golden_sha256"]
+    assert FileMetadata.from_properties(properties, PATH) == replace(METADATA, golden_sha256="")
+    assert FileMetadata.from_properties(replace(METADATA, golden_sha256="ab").to_properties(), PATH) != METADATA
+
+
 def test_a_file_of_another_tool_is_named() -> None:
     assert refusal({"author": "someone"}) == (
         "folder/tiny.onnx was not exported by dat-deploy: it has no dat_deploy.* metadata. "

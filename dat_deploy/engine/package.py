@@ -15,7 +15,7 @@ from dat_deploy.engine.passport import Passport, Profile, sha256, versions
 from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.labels import class_names
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.preprocess import Preprocessing, golden_sha256
 from dat_deploy.system import cpu_flags, tool_version
 from dat_deploy.variants import Variant
 
@@ -70,6 +70,7 @@ def package_and_passport(
             progress=progress,
         )
         content = package.read_bytes()
+    preprocessing = Preprocessing.from_variant(network)
     metadata = FileMetadata(
         network=network,
         batch=None,
@@ -77,11 +78,12 @@ def package_and_passport(
         lowering="kernels" if device == "cuda" else "reference",
         precision=precision,
         opset_version=0,
-        preprocessing=Preprocessing.from_variant(network),
+        preprocessing=preprocessing,
         class_names=class_names(network),
         weights_sha256=weights.sha256,
         weights_source=weights.source,
         version=tool_version(),
+        golden_sha256=golden_sha256(preprocessing),
     )
     passport = Passport(
         engine_sha256=sha256(content),

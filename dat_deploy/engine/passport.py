@@ -134,6 +134,8 @@ class Passport:
     def to_bytes(self) -> bytes:
         """The file: JSON with its own digest, of which no byte can change unseen."""
         fields = dataclasses.asdict(self)
+        if not self.metadata.golden_sha256:
+            del fields["metadata"]["golden_sha256"]  # as passports were written before there was one
         digest = sha256(json.dumps(fields, sort_keys=True).encode())
         return (json.dumps({_DIGEST: digest, **fields}, indent=2) + "\n").encode()
 

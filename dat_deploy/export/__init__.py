@@ -18,7 +18,7 @@ from dat_deploy.export.precision import DTYPES, PrecisionCensus, cast_graph, che
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.labels import class_names
 from dat_deploy.metadata import FileMetadata, read_metadata
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.preprocess import Preprocessing, golden_sha256
 from dat_deploy.system import tool_version
 from dat_deploy.variants import Variant
 
@@ -110,6 +110,7 @@ def export(
         _check_dynamic_image_size(network, sampling_locations=sampling_locations)
     weights = load_weights(network, checkpoint)
     module = model_from_weights(weights, network, fused=True, sampled_points=sampling_locations)
+    preprocessing = Preprocessing.from_variant(network)
     metadata = FileMetadata(
         network=network,
         batch=batch,
@@ -119,11 +120,12 @@ def export(
         fp32_added=tuple(fp32),
         fp32_removed=tuple(no_fp32),
         opset_version=opset_version,
-        preprocessing=Preprocessing.from_variant(network),
+        preprocessing=preprocessing,
         class_names=class_names(network),
         weights_sha256=weights.sha256,
         weights_source=weights.source,
         version=tool_version(),
+        golden_sha256=golden_sha256(preprocessing),
     )
     model = onnx_from_model(module, batch=batch, dynamic_image_size=dynamic_image_size, opset_version=opset_version)
     operators = len(operator_nodes(model))

@@ -41,6 +41,13 @@ def test_an_engine_is_opened_with_what_build_wrote(built: BuildReport) -> None:
     assert passport.source_sha256 == library.sha256(built.path.with_suffix(".onnx").read_bytes())
 
 
+def test_a_passport_of_before_there_was_a_golden_picture_is_read(built: BuildReport) -> None:
+    assert len(built.passport.metadata.golden_sha256) == 64
+    old = replace(built.passport, metadata=replace(built.passport.metadata, golden_sha256=""))
+    assert b"golden_sha256" not in old.to_bytes()
+    assert Passport.from_bytes(old.to_bytes(), Path("old.engine.json")) == old
+
+
 def _flip(path: Path, position: int, bit: int) -> Callable[[], None]:
     """Change one bit of a file; returns what changes it back."""
 

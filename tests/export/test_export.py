@@ -18,7 +18,7 @@ from dat_deploy.export import LOWERINGS, OPSET_VERSIONS, export, relower
 from dat_deploy.labels import imagenet_class_names
 from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.photographs import photographs
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.preprocess import Preprocessing, golden_sha256
 from dat_deploy.runners import open_runner
 from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate import validate
@@ -52,8 +52,15 @@ def test_metadata_says_what_the_file_is(tiny_onnx):
         weights_sha256=metadata.weights_sha256,
         weights_source="seeded random weights (seed 0)",
         version=metadata.version,
+        golden_sha256=golden_sha256(metadata.preprocessing),
     )
     assert len(metadata.weights_sha256) == 64
+
+
+def test_a_file_of_dynamic_size_has_the_golden_hash_of_its_default_size(pp_tiny_onnx):
+    metadata = read_metadata(pp_tiny_onnx["function"])
+    assert metadata.preprocessing == Preprocessing.from_variant(VARIANTS["pp-tiny"])
+    assert metadata.golden_sha256 == golden_sha256(metadata.preprocessing)
 
 
 def test_file_holds_no_path_or_stack_trace_of_the_machine(tiny_onnx):
