@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dat_deploy.labels import class_names, top_k
 from dat_deploy.preprocess import preprocess_files
-from dat_deploy.runners import EngineDescription, open_runner
+from dat_deploy.runners import EngineDescription, Runner, open_runner
 
-__all__ = ["Classification", "Prediction", "classify"]
+__all__ = ["Classification", "Prediction", "classify", "logits_of"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,17 @@ def classify(images: Sequence[Path], engine: str, *, checkpoint: Path | None = N
     """
     with open_runner(engine, checkpoint=checkpoint) as runner:
         inputs = preprocess_files(images, runner.description.preprocessing)
-        size = runner.description.least_batch
-        logits = []
-        for first in range(0, len(inputs), size):
-            part = inputs[first : first + size]
-            padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])  # a fixed batch's last call
-            logits.append(runner(padded)[: len(part)])
-        best = top_k(np.concatenate(logits), class_names(runner.description.network), top)
+        best = top_k(logits_of(runner, inputs), class_names(runner.description.network), top)
         predictions = tuple(tuple(Prediction(*entry) for entry in entries) for entries in best)
         return Classification(runner.description, tuple(images), predictions)
+
+
+def logits_of(runner: Runner, images_nchw: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits [B, classes] of any number of images from one on, in batches that the engine takes."""
+    size = runner.description.least_batch
+    logits = []
+    for first in range(0, len(images_nchw), size):
+        part = images_nchw[first : first + size]
+        padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])  # a fixed batch's last call
+        logits.append(runner(padded)[: len(part)])
+    return np.concatenate(logits)
