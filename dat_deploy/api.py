@@ -12,6 +12,8 @@ from dat_deploy.doctor import doctor
 from dat_deploy.engine.build import build
 from dat_deploy.engine.inspector import inspect
 from dat_deploy.export import export, relower
+from dat_deploy.preprocess_check import check_preprocessing
+from dat_deploy.preprocess_check import preprocess_for_engine as preprocess
 from dat_deploy.runners import open_runner
 from dat_deploy.tune import tune
 from dat_deploy.validate import validate
@@ -21,6 +23,7 @@ from dat_deploy.visualize import visualize
 __all__ = [
     "bench",
     "build",
+    "check_preprocessing",
     "classify",
     "compare",
     "convert",
@@ -29,6 +32,7 @@ __all__ = [
     "inspect",
     "load_model",
     "open_runner",
+    "preprocess",
     "relower",
     "tune",
     "validate",

@@ -638,6 +638,89 @@ def classify(
 
 
 @app.command()
+def preprocess(
+    image: Annotated[list[Path] | None, typer.Argument(help="Image files.")] = None,
+    engine: Annotated[str, typer.Option("--engine", help="As in validate: whose preprocessing.")] = "",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write what the engine takes for these images: FILE.npy.")
+    ] = None,
+    golden: Annotated[
+        Path | None, typer.Option("--golden", help="Write the golden picture, for your own pipeline: FILE.png.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with PIL, with what the engine's file says, and with each --array.")
+    ] = False,
+    array: Annotated[
+        list[Path] | None,
+        typer.Option("--array", help="FILE.npy: what your pipeline made of the images, or of the golden picture."),
+    ] = None,
+    more: Annotated[list[Path] | None, typer.Option("--image", help="An image file, as IMAGE; repeat it.")] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Largest difference that --check accepts, in units of 1/255.")
+    ] = 2.0,
+    checkpoint: CheckpointOption = None,
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Write what an engine takes for images, or check that a pipeline gives it that; exit code 2 if it does not."""
+    images = [*(image or ()), *(more or ())]
+    if [check, output is not None, golden is not None].count(True) != 1:
+        raise DatDeployError("preprocess takes one of --check, --output FILE.npy and --golden FILE.png.")
+    if golden is None and not engine:
+        raise DatDeployError("preprocess needs --engine, which says how; such as --engine tiny.onnx.")
+    if output is not None and not images:
+        raise DatDeployError("--output is for the arrays of images; name image files.")
+    if array and not check:
+        raise DatDeployError("--array is what --check compares; add --check, or leave it out.")
+    from dat_deploy import preprocess_check as library
+
+    _check_json(json_file, force=force)
+    if golden is not None:
+        library.write_golden_picture(golden, force=force)
+        out.print(f"{golden}: the golden picture; run your pipeline on it, and save what it gives with numpy.save")
+        _write_json({"golden": golden}, json_file, force=force)
+        _next("preprocess", "--check", "--engine", engine or "tiny.onnx", "--array", "YOURS.npy")
+        return
+    named = [word for path in images for word in ("--image", path)]
+    again = ["--engine", engine, *_option("--checkpoint", checkpoint)]
+    if output is not None:
+        batch = library.preprocess_for_engine(images, engine, output=output, force=force)
+        out.print(f"{output}: {batch.dtype} {list(batch.shape)}, from {batch.min():.2f} to {batch.max():.2f}")
+        _write_json({"output": output, "shape": batch.shape, "images": images}, json_file, force=force)
+        _next("preprocess", "--check", *again, *named, "--array", "YOURS.npy")
+        return
+    _check_pytorch_options([engine], checkpoint, None)
+    with err.status("comparing"):
+        report = library.check_preprocessing(
+            engine, images=images, arrays=array, checkpoint=checkpoint, tolerance_units=tolerance
+        )
+    golden_says = f", {'as' if report.golden_passed else 'NOT as'} its file says" if report.golden_expected else ""
+    out.print(f"golden picture for {engine}: sha256 {report.golden_here[:12]}{golden_says}")
+    table = Table("pipeline", box=None)
+    for heading in ("images", "max", "mean", "over 1", "flips"):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    for row in report.comparisons:
+        units = (f"{row.max_units:.2f}", f"{row.mean_units:.3f}", f"{row.over_1:.1%}")
+        flips = "" if row.flips is None else str(len(row.flips))
+        table.add_row(row.name, str(row.images), *units, flips, "ok" if row.passed else "FAILED")
+    out.print(table)
+    out.print("max, mean: differences from this package in units of 1/255; over 1: the share of samples above one.")
+    for row in report.comparisons:
+        if row.looks_like:
+            out.print(f"{row.name}: {row.looks_like}{f'; {row.explanation}' if row.explanation else ''}")
+        if row.images_elsewhere:
+            out.print(f"  made on {row.images_elsewhere} photographs, that flips {len(row.flips_elsewhere)} labels")
+        for flip in (*(row.flips or ()), *row.flips_elsewhere):
+            out.print(f"  {flip.image}: {flip.expected} -> {flip.found}")
+    _notes(report.notes)
+    _write_json(report.to_dict(), json_file, force=force)
+    report.raise_if_failed()
+    out.print(report.verdict)
+    _next(*(("validate", *again) if array else ("preprocess", "--golden", "golden.png", "--engine", engine)))
+
+
+@app.command()
 def tune(
     variant: VariantOption,
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes, such as 1,8,32.")] = "1",

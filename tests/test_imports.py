@@ -28,7 +28,7 @@ LAYERS = [
     {"export"},
     {"engine"},
     {"runners"},
-    {"validate", "benchmark", "serving", "classify", "visualize", "doctor", "tune"},
+    {"validate", "benchmark", "serving", "classify", "visualize", "doctor", "tune", "preprocess_check"},
     {"api", "cli"},
 ]
 HOMES = {
