@@ -28,10 +28,15 @@ def report(tiny_onnx: dict[str, Path]) -> library.ValidationReport:
 def test_right_file_passes_every_check(report):
     assert report.passed
     assert [(check.name, check.batch) for check in report.checks] == [
+        ("preprocessing", None),
         *((("photographs", batch)) for batch in (1, 2, 3, 8)),
         *((f"stress image: {name}", 1) for name in ("zero", "bright", "checkerboard", "noise")),
         *((name, b) for b in (2, 3, 8) for name in ("slots: one image in all", "slots: images permuted")),
+        ("batch invariance", None),
+        ("repeated runs", 8),
+        ("precision of the file", None),
         *((f"coordinates: {kind}", None) for kind in ("pixels", "half pixels", "border", "outside")),
+        ("drift of sampling locations", None),
     ]
     assert all(check.error is not None and check.error < 1e-5 for check in report.checks)
 
