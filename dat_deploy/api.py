@@ -17,11 +17,13 @@ from dat_deploy.preprocess_check import preprocess_for_engine as preprocess
 from dat_deploy.runners import open_runner
 from dat_deploy.tune import tune
 from dat_deploy.validate import validate
+from dat_deploy.validate.bisect import bisect
 from dat_deploy.variants import VARIANTS as variants  # noqa: N811  # the command's name, not a constant's
 from dat_deploy.visualize import visualize
 
 __all__ = [
     "bench",
+    "bisect",
     "build",
     "check_preprocessing",
     "classify",

@@ -439,7 +439,7 @@ def validate(
         out.print(f"page: {html}")
     _notes(report.notes)
     if not report.passed and engine.endswith(".onnx"):
-        out.print(f"to find the layer: dat-deploy {shlex.join(['bisect', '--engine', engine])}")
+        _next("bisect", "--engine", engine, *_option("--checkpoint", checkpoint))
     report.raise_if_failed()
     out.print(report.verdict)
     network = report.engine.network
@@ -511,6 +511,50 @@ def _print_accuracy(accuracy: "Accuracy") -> None:
         f"data: {accuracy.images} images; engine {seconds['engine']:.1f} s, PyTorch {seconds['reference']:.1f} s, "
         f"decoding {seconds['decode']:.1f} s, the comparison itself {seconds['own']:.1f} s"
     )
+
+
+@app.command()
+def bisect(
+    engine: EngineOption,
+    checkpoint: CheckpointOption = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="A photograph; repeat it. Default: scikit-image's, and noise.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", help="As in validate; inside the network in proportion to the largest element."),
+    ] = None,
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Name the first block and operator where an ONNX file differs from PyTorch; exit code 2 if there is one."""
+    from dat_deploy.runners import parse_engine
+    from dat_deploy.validate import bisect as library
+
+    _check_json(json_file, force=force)
+    with err.status("opening") as status:
+        report = library.bisect(
+            engine, checkpoint=checkpoint, images=image, tolerance=tolerance, progress=lambda name: status.update(name)
+        )
+    table = Table("after", "tensor", box=None)
+    for heading in ("error", "allowed"):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    for run in report.steps:
+        verdict = "ok" if run.passed else "WRONG"
+        table.add_row(run.place, run.tensor, f"{run.error:.2e}", f"{run.tolerance:.2e}", verdict)
+    out.print(table)
+    if json_file is not None:
+        report.write(json_file, force=force)
+    out.print(report.finding)
+    again = _option("--checkpoint", checkpoint)
+    if report.agrees:
+        _next("validate", "--engine", engine, *again)
+    else:  # is it the file, or what runs it?
+        runtime, target = parse_engine(engine)
+        other = f"openvino:{target}" if runtime.package != "openvino" else target
+        _next("bisect", "--engine", other, *again)
+    report.raise_if_found()
 
 
 @app.command()

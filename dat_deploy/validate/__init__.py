@@ -1,6 +1,5 @@
 """Is the engine's answer still PyTorch's? Photographs, stress inputs, batch slots, coordinates, data; one verdict."""
 
-import contextlib
 import datetime
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -11,16 +10,14 @@ from dat_deploy.engine.passport import Verdict, read_passport, record_verdict
 from dat_deploy.errors import DatDeployError, OutputError, PassportError, ShapeError
 from dat_deploy.labels import class_names
 from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
-from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate.accuracy import Accuracy
 from dat_deploy.validate.checks import ENGINE_CHECKS, SIZE_CHECKS, check_accuracy, check_drift
-from dat_deploy.validate.comparison import FP32_TOLERANCE, Comparison, precision_of
+from dat_deploy.validate.comparison import FP32_TOLERANCE, Comparison, open_reference, precision_of
 from dat_deploy.validate.data_set import open_data_set
 from dat_deploy.validate.drift import BlockDrift
 from dat_deploy.validate.gates import default_gates
 from dat_deploy.validate.report import Check, ValidationReport
 from dat_deploy.validate.trace import trace_blocks
-from dat_deploy.variants import Variant
 
 __all__ = ["BATCHES", "CHECKS", "FP32_TOLERANCE", "Check", "ValidationReport", "compare", "validate"]
 
@@ -120,13 +117,7 @@ def compare(
     about = runner.description
     limits = default_gates(precision_of(about), gates)
     found = None if data is None else open_data_set(data, class_names(about.network), limit)
-    with contextlib.closing(_reference(about, about.network, checkpoint)) as reference:
-        if reference.description.weights_sha256 != about.weights_sha256:
-            raise DatDeployError(
-                f"{about.name} holds the weights of {about.weights_source} (sha256 {about.weights_sha256[:12]}), the "
-                f"PyTorch side those of {reference.description.weights_source} "
-                f"({reference.description.weights_sha256[:12]}). Pass the same --checkpoint that it was exported with."
-            )
+    with open_reference(about, checkpoint) as reference:
         described = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]
         checks: list[Check] = []
         accuracy: Accuracy | None = None
@@ -176,11 +167,6 @@ def _recorded(engine: str, report: ValidationReport, tolerance: float | None, id
     except (OutputError, PassportError) as error:
         return replace(report, notes=(*report.notes, f"the verdict is not in the engine's passport: {error}"))
     return report
-
-
-def _reference(about: EngineDescription, network: Variant, checkpoint: Path | None) -> PytorchRunner:
-    with_points = any(name.startswith("sampling_locations") for name in about.outputs)
-    return PytorchRunner(network, f"pytorch:{about.variant}", checkpoint=checkpoint, sampled_points=with_points)
 
 
 def _default_sizes(about: EngineDescription) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from dat_deploy.errors import DatDeployError
 from dat_deploy.metadata import read_metadata
 from dat_deploy.model import DAT, half_network
 from dat_deploy.photographs import photographs
@@ -22,7 +23,17 @@ from dat_deploy.validate.drift import Locations, engine_locations, network_locat
 from dat_deploy.validate.gates import Gates
 from dat_deploy.validate.stress import stress_images
 
-__all__ = ["DTYPES", "FP32_TOLERANCE", "Comparison", "Images", "Outputs", "joined", "precision_of", "rounds_everything"]
+__all__ = [
+    "DTYPES",
+    "FP32_TOLERANCE",
+    "Comparison",
+    "Images",
+    "Outputs",
+    "joined",
+    "open_reference",
+    "precision_of",
+    "rounds_everything",
+]
 
 # In float32 two runtimes differ by the order of summation alone, about 2e-6 here; 1e-4 leaves room for other CPUs and
 # is far below what moves a prediction. In a lower precision an engine may err twice as much as eager PyTorch does in
@@ -151,6 +162,25 @@ class Comparison:
 
 def joined(parts: Sequence[Outputs]) -> Outputs:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def open_reference(about: EngineDescription, checkpoint: Path | None) -> PytorchRunner:
+    """Eager PyTorch with the network and the weights of an engine.
+
+    Raises:
+        DatDeployError: if the checkpoint, or what stands in for none, holds other weights.
+    """
+    with_points = any(name.startswith("sampling_locations") for name in about.outputs)
+    name = f"pytorch:{about.variant}"
+    reference = PytorchRunner(about.network, name, checkpoint=checkpoint, sampled_points=with_points)
+    held = reference.description
+    if held.weights_sha256 != about.weights_sha256:
+        raise DatDeployError(
+            f"{about.name} holds the weights of {about.weights_source} (sha256 {about.weights_sha256[:12]}), the "
+            f"PyTorch side those of {held.weights_source} ({held.weights_sha256[:12]}). "
+            f"Pass the same --checkpoint that it was exported with."
+        )
+    return reference
 
 
 def precision_of(about: EngineDescription) -> str:

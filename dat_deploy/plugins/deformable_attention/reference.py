@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["deformable_attention", "interpolated_bias", "query_grid"]
+__all__ = ["attention_with_bias", "deformable_attention", "interpolated_bias", "query_grid"]
 
 
 def query_grid(height: int, width: int, *, half_pixel: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -26,7 +26,15 @@ def query_grid(height: int, width: int, *, half_pixel: bool, dtype: torch.dtype,
     return torch.stack(torch.meshgrid(axis(height), axis(width), indexing="ij"), dim=-1)
 
 
-def interpolated_bias(table: Tensor, sampling_locations: Tensor, height: int, width: int, half_pixel: bool) -> Tensor:
+def interpolated_bias(
+    table: Tensor,
+    sampling_locations: Tensor,
+    height: int,
+    width: int,
+    half_pixel: bool,
+    *,
+    align_corners: bool = True,
+) -> Tensor:
     """The relative position bias of every query to every sampled key.
 
     `bias[m, n]` is the bilinear read, align_corners=True and zeros outside, of the head's table at
@@ -34,6 +42,7 @@ def interpolated_bias(table: Tensor, sampling_locations: Tensor, height: int, wi
 
     Args:
         table: [M, Th, Tw]. sampling_locations: [B, G, Hk, Wk, 2], (y, x).
+        align_corners: False is what a runtime may mistake it for; `bisect` asks.
 
     Returns:
         [B, M, H·W, Ns], in the type of `sampling_locations`.
@@ -50,7 +59,7 @@ def interpolated_bias(table: Tensor, sampling_locations: Tensor, height: int, wi
         displacement.flip(-1),
         mode="bilinear",
         padding_mode="zeros",
-        align_corners=True,
+        align_corners=align_corners,
     )  # B·G, M/G, H·W, Ns
     return bias.reshape(batch, heads, height * width, keys)
 
@@ -77,12 +86,18 @@ def deformable_attention(
     Returns:
         [B, H, W, C] in the type of `query`.
     """
+    _, height, width, _ = query.shape
+    bias = interpolated_bias(relative_position_bias_table, sampling_locations, height, width, half_pixel_queries)
+    return attention_with_bias(query, key, value, bias, num_heads)
+
+
+def attention_with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+    """`softmax(q · k / sqrt(D) + bias) v` for a bias [B, M, H·W, Ns]; the rest as in `deformable_attention`."""
     batch, height, width, channels = query.shape
     head_dim = channels // num_heads
     q = query.reshape(batch, height * width, num_heads, head_dim).transpose(1, 2)  # B, M, H·W, D
     k = key.reshape(batch, key.shape[1], num_heads, head_dim).transpose(1, 2)  # B, M, Ns, D
     v = value.reshape(batch, value.shape[1], num_heads, head_dim).transpose(1, 2)
-    bias = interpolated_bias(relative_position_bias_table, sampling_locations, height, width, half_pixel_queries)
     scores = (q * head_dim**-0.5) @ k.transpose(-2, -1) + bias.to(query.dtype)  # B, M, H·W, Ns
     out: Tensor = scores.softmax(dim=-1) @ v
     return out.transpose(1, 2).reshape(batch, height, width, channels)
