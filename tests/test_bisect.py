@@ -307,9 +307,12 @@ def test_backbone_with_points_is_bisected_from_its_first_wrong_output(find, chec
     for fault, place in (
         (scaled("norms.2.weight", 1.5), "norms.2"),
         (FAULTS["linear1"][0], "stages.1.mlps.0: linear1"),
+        (gathered("sampling_locations_2_1", 4, SWAP), f"{D}: conv_offset"),
+        (gathered("attention_2_1", 3, [1, 2, 3, 0]), f"{D}: deformable_attention"),
     ):
         report = find(faulty(tmp_path / "points.onnx", tmp_path / "wrong.onnx", fault))
         assert report.place == place
+        assert report.runs <= LIMIT
 
 
 def test_each_run_opens_one_graph_with_one_output(find, files, tmp_path, monkeypatch):
@@ -486,6 +489,17 @@ def test_other_weights_are_an_error(find, files):
         patch.setattr(library, "_reference", changed)
         with pytest.raises(DatDeployError, match=r"Pass the same --checkpoint that it was exported with\.$"):
             find(str(files["fp32", "function"]))
+
+
+def test_precision_that_pytorch_lacks_needs_a_tolerance(find, files, monkeypatch):
+    monkeypatch.setattr(library, "_precision", lambda about: "int8")
+    path = files["fp32", "function"]
+    with pytest.raises(DatDeployError) as error:
+        find(str(path))
+    assert str(error.value) == (
+        f"{path} is in int8, in which PyTorch's own error is not known. Say what is allowed: --tolerance 0.01"
+    )
+    assert find(str(path), tolerance=0.01).agrees
 
 
 @pytest.mark.parametrize(("value", "precision"), [(math.nan, "fp32"), (1e5, "fp16")])

@@ -170,13 +170,13 @@ def bisect(
         reference = stack.enter_context(open_reference(runner.description, checkpoint))
         search = _Search(runner, reference, images, tolerance, progress)
         block, operator = search.find()
-        is_alone = operator is None or (block is not None and len(block.steps) == 1)
+        is_inside = block is not None and operator is not None and operator.name != block.name
         return BisectReport(
             engine=runner.description,
             reference=reference.description,
             steps=tuple(search.runs),
             block=None if block is None else block.name,
-            operator=None if is_alone or operator is None else operator.name,
+            operator=operator.name if is_inside and operator is not None else None,
             part=search.part,
             hint=search.hint,
             blocks=search.blocks,
@@ -238,7 +238,10 @@ class _Search:
             self.images = np.concatenate([self.images, *stress_images(self.about.image_size).values()])
         precision = precision_of(self.about)
         if tolerance is None and precision != "fp32" and precision not in DTYPES:
-            raise DatDeployError(f"there is no known error of PyTorch in {precision}; say what is allowed: --tolerance")
+            raise DatDeployError(
+                f"{self.about.name} is in {precision}, in which PyTorch's own error is not known. "
+                f"Say what is allowed: --tolerance 0.01"
+            )
         self.scale = FP32_TOLERANCE if tolerance is None else tolerance
         self.dtype = DTYPES[precision] if tolerance is None and precision != "fp32" else None
         self.exact: dict[tuple[str, str], Array] = {}
@@ -305,8 +308,10 @@ class _Search:
 
     def inside(self, block: Block) -> Step:
         """The step of a wrong block whose result is wrong and whose input is right."""
-        self.compare([(step.module, step.side) for step in block.steps[:-1]])
         steps = list(block.steps)
+        if len(steps) == 1:
+            return steps[0]
+        self.compare([(step.module, step.side) for step in steps[:-1]])
         if len(steps) < 8 or not block.is_deformable:
             return self.narrowed(block, steps)
         sample, key, value, attention, out = steps[3:]
@@ -332,8 +337,9 @@ class _Search:
             middle = len(steps) // 2
             steps = steps[middle:] if self.is_right(block, steps[middle - 1]) else steps[:middle]
         (step,) = steps
-        if step.is_operator and not tried_alone and len(self.runs) < self.limit:
-            self.is_right_alone(block, step)
+        may_try = step.is_operator and not tried_alone and len(self.runs) < self.limit
+        if may_try and self.is_right_alone(block, step):
+            self.hint = "fed with PyTorch's inputs it is right, so what is allowed of them may be too much"
         return step
 
     def is_right(self, block: Block, step: Step | None = None) -> bool:
