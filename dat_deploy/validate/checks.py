@@ -15,7 +15,7 @@ from dat_deploy.export.precision import asked_differently, precision_census
 from dat_deploy.export.subgraph import operator_model
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.model import REFERENCE
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.preprocess import Preprocessing, golden_sha256
 from dat_deploy.runners import parse_engine
 from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate.accuracy import Accuracy, compare_on_data
@@ -51,8 +51,21 @@ def check_preprocessing(comparison: Comparison) -> Iterator[Check]:
         for name in ("image_size", "resize_size", "interpolation", "crop", "mean", "std", "color")
         if getattr(own, name) != getattr(trained, name)
     ]
+    recorded = _golden_sha256(comparison)
+    if recorded and recorded != golden_sha256(own):
+        changed.append("the golden picture comes out otherwise than at export")
     detail = "; ".join(changed) or "as trained"
     yield Check("preprocessing", "preprocessing", None, float(len(changed)), 0.0, detail, "settings")
+
+
+def _golden_sha256(comparison: Comparison) -> str:
+    """As the file or the passport has it; empty if neither does."""
+    _, target = parse_engine(comparison.about.name)
+    if comparison.onnx_model is not None:
+        metadata = FileMetadata.from_properties(dict(comparison.onnx_model.metadata_props), Path(target))
+        # of the file's own size, not of another that this comparison is at
+        return metadata.golden_sha256 if metadata.preprocessing == comparison.about.preprocessing else ""
+    return read_passport(Path(target)).metadata.golden_sha256 if target.endswith((".engine", ".pt2")) else ""
 
 
 def check_precision(comparison: Comparison) -> Iterator[Check]:
