@@ -12,6 +12,7 @@ from dat_deploy.doctor import doctor
 from dat_deploy.engine.build import build
 from dat_deploy.engine.inspector import inspect
 from dat_deploy.export import export, relower
+from dat_deploy.export.quantize import quantize
 from dat_deploy.preprocess_check import check_preprocessing
 from dat_deploy.preprocess_check import preprocess_for_engine as preprocess
 from dat_deploy.runners import open_runner
@@ -35,6 +36,7 @@ __all__ = [
     "load_model",
     "open_runner",
     "preprocess",
+    "quantize",
     "relower",
     "tune",
     "validate",

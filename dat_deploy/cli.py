@@ -214,6 +214,46 @@ def export(
 
 
 @app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="An exported file in fp32.")],
+    data: Annotated[
+        Path, typer.Option("--data", help="A folder of images like those that it will see; labels are not needed.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: FILE.int8.onnx.")] = None,
+    images: Annotated[int, typer.Option("--images", help="How many of the folder's to calibrate with, at most.")] = 512,
+    method: Annotated[
+        str, typer.Option("--method", help="How ranges come from what is seen: minmax, percentile or entropy.")
+    ] = "minmax",
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Bring the linear layers of an exported file to int8, with ranges measured on images."""
+    from dat_deploy.export import quantize as library
+
+    _check_json(json_file, force=force)
+    target = output or source.with_suffix(".int8.onnx")
+    with err.status("quantizing") as status:
+        report = library.quantize(
+            source, target, data, images=images, method=method, force=force, progress=status.update
+        )
+    metadata = report.metadata
+    calibration = metadata.calibration
+    assert calibration is not None
+    out.print(
+        f"{report.path}: {metadata.variant}, lowering {metadata.lowering}, {metadata.precision}, "
+        f"{len(report.layers)} layers quantized, {report.size_bytes / 1e6:.1f} MB, {report.seconds:.0f} s"
+    )
+    out.print(str(report.census))
+    out.print(
+        f"calibrated on {calibration.images} images of {calibration.folder}, sha256 {calibration.sha256[:12]}, "
+        f"{calibration.method} of {calibration.library} {calibration.library_version}"
+    )
+    _notes(report.notes)
+    _write_json(asdict(report), json_file, force=force)
+    _next("bench", "--engine", source, "--engine", report.path)
+
+
+@app.command()
 def build(
     source: Annotated[Path | None, typer.Argument(help="An exported file; none for --backend aotinductor.")] = None,
     backend: Annotated[

@@ -12,9 +12,28 @@ from dat_deploy.preprocess import Preprocessing
 from dat_deploy.typed_json import typed
 from dat_deploy.variants import Variant
 
-__all__ = ["FileMetadata", "load_onnx", "read_metadata"]
+__all__ = ["Calibration", "FileMetadata", "load_onnx", "read_metadata"]
 
 _PREFIX = "dat_deploy."
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """On what the ranges of an int8 file were measured.
+
+    Attributes:
+        folder: its name alone; images: how many of its images were read.
+        sha256: of the sorted names, within the folder, and the bytes of those images.
+        method: how a range came from what was seen: `minmax`, `percentile` or `entropy`.
+        library: that measured them, and its `library_version`.
+    """
+
+    folder: str
+    images: int
+    sha256: str
+    method: str
+    library: str
+    library_version: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +44,15 @@ class FileMetadata:
         network: what the file computes, a released variant or a configuration of the user's.
         batch: the fixed batch, or None if it is dynamic.
         dynamic_image_size: the file takes images of any size that the network takes, not `network.image_size` alone.
-        precision: of the matrix products: `fp32`, `fp16` or `bf16`; what stays in float32 beside them is in the graph.
+        precision: of the matrix products: `fp32`, `fp16`, `bf16` or `int8`; what stays in float32 beside them is in the
+            graph.
         fp32_added: modules that were kept in float32 on request; fp32_removed: in which nothing was.
         weights_sha256: of the weights' names, types, shapes and bytes, whatever file they came from.
         weights_source: the checkpoint's file name, or the seed of random weights.
         version: of dat-deploy.
         golden_sha256: see `dat_deploy.preprocess.golden_sha256`, of `preprocessing` where the file was exported; empty
             in files of before there was one.
+        calibration: of an int8 file.
     """
 
     network: Variant
@@ -48,6 +69,7 @@ class FileMetadata:
     fp32_added: tuple[str, ...] = ()
     fp32_removed: tuple[str, ...] = ()
     golden_sha256: str = dataclasses.field(default="", metadata={"optional": True})
+    calibration: Calibration | None = dataclasses.field(default=None, metadata={"optional": True})
 
     @property
     def variant(self) -> str:

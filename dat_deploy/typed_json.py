@@ -17,7 +17,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         where: what `value` is called in messages.
 
     Raises:
-        ValueError: if it is of another type, or lacks a field.
+        ValueError: if it is of another type, or lacks a field whose default is not None.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):

@@ -705,6 +705,7 @@ def test_every_command_takes_json_and_force(name: str) -> None:
         "variants",
         "convert",
         "export",
+        "quantize",
         "build",
         "inspect",
         "validate",
@@ -722,6 +723,7 @@ def test_no_command_overwrites_a_json_file_without_force(
     words = {
         "convert": [checkpoint_of(MINI, tmp_path / "mini.pth"), tmp_path / "out.safetensors"],
         "export": ["--variant", "mini", "--output", tmp_path / "out.onnx"],
+        "quantize": [mini_onnx, "--data", tmp_path, "--output", tmp_path / "out.onnx"],
         "build": [mini_onnx, "--backend", "tensorrt-rtx", "--output", tmp_path / "out.engine"],
         "inspect": [mini_onnx],
         "validate": ["--engine", mini_onnx],

@@ -117,7 +117,8 @@ def choose_lowering(
         def execute(lowering: str, model: onnx.ModelProto, images: NDArray[np.float32]) -> tuple[Outputs, float]:
             return _execute(trt, backend, lowering, model, images, register_plugins)
 
-        verdicts = try_lowerings(network, metadata.precision, batch, execute, progress=progress)
+        precision = "fp32" if metadata.precision == "int8" else metadata.precision  # of the operators in such a file
+        verdicts = try_lowerings(network, precision, batch, execute, progress=progress)
         if any(verdict.passed for verdict in verdicts):  # else something may be wrong that will be mended
             with contextlib.suppress(OSError, OutputError):  # without it, the next build tries again
                 _store(where, what, verdicts)

@@ -16,6 +16,8 @@ from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
 __all__ = ["ParsedNetwork", "parsed_network", "without_plugins"]
 
 _TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
+_CASTS = ("CAST", "QUANTIZE", "DEQUANTIZE")
+_PRODUCTS = ("CONVOLUTION", "MATRIX_MULTIPLY")
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class ParsedNetwork:
     """A strongly typed network.
 
     Attributes:
-        layers: how many layers compute in each type: `fp32`, `fp16`, `bf16`; `integer` is shapes and indices, `cast`
-            what changes the type. Constants do not count.
+        layers: how many layers compute in each type: `int8`, `fp32`, `fp16`, `bf16`; `integer` is shapes and indices,
+            `cast` what changes the type. Constants do not count. What reads dequantized data and weights is `int8`.
         kinds: how many layers of each of TensorRT's types, such as GRID_SAMPLE or NORMALIZATION.
         plugins: how many layers each plugin has.
         owners: what must live as long as the network.
@@ -74,13 +76,23 @@ def parsed_network(
     layers: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     found: Counter[str] = Counter()
+    dequantized: set[str] = set()  # tensors
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         kind = layer.type.name
         if kind == "CONSTANT":
             continue
         kinds[kind] += 1
-        layers["cast" if kind == "CAST" else _TYPES.get(layer.get_output(0).dtype.name, "integer")] += 1
+        read = [tensor.name for j in range(layer.num_inputs) if (tensor := layer.get_input(j)) is not None][:2]
+        is_quantized = bool(read) and dequantized.issuperset(read)
+        if kind == "DEQUANTIZE" or (kind == "SHUFFLE" and is_quantized):
+            dequantized.add(layer.get_output(0).name)
+        if kind in _CASTS:
+            layers["cast"] += 1
+        elif kind in _PRODUCTS and is_quantized:
+            layers["int8"] += 1
+        else:
+            layers[_TYPES.get(layer.get_output(0).dtype.name, "integer")] += 1
         if kind.startswith("PLUGIN"):
             found[operators.get(layer.name, layer.name)] += 1
     expected = Counter(operators.values()) if plugins else Counter()
@@ -89,7 +101,7 @@ def parsed_network(
             f"TensorRT's network should have {_listed(expected)} as plugins, but has {_listed(found)}. "
             f"Build with --lowering gather, and report this."
         )
-    by_type = {name: layers[name] for name in ("fp16", "bf16", "fp32", "integer", "cast") if layers[name]}
+    by_type = {name: layers[name] for name in ("int8", "fp16", "bf16", "fp32", "integer", "cast") if layers[name]}
     return ParsedNetwork(network, builder, by_type, dict(kinds), dict(found), (parser, log))
 
 

@@ -69,6 +69,16 @@ def cast_graph(model: ir.Model, precision: str, *, fp32: Sequence[str] = (), no_
             or if a weight is too large for the precision.
     """
     check_precision(precision, fp32, no_fp32)
+    sources = [value for node in model.graph for value in node.outputs if value.name in locations]
+    coordinates = _sources(sources, types)
+    if precision == "int8":
+        is_quantized = any(node.op_type == "DequantizeLinear" for node in model.graph)
+        wrong = [
+            f"{node.name}, on the way to sampling locations, is quantized"
+            for node in coordinates
+            if _is_quantized(node)
+        ]
+        return wrong if is_quantized else ["nothing in it is quantized"]
     half = DTYPES[precision]
     if half == FLOAT:
         return model
@@ -96,8 +106,9 @@ class PrecisionCensus:
     """What a graph computes in, counted from its nodes; nodes that compute in integers do not count.
 
     Attributes:
-        nodes: precision -> operator -> number of nodes; a node of several types has that of its first input.
-        casts: from one of the precisions to another; they do not count as nodes.
+        nodes: precision -> operator -> number of nodes; a node of several types has that of its first input, one that
+            reads data and weights that were dequantized computes in int8.
+        casts: from one of the precisions to another, to int8 and back too; they do not count as nodes.
         islands: groups of connected float32 nodes.
     """
 
@@ -132,10 +143,10 @@ def precision_census(model: ir.Model) -> PrecisionCensus:
     for node in model.graph:
         read = [types[value] for value in node.inputs if value is not None and types[value] in names]
         made = [types[value] for value in node.outputs if types[value] in names]
-        if node.op_type == "Cast" and read and made:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") or (node.op_type == "Cast" and read and made):
             casts += 1
         elif made:
-            precision = names[(read or made)[0]]
+            precision = "int8" if _is_quantized(node) else names[(read or made)[0]]
             nodes.setdefault(precision, Counter())[node.op_type] += 1
             if precision == "fp32":
                 group[node] = node
@@ -161,11 +172,18 @@ def asked_differently(
         precision: of the products, as it was asked for; fp32, no_fp32: see `export`.
         locations: names of the tensors of sampling locations, which nothing may round.
     """
-    if precision == "int8":
-        quantized = any(node.op_type == "DequantizeLinear" for node in model.graph)
-        return [] if quantized else ["nothing in it is quantized"]
     types = value_types(model)
     names = {dtype: name for name, dtype in DTYPES.items()}
+    sources = [value for node in model.graph for value in node.outputs if value.name in locations]
+    coordinates = _sources(sources, types)
+    if precision == "int8":
+        is_quantized = any(node.op_type == "DequantizeLinear" for node in model.graph)
+        wrong = [
+            f"{node.name}, on the way to sampling locations, is quantized"
+            for node in coordinates
+            if _is_quantized(node)
+        ]
+        return wrong if is_quantized else ["nothing in it is quantized"]
     half = DTYPES[precision]
     if half == FLOAT:
         return [
@@ -174,8 +192,6 @@ def asked_differently(
             for value in node.outputs
             if types[value] in names and types[value] != FLOAT
         ]
-    sources = [value for node in model.graph for value in node.outputs if value.name in locations]
-    coordinates = _sources(sources, types)
     wrong = [
         f"{value.name}, a tensor of sampling locations, is {names[types[value]]}"
         for value in sources
@@ -195,6 +211,12 @@ def asked_differently(
         if has_weight and read != (FLOAT if stays else half):
             wrong.append(f"{node.name} computes in {names[read]}")
     return wrong
+
+
+def _is_quantized(node: ir.Node) -> bool:
+    """Whether its data and its weights were dequantized for it; a bias may stay as it was."""
+    makers = [None if value is None else value.producer() for value in node.inputs[:2]]
+    return len(makers) == 2 and all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
 
 
 def _representative(group: dict[ir.Node, ir.Node], node: ir.Node) -> ir.Node:

@@ -30,7 +30,7 @@ class EngineDescription:
         name: the engine as the user named it: `tiny.onnx`, `openvino:tiny.onnx`, `pytorch:tiny`.
         runtime: `pytorch`, `onnxruntime`, ... and its `runtime_version`.
         device: `cpu` or `cuda`.
-        precision: of the matrix products: `fp32`, `fp16`, `bf16`.
+        precision: of the matrix products: `fp32`, `fp16`, `bf16`, `int8`.
         network: what it computes; outputs: the names of what it gives, in order.
         batch: the fixed batch, or None if several go: any, or those of `profiles` if there are any.
         profiles: the batches that an engine was built for.

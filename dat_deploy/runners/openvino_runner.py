@@ -58,7 +58,7 @@ class OpenvinoRunner(Runner):
             runtime="openvino",
             runtime_version=ov.__version__,
             device="cpu",
-            precision=precision,
+            precision="int8" if metadata.precision == "int8" and precision == "fp32" else precision,
             threads=self._threads,
         )
         self._requests: dict[tuple[int, ...], ov.InferRequest] = {}

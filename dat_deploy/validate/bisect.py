@@ -457,7 +457,7 @@ class _Search:
         found: dict[tuple[str, str], list[Array]] = {source: [] for source in sources}
         networks = self.networks()
         for image in self.images:
-            exact, *lower = [captured(network, sources, image, dtype) for network, dtype in networks]
+            exact, *lower = [captured(network, sources, image[None], dtype) for network, dtype in networks]
             for source, value in exact.items():
                 found[source].append(value)
                 if lower:

@@ -193,4 +193,4 @@ def precision_of(about: EngineDescription) -> str:
 
 def rounds_everything(about: EngineDescription) -> bool:
     """Whether the runtime lowers the precision by itself, of coordinates too, whatever the file says."""
-    return about.runtime == "openvino" and about.precision != "fp32"
+    return about.runtime == "openvino" and about.precision not in ("fp32", "int8")

@@ -1,0 +1,359 @@
+"""INT8: QuantizeLinear and DequantizeLinear around the linear layers of an exported file, with ranges seen on images.
+
+What is quantized: the inputs and weights of MatMul, Gemm and Conv of the network itself; products of data with constant
+weights. Activations have one scale a tensor, weights one a channel; all are symmetric, as TensorRT needs them.
+
+What stays in float32: everything that computes where the points are sampled, from the convolution of the offsets on;
+what the operators compute, in nodes or inlined; LayerNormalization, biases and residuals; depthwise convolutions, which
+are bound by memory and would only gain two conversions.
+
+ONNX Runtime's calibration finds the ranges. Its own insertion would also feed the operators, which share their inputs
+with linear layers, with rounded values; hence the insertion here, where each reader is chosen.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from dat_deploy.errors import ExportError, ImageError, UnsupportedError
+from dat_deploy.export.lowering import operator_records
+from dat_deploy.export.precision import PrecisionCensus, precision_census
+from dat_deploy.files import atomic_output, check_output
+from dat_deploy.metadata import Calibration, FileMetadata, read_metadata
+from dat_deploy.preprocess import preprocess, read_image
+
+__all__ = ["METHODS", "QuantizeReport", "coordinate_nodes", "linear_layers", "quantize"]
+
+METHODS = {  # how ONNX Runtime's calibrators are called there, and what they are told
+    "minmax": ("MinMax", {"symmetric": True}),
+    "percentile": ("Percentile", {"symmetric": True, "num_bins": 2048, "percentile": 99.99}),
+    # with its default of as many bins as quantized bins there would be one candidate, the whole range
+    "entropy": ("Entropy", {"symmetric": True, "num_bins": 2048, "num_quantized_bins": 128}),
+}
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+LARGEST = 127  # of symmetric int8
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize` wrote.
+
+    Attributes:
+        layers: names of the nodes that compute in int8.
+        census: what all nodes compute in.
+        notes: images that were left out, or fewer than were asked for.
+    """
+
+    path: Path
+    metadata: FileMetadata
+    size_bytes: int
+    nodes: int
+    layers: tuple[str, ...]
+    census: PrecisionCensus
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def quantize(
+    source: Path,
+    output: Path,
+    data: Path,
+    *,
+    images: int = 512,
+    method: str = "minmax",
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> QuantizeReport:
+    """Write an exported file anew with its linear layers in int8.
+
+    Args:
+        source: a file of `export` in fp32, its operators as functions or inlined.
+        output: written whole or not at all.
+        data: a folder of images like those that the network will see, in folders or not; labels are not needed.
+        images: how many of them to take at most, evenly spaced over the sorted names.
+        method: one of METHODS, how ranges come from what was seen.
+        force: replace `output` if it exists.
+        progress: called with what is being done.
+
+    Raises:
+        DatDeployError: one of its subclasses for each thing that can be wrong with the arguments; UnsupportedError if
+            ONNX Runtime is not installed.
+    """
+    started = time.monotonic()
+    check_output(output, force=force)
+    if method not in METHODS:
+        raise ExportError(f"no calibration method '{method}'. Methods: {', '.join(METHODS)}.")
+    if images < 1:
+        raise ExportError(f"{images} images cannot calibrate anything; give a number from 1, such as 512.")
+    metadata = read_metadata(source)
+    _check_source(source, metadata)
+    files = _images_in(data)
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise UnsupportedError(
+            "quantize cannot run here: package onnxruntime is not installed: pip install 'dat-deploy[onnxruntime]'"
+        )
+    model = ir.load(source)
+    layers = linear_layers(model)
+    chosen = [files[index * len(files) // images] for index in range(images)] if len(files) > images else files
+    notes = []
+    if len(files) < images:
+        notes.append(f"{data} holds {len(files)} images, all of which were taken; {images} were asked for.")
+    pictures = _Pictures(data, chosen, metadata, progress)
+    ranges = _calibrated(source, method, pictures)
+    if pictures.unreadable:
+        names = ", ".join(pictures.unreadable[:5]) + (", ..." if len(pictures.unreadable) > 5 else "")
+        notes.append(f"{len(pictures.unreadable)} of {len(chosen)} images cannot be read and were left out: {names}")
+    progress("writing")
+    _insert(model, layers, ranges)
+    import onnxruntime
+
+    calibration = Calibration(
+        folder=data.resolve().name,
+        images=pictures.taken,
+        sha256=pictures.sha256(),
+        method=method,
+        library="onnxruntime",
+        library_version=onnxruntime.__version__,
+    )
+    metadata = dataclasses.replace(metadata, precision="int8", calibration=calibration)
+    model.metadata_props.update(metadata.to_properties())
+    with atomic_output(output, force=force) as temporary:
+        ir.save(model, temporary)
+    return QuantizeReport(
+        path=output,
+        metadata=metadata,
+        size_bytes=output.stat().st_size,
+        nodes=len(model.graph),
+        layers=tuple(str(layer.name) for layer in layers),
+        census=precision_census(model),
+        seconds=time.monotonic() - started,
+        notes=tuple(notes),
+    )
+
+
+def linear_layers(model: ir.Model) -> list[ir.Node]:
+    """The nodes of `model` to quantize, in graph order."""
+    operators = tuple(f"{record.name}/" for record in operator_records(model.metadata_props))
+    coordinates = coordinate_nodes(model)
+    return [
+        node
+        for node in model.graph
+        if node.op_type in ("MatMul", "Gemm", "Conv")
+        and not node.domain
+        and not str(node.name).startswith(operators)
+        and node not in coordinates
+        and (weight := node.inputs[1]) is not None
+        and weight.is_initializer()
+        and not (node.op_type == "Conv" and _groups(node) > 1)
+    ]
+
+
+def coordinate_nodes(model: ir.Model) -> set[ir.Node]:
+    """What computes the sampling locations: back from each operator, to the convolution of the offsets, and that."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    records = operator_records(model.metadata_props)
+    pending = [values.get(record.inputs.get("sampling_locations")) for record in records]
+    found: set[ir.Node] = set()
+    while pending:
+        value = pending.pop()
+        node = None if value is None else value.producer()
+        if node is not None and node not in found:
+            found.add(node)
+            if node.op_type != "Conv":
+                pending += node.inputs
+    return found
+
+
+def _groups(node: ir.Node) -> int:
+    return node.attributes["group"].as_int() if "group" in node.attributes else 1
+
+
+def _check_source(source: Path, metadata: FileMetadata) -> None:
+    if metadata.precision != "fp32":
+        raise ExportError(
+            f"{source} is {metadata.precision} already; quantize takes fp32. Export it again with --precision fp32, "
+            f"or find the file that it was made from."
+        )
+    if metadata.lowering == "plugin":
+        raise ExportError(
+            f"{source} has lowering plugin, whose operators have no bodies that could run for calibration. Quantize "
+            f"a file of another lowering: dat-deploy export --from {source} --lowering function"
+        )
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """All images at any depth, sorted by their paths in the folder; hidden ones are not seen."""
+    if not folder.is_dir():
+        raise ImageError(f"{folder} is no folder; quantize takes a folder of images to calibrate with. Check the path.")
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
+    if not found:
+        raise ImageError(
+            f"folder {folder} holds no images; accepted are files that end in {', '.join(SUFFIXES)}, at any depth. "
+            f"Name a folder of images like those that the network will see."
+        )
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+class _Pictures:
+    """The chosen images, preprocessed as the file says, in batches that the file takes; what was read is recorded."""
+
+    def __init__(self, folder: Path, chosen: Sequence[Path], metadata: FileMetadata, progress: Progress) -> None:
+        self._folder = folder
+        self._chosen = chosen
+        self._rule = metadata.preprocessing
+        self._batch = metadata.batch or 1
+        self.progress = progress
+        self._digest = hashlib.sha256()
+        self.taken = 0
+        self.unreadable: list[str] = []
+
+    def sha256(self) -> str:
+        """Of the names, in the folder, and the bytes of the images that were read, in their order."""
+        return self._digest.hexdigest()
+
+    def batches(self) -> Iterator[NDArray[np.float32]]:
+        """[B, 3, H, W] each; the last one of a fixed batch is filled up with its own images, which adds no values.
+
+        Raises:
+            ImageError: if none of the images can be read.
+        """
+        batch: list[NDArray[np.float32]] = []
+        for index, path in enumerate(self._chosen):
+            self.progress(f"calibrating, image {index + 1} of {len(self._chosen)}")
+            name = path.relative_to(self._folder).as_posix()
+            try:
+                content = path.read_bytes()
+                batch.append(preprocess(read_image(path), self._rule))
+            except (ImageError, OSError) as error:
+                self.unreadable.append(name)
+                failure = error
+                continue
+            self.taken += 1
+            for part in (name.encode(), content):
+                self._digest.update(len(part).to_bytes(8, "little") + part)
+            if len(batch) == self._batch:
+                yield np.stack(batch)
+                batch = []
+        if not self.taken:
+            raise ImageError(
+                f"none of the {len(self._chosen)} images of folder {self._folder} can be read; the last: {failure}"
+            ) from failure
+        if batch:
+            yield np.stack([batch[index % len(batch)] for index in range(self._batch)])
+
+
+class _Feed:
+    """One batch, as ONNX Runtime's calibrators want it: more at a time would keep every tensor of all of them."""
+
+    def __init__(self, images: NDArray[np.float32]) -> None:
+        self._feeds: list[dict[str, NDArray[np.float32]]] = [{"image": images}]
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        return self._feeds.pop() if self._feeds else None
+
+
+def _calibrated(source: Path, method: str, pictures: _Pictures) -> dict[str, float]:
+    """The largest magnitude to represent, of each tensor around the linear layers, by name."""
+    from onnxruntime import quantization
+
+    kind, options = METHODS[method]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(source, Path(folder, "model.onnx")))  # files are made beside it
+        calibrator = quantization.create_calibrator(
+            copy,
+            ["MatMul", "Gemm", "Conv"],
+            augmented_model_path=str(Path(folder, "augmented.onnx")),
+            calibrate_method=quantization.CalibrationMethod[kind],
+            extra_options=options,
+        )
+        for images in pictures.batches():
+            calibrator.collect_data(_Feed(images))
+        pictures.progress(f"finding ranges, {method}")
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+            found: Any = calibrator.compute_data()
+    return {name: float(np.abs(np.array(tensor.range_value)).max()) for name, tensor in found.items()}
+
+
+def _insert(model: ir.Model, layers: Sequence[ir.Node], ranges: dict[str, float]) -> None:
+    """A pair before the data and int8 weights for each layer, for nobody else.
+
+    Layers that read the same tensor could share a pair, but ONNX Runtime 1.31 then multiplies in float32.
+    """
+    graph = model.graph
+    for node in layers:
+        data, weight = node.inputs[:2]
+        assert data is not None
+        assert weight is not None
+        module = str(node.name).rpartition("/")[0]
+        scale = _scale(np.array(ranges[str(data.name)]), f"the input of {node.name}")
+        parameters = _parameters(graph, f"{module}/input", scale)
+        quantized = _add(node, "QuantizeLinear", [data, *parameters], f"{module}/QuantizeLinear", ir.DataType.INT8)
+        name = f"{module}/DequantizeLinear"
+        node.replace_input_with(0, _add(node, "DequantizeLinear", [quantized, *parameters], name, ir.DataType.FLOAT))
+        node.replace_input_with(1, _quantized_weight(graph, node, weight, module))
+        if not weight.uses() and not weight.is_graph_output():
+            del graph.initializers[str(weight.name)]
+
+
+def _quantized_weight(graph: ir.Graph, node: ir.Node, weight: ir.Value, module: str) -> ir.Value:
+    assert weight.const_value is not None
+    exact = weight.const_value.numpy()
+    transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int()
+    axis = 0 if node.op_type == "Conv" or transposed else exact.ndim - 1  # of the output channels
+    others = tuple(i for i in range(exact.ndim) if i != axis)
+    scale = _scale(np.abs(exact).max(axis=others), f"weight {weight.name}")
+    levels = np.rint(exact / np.expand_dims(scale, others)).clip(-LARGEST, LARGEST).astype(np.int8)
+    inputs = [_initializer(graph, f"{module}/weight", levels), *_parameters(graph, f"{module}/weight", scale)]
+    return _add(node, "DequantizeLinear", inputs, f"{module}/DequantizeLinear_2", ir.DataType.FLOAT, axis=axis)
+
+
+def _scale(largest: NDArray[Any], what: str) -> NDArray[np.float32]:
+    """Of one step; 1 where everything is zero, since a scale must be positive."""
+    if not np.isfinite(largest).all():
+        raise ExportError(f"{what} is not finite, so it has no range in int8. Validate the fp32 file first.")
+    scale = (largest / LARGEST).astype(np.float32)
+    return np.where(scale > 0, scale, np.float32(1))
+
+
+def _parameters(graph: ir.Graph, name: str, scale: NDArray[np.float32]) -> list[ir.Value]:
+    zero_point = np.zeros(scale.shape, np.int8)
+    return [_initializer(graph, f"{name}/scale", scale), _initializer(graph, f"{name}/zero_point", zero_point)]
+
+
+def _initializer(graph: ir.Graph, name: str, values: NDArray[Any]) -> ir.Value:
+    tensor = ir.tensor(values)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value
+
+
+def _add(
+    reader: ir.Node, op_type: str, inputs: Sequence[ir.Value], name: str, dtype: ir.DataType, **attributes: int
+) -> ir.Value:
+    """The result of a new node before `reader`, of the shape of its first input."""
+    node = ir.node(op_type, inputs, attributes, name=name)
+    (result,) = node.outputs
+    result.name, result.shape, result.dtype = name, inputs[0].shape, dtype
+    assert reader.graph is not None
+    reader.graph.insert_before(reader, node)
+    return result
