@@ -19,6 +19,7 @@ import io
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -279,19 +280,33 @@ def _calibrated(source: Path, method: str, pictures: _Pictures) -> dict[str, flo
     kind, options = METHODS[method]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copy(source, Path(folder, "model.onnx")))  # files are made beside it
-        calibrator = quantization.create_calibrator(
-            copy,
-            ["MatMul", "Gemm", "Conv"],
-            augmented_model_path=str(Path(folder, "augmented.onnx")),
-            calibrate_method=quantization.CalibrationMethod[kind],
-            extra_options=options,
-        )
+        with _quietly(source):
+            calibrator = quantization.create_calibrator(
+                copy,
+                ["MatMul", "Gemm", "Conv"],
+                augmented_model_path=str(Path(folder, "augmented.onnx")),
+                calibrate_method=quantization.CalibrationMethod[kind],
+                extra_options=options,
+            )
         for images in pictures.batches():
-            calibrator.collect_data(_Feed(images))
+            with _quietly(source):
+                calibrator.collect_data(_Feed(images))
         pictures.progress(f"finding ranges, {method}")
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+        with _quietly(source):
             found: Any = calibrator.compute_data()
     return {name: float(np.abs(np.array(tensor.range_value)).max()) for name, tensor in found.items()}
+
+
+@contextlib.contextmanager
+def _quietly(source: Path) -> Iterator[None]:
+    """ONNX Runtime's calibration prints what it does and warns of what is not a number, which is refused later."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # ONNX Runtime's exceptions have no public base class
+        text = " ".join(str(error).split())
+        raise ExportError(f"ONNX Runtime cannot calibrate {source}: {text}. Validate that file first.") from error
 
 
 def _insert(model: ir.Model, layers: Sequence[ir.Node], ranges: dict[str, float]) -> None:
