@@ -750,6 +750,34 @@ def test_no_command_overwrites_a_json_file_without_force(
 # --- what each command prints and does ---
 
 
+def test_quantize_says_what_it_was_calibrated_on_and_names_the_file_int8(
+    run: Run, mini_onnx: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "mini.onnx"
+    shutil.copy(mini_onnx, source)
+    shutil.copy(COFFEE, tmp_path)
+    (tmp_path / "half.png").write_bytes(COFFEE.read_bytes()[:1000])
+    outcome = run("quantize", source, "--data", tmp_path, "--images", 2, "--json", tmp_path / "report.json")
+    path = tmp_path / "mini.int8.onnx"
+    report = json.loads((tmp_path / "report.json").read_text())
+    calibration = report["metadata"]["calibration"]
+    lines = outcome.out.splitlines()
+    layers = len(report["layers"])
+    assert lines[0].startswith(f"{path}: mini, lowering function, int8, {layers} layers quantized, ")
+    assert lines[1].startswith(f"precision: int8 {layers} nodes (")
+    assert lines[2] == (
+        f"calibrated on 1 images of {tmp_path.name}, sha256 {calibration['sha256'][:12]}, minmax of onnxruntime "
+        f"{calibration['library_version']}"
+    )
+    assert lines[3] == "note: 1 of 2 images cannot be read and were left out: half.png"
+    assert outcome.next_words == ["bench", "--engine", str(source), "--engine", str(path)]
+    again = run("quantize", source, "--data", tmp_path)
+    assert (again.code, again.error) == (1, f"{path} exists; pass --force to replace it, or choose another name.")
+    inspected = run("inspect", path)
+    assert inspected.out.splitlines()[0] == f"{path}: mini, lowering function, int8"
+    assert f"{layers} int8" in inspected.out
+
+
 @pytest.mark.usefixtures("mini")
 def test_visualize_draws_two_engines_and_prints_their_drift(run: Run, tmp_path: Path) -> None:
     exported = run("export", "--variant", "mini", "--sampling-locations", "--output", tmp_path / "points.onnx")

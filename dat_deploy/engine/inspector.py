@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _TYPES = (  # of TensorRT 10.x: "Row major linear FP16 format"; 11.x: "Half"
+    ("int8", re.compile(r"int8", re.IGNORECASE)),
     ("bf16", re.compile(r"bf16|bfloat16", re.IGNORECASE)),
     ("fp16", re.compile(r"fp16|half", re.IGNORECASE)),
     ("fp32", re.compile(r"fp32|float", re.IGNORECASE)),
@@ -46,7 +47,7 @@ class EngineLayer:
     Attributes:
         kind: TensorRT's type of layer; tactic: the kernel that it chose, if it says so.
         inputs, outputs: the format and type of each tensor, in TensorRT's words.
-        precision: the type that its first output has: fp32, fp16, bf16 or integer.
+        precision: the type that its first output has: fp32, fp16, bf16, int8 or integer.
     """
 
     name: str

@@ -45,6 +45,11 @@ _Types = dict[ir.Value, ir.DataType]
 
 def check_precision(precision: str, fp32: Sequence[str] = (), no_fp32: Sequence[str] = ()) -> None:
     """Raises ExportError unless there is such a precision, and it has float32 islands to add to or take from."""
+    if precision == "int8":
+        raise ExportError(
+            "--precision int8 needs images to measure ranges on. Export in fp32, then: "
+            "dat-deploy quantize FILE.onnx --data FOLDER"
+        )
     if precision not in DTYPES:
         raise ExportError(f"no precision '{precision}'. Precisions: {', '.join(DTYPES)}.")
     if precision == "fp32" and (fp32 or no_fp32):

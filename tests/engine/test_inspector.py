@@ -36,6 +36,7 @@ LAYERS_10 = {
             "TacticName": "_gemm_mha_v2_0xab",
         },
         {"Name": "shape", "LayerType": "Shape", "Inputs": [], "Outputs": [{"Name": "e", "Format/Datatype": "Int64"}]},
+        {"Name": "q", "LayerType": "kgen", "Inputs": [], "Outputs": [{"Name": "f", "Format/Datatype": "Int8"}]},
     ],
     "Bindings": ["image", "logits"],
 }
@@ -55,9 +56,9 @@ LAYERS_11 = {
 
 def test_layers_of_tensorrt_10_are_read() -> None:
     layers = layers_from_json(json.dumps(LAYERS_10))
-    assert [layer.precision for layer in layers] == ["fp16", "fp32", "bf16", "integer"]
-    assert [layer.is_plugin for layer in layers] == [True, False, False, False]
-    assert count_types(layers) == {"fp16": 1, "fp32": 1, "bf16": 1, "integer": 1}
+    assert [layer.precision for layer in layers] == ["fp16", "fp32", "bf16", "integer", "int8"]
+    assert [layer.is_plugin for layer in layers] == [True, False, False, False, False]
+    assert count_types(layers) == {"fp16": 1, "fp32": 1, "bf16": 1, "integer": 1, "int8": 1}
     assert fused_attention(layers) == 1
     assert layers[0].inputs == ("Row major linear FP16 format",)
 

@@ -486,6 +486,15 @@ def test_arguments_that_make_no_sense_are_refused(options, message, files, pictu
     assert refusal(ExportError, files["function"], tmp_path / "out.onnx", pictures, **options) == message
 
 
+def test_export_itself_names_the_way_to_int8(tmp_path):
+    with pytest.raises(ExportError) as error:
+        export(MINI, tmp_path / "int8.onnx", precision="int8")
+    assert str(error.value) == (
+        "--precision int8 needs images to measure ranges on. Export in fp32, then: "
+        "dat-deploy quantize FILE.onnx --data FOLDER"
+    )
+
+
 def test_output_is_replaced_with_force_alone(files, pictures, tmp_path):
     path = tmp_path / "out.onnx"
     path.write_text("mine")
