@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import io
+import os
 import shutil
 import tempfile
 import time
@@ -108,6 +109,11 @@ def quantize(
             "quantize cannot run here: package onnxruntime is not installed: pip install 'dat-deploy[onnxruntime]'"
         )
     model = ir.load(source)
+    if not operator_records(model.metadata_props):
+        raise ExportError(
+            f"the metadata of {source} no longer lists its operators, so what computes coordinates cannot be told from "
+            f"the rest. Export it again."
+        )
     layers = linear_layers(model)
     chosen = [files[index * len(files) // images] for index in range(images)] if len(files) > images else files
     notes = []
@@ -250,7 +256,7 @@ class _Pictures:
                 failure = error
                 continue
             self.taken += 1
-            for part in (name.encode(), content):
+            for part in (os.fsencode(name), content):
                 self._digest.update(len(part).to_bytes(8, "little") + part)
             if len(batch) == self._batch:
                 yield np.stack(batch)

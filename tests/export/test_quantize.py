@@ -452,6 +452,19 @@ def test_operators_without_bodies_are_refused_with_the_way_out(files, pictures, 
     )
 
 
+def test_a_file_that_lost_the_list_of_its_operators_is_refused(files, pictures, tmp_path):
+    path = tmp_path / "lost.onnx"
+    model = onnx.load(files["gather"])
+    kept = [entry for entry in model.metadata_props if entry.key != "dat_deploy.operators"]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    onnx.save(model, path)
+    assert refusal(ExportError, path, tmp_path / "out.onnx", pictures) == (
+        f"the metadata of {path} no longer lists its operators, so what computes coordinates cannot be told from the "
+        f"rest. Export it again."
+    )
+
+
 def test_folders_that_hold_no_image_are_refused(files, tmp_path):
     arguments = (files["function"], tmp_path / "out.onnx")
     missing, empty, bad = tmp_path / "missing", tmp_path / "empty", tmp_path / "bad"
