@@ -74,16 +74,6 @@ def cast_graph(model: ir.Model, precision: str, *, fp32: Sequence[str] = (), no_
             or if a weight is too large for the precision.
     """
     check_precision(precision, fp32, no_fp32)
-    sources = [value for node in model.graph for value in node.outputs if value.name in locations]
-    coordinates = _sources(sources, types)
-    if precision == "int8":
-        is_quantized = any(node.op_type == "DequantizeLinear" for node in model.graph)
-        wrong = [
-            f"{node.name}, on the way to sampling locations, is quantized"
-            for node in coordinates
-            if _is_quantized(node)
-        ]
-        return wrong if is_quantized else ["nothing in it is quantized"]
     half = DTYPES[precision]
     if half == FLOAT:
         return model
