@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A machine with a GPU may have torch for it, and nothing to make .venv from.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-all lint format bench bench-gpu clean
+.PHONY: demo test test-all fashion-mnist lint format bench bench-accuracy bench-gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/dat-deploy demo
@@ -14,9 +14,17 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not slow and not gpu and not interpreter" --durations=10
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/plugins/test_kernels.py --durations=10
 
-test-all: $(VENV)/ready
+test-all: $(VENV)/ready fashion-mnist
 	$(BIN)/python -m pytest -m "not gpu and not interpreter" --durations=20
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/plugins/test_kernels.py --durations=10
+
+# 10,000 labelled pictures for variant `demo`, out of a Debian package (31 MB), which is unpacked and not installed.
+fashion-mnist: data/fashion-mnist/test
+
+data/fashion-mnist/test: $(VENV)/ready
+	mkdir -p data/debian
+	cd data/debian && apt-get download dataset-fashion-mnist && dpkg-deb --extract dataset-fashion-mnist_*.deb .
+	$(BIN)/python training/fashion_mnist.py --data data/debian/usr/share/datasets/fashion-mnist
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -30,6 +38,9 @@ format: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/cpu.py
 
+bench-accuracy: $(VENV)/ready fashion-mnist
+	$(BIN)/python benchmarks/accuracy.py
+
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGUMENTS)
 
@@ -41,4 +52,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo data .mypy_cache .ruff_cache .pytest_cache

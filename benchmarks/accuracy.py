@@ -6,19 +6,28 @@
 Each row holds an engine against eager PyTorch in fp32 by what `dat-deploy validate --data` uses.
 """
 
+import argparse
+import json
+import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dat_deploy.benchmark.environment import commit, hardware, versions
+from dat_deploy.errors import DatDeployError, UnsupportedError
 from dat_deploy.export import export, relower
 from dat_deploy.export.quantize import quantize
+from dat_deploy.labels import class_names
 from dat_deploy.model import half_network
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.runners.pytorch_runner import PytorchRunner
+from dat_deploy.validate.accuracy import Accuracy, compare_on_data
+from dat_deploy.validate.data_set import DataSet, open_data_set
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data" / "fashion-mnist"
@@ -102,3 +111,92 @@ def engines(folder: Path, calibration: Path) -> dict[str, tuple[str, Callable[[]
     quantize(files["function"], int8, calibration)
     add("ONNX Runtime, `function`", "int8", str(int8))
     return found
+
+
+def measure(data: DataSet, calibration: Path, progress: Callable[[str], None] = lambda _: None) -> list[Row]:
+    """A row for each engine that runs here, eager PyTorch first."""
+    reference = Remembered(open_runner("pytorch:demo"))
+    about = reference.description
+    rows = [_row("PyTorch eager", "fp32", compare_on_data(reference, reference, about, data))]
+    with tempfile.TemporaryDirectory() as folder:
+        progress("exporting")
+        every: dict[str, tuple[str, Callable[[], Runner]]] = {}
+        assert isinstance(reference.inner, PytorchRunner)
+        for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+            half = HalfPytorch(reference.inner, dtype)
+            every[f"PyTorch eager {precision}"] = (precision, lambda half=half: half)
+        every |= engines(Path(folder), calibration)
+        for name, (precision, opened) in every.items():
+            progress(f"{name}, {precision}")
+            try:
+                with opened() as runner:
+                    found = compare_on_data(runner, reference, about, data)
+            except UnsupportedError as error:
+                progress(f"left out: {name}: {error}")
+                continue
+            rows.append(_row(name.removesuffix(f" {precision}"), precision, found))
+    return rows
+
+
+def _row(engine: str, precision: str, found: Accuracy) -> Row:
+    assert found.engine is not None
+    assert found.reference is not None
+    assert found.mcnemar_p is not None
+    top1 = found.engine.top1
+    return Row(
+        engine=engine,
+        precision=precision,
+        top1=top1.percent,
+        low=top1.low,
+        high=top1.high,
+        drop=found.reference.top1.percent - top1.percent,
+        top5=found.engine.top5.percent,
+        flips=len(found.flips),
+        mcnemar_p=found.mcnemar_p,
+        largest_error=found.largest_error,
+        mean_error=found.mean_error,
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """In Markdown."""
+    lines = [
+        "| engine | precision | top-1 (95 % interval) | lost, points | images that flip | McNemar's p | largest error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.engine} | {row.precision} | {row.top1:.2f} % ({row.low:.2f} to {row.high:.2f}) | {row.drop:+.2f} | "
+            f"{row.flips} | {row.mcnemar_p:.2g} | {row.largest_error:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with test/ and calibration/")
+    parser.add_argument("--limit", type=int, help="use so many test pictures")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    try:
+        with open_runner("pytorch:demo") as runner:
+            names = class_names(runner.description.network)
+        data = open_data_set(arguments.data / "test", names, arguments.limit)
+        rows = measure(data, arguments.data / "calibration", progress=lambda text: print(text, file=sys.stderr))
+    except DatDeployError as error:
+        sys.exit(f"error: {error}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    record = {
+        "images": len(data.images),
+        "commit": commit(),
+        "hardware": asdict(hardware()),
+        "versions": versions(),
+        "rows": [asdict(row) for row in rows],
+    }
+    (arguments.output / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
+    (arguments.output / "demo.md").write_text(table(rows) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -31,12 +31,14 @@ __all__ = [
     "Preprocessing",
     "golden_picture",
     "golden_sha256",
+    "image_files",
     "preprocess",
     "preprocess_files",
     "read_image",
 ]
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # PIL's other readers see no untrusted file
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAX_IMAGE_PIXELS = 89_478_485  # PIL's default, a quarter of a GiB in RGB; a lower Image.MAX_IMAGE_PIXELS is kept
 
 _TRANSPOSE_OF_ORIENTATION = {
@@ -105,6 +107,31 @@ class Preprocessing:
         height, width = variant.image_size
         scale = variant.resize_size / max(height, width)
         return cls(image_size=(height, width), resize_size=(round(height * scale), round(width * scale)))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All images in a folder at any depth, by their names' endings, sorted by their paths; hidden ones are not seen.
+
+    Raises:
+        ImageError: if there is no such folder, it cannot be listed, or holds none.
+    """
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise ImageError(f"'{folder}' {what}; name a folder of images, at any depth.")
+    try:
+        found = [path for path in folder.rglob("*") if _is_visible_image(path, folder)]
+    except OSError as error:
+        raise ImageError(f"cannot list '{folder}' ({_reason(error)}). Check its permissions.") from error
+    if not found:
+        raise ImageError(
+            f"folder '{folder}' holds no images; accepted are files that end in {', '.join(SUFFIXES)}, at any depth."
+        )
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _is_visible_image(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:

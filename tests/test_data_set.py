@@ -62,16 +62,16 @@ def test_a_limit_takes_images_evenly_from_every_class(tmp_path: Path) -> None:
     [
         (
             lambda folder: folder / "none",
-            "data '{folder}/none' does not exist; name a folder of images, or one with a folder for each class.",
+            "'{folder}/none' does not exist; name a folder of images, at any depth.",
         ),
         (
             lambda folder: pictures(folder, "x.png") / "x.png",
-            "data '{folder}/x.png' is no folder; name a folder of images, or one with a folder for each class.",
+            "'{folder}/x.png' is no folder; name a folder of images, at any depth.",
         ),
         (
             lambda folder: folder,
-            "data '{folder}' has no image; image files end in .bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, "
-            ".webp.",
+            "folder '{folder}' holds no images; accepted are files that end in .bmp, .gif, .jpeg, .jpg, .pgm, .png, "
+            ".ppm, .tif, .tiff, .webp, at any depth.",
         ),
         (
             lambda folder: pictures(folder, "Trouser/x.png", "y.png"),

@@ -1,7 +1,8 @@
 """Fashion-MNIST (Xiao et al., arXiv 1708.07747; MIT licence): 60,000 and 10,000 labelled pictures of 28×28.
 
 Debian carries it as `dataset-fashion-mnist`. `make fashion-mnist` unpacks that package, without installing it, and runs
-this file, which writes the pictures in ImageFolder layout: data/fashion-mnist/test/Ankle boot/00000.png and so on.
+this file, which writes the test pictures in ImageFolder layout, data/fashion-mnist/test/Ankle boot/00000.png and so on,
+and every hundredth training picture, to calibrate with, into data/fashion-mnist/calibration.
 """
 
 import argparse
@@ -37,13 +38,13 @@ def load(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]
     )
 
 
-def write_image_folder(folder: Path, output: Path) -> None:
-    """The test pictures as PNG files, in a folder for each class; what is there already is replaced."""
-    pictures, labels = load(folder, "test")
+def write_image_folder(folder: Path, output: Path, split: str, step: int = 1) -> None:
+    """Every `step`-th picture as a PNG file, in a folder for each class; what is there already is replaced."""
+    pictures, labels = load(folder, split)
     for name in CLASSES:
-        (output / "test" / _folder(name)).mkdir(parents=True, exist_ok=True)
-    for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        Image.fromarray(picture).save(output / "test" / _folder(CLASSES[label]) / f"{index:05}.png")
+        (output / _folder(name)).mkdir(parents=True, exist_ok=True)
+    for index in range(0, len(labels), step):
+        Image.fromarray(pictures[index]).save(output / _folder(CLASSES[labels[index]]) / f"{index:05}.png")
 
 
 def _folder(name: str) -> str:
@@ -55,5 +56,6 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of the four .gz files")
     parser.add_argument("--output", type=Path, default=Path("data/fashion-mnist"))
     arguments = parser.parse_args()
-    write_image_folder(arguments.data, arguments.output)
-    print(f"{arguments.output}/test: 10,000 pictures in {len(CLASSES)} folders")
+    write_image_folder(arguments.data, arguments.output / "test", "test")
+    write_image_folder(arguments.data, arguments.output / "calibration", "train", step=100)
+    print(f"{arguments.output}: 10,000 pictures in test, 600 in calibration, in {len(CLASSES)} folders each")

@@ -34,7 +34,7 @@ from dat_deploy.export.lowering import operator_records
 from dat_deploy.export.precision import PrecisionCensus, precision_census
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.metadata import Calibration, FileMetadata, read_metadata
-from dat_deploy.preprocess import preprocess, read_image
+from dat_deploy.preprocess import image_files, preprocess, read_image
 
 __all__ = ["METHODS", "QuantizeReport", "coordinate_nodes", "linear_layers", "quantize"]
 
@@ -44,7 +44,6 @@ METHODS = {  # how ONNX Runtime's calibrators are called there, and what they ar
     # with its default of as many bins as quantized bins there would be one candidate, the whole range
     "entropy": ("Entropy", {"symmetric": True, "num_bins": 2048, "num_quantized_bins": 128}),
 }
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LARGEST = 127  # of symmetric int8
 
 Progress = Callable[[str], None]
@@ -103,7 +102,7 @@ def quantize(
         raise ExportError(f"{images} images cannot calibrate anything; give a number from 1, such as 512.")
     metadata = read_metadata(source)
     _check_source(source, metadata)
-    files = _images_in(data)
+    files = image_files(data)
     if importlib.util.find_spec("onnxruntime") is None:
         raise UnsupportedError(
             "quantize cannot run here: package onnxruntime is not installed: pip install 'dat-deploy[onnxruntime]'"
@@ -200,25 +199,6 @@ def _check_source(source: Path, metadata: FileMetadata) -> None:
             f"{source} has lowering plugin, whose operators have no bodies that could run for calibration. Quantize "
             f"a file of another lowering: dat-deploy export --from {source} --lowering function"
         )
-
-
-def _images_in(folder: Path) -> list[Path]:
-    """All images at any depth, sorted by their paths in the folder; hidden ones are not seen."""
-    if not folder.is_dir():
-        raise ImageError(f"{folder} is no folder; quantize takes a folder of images to calibrate with. Check the path.")
-    found = [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
-    if not found:
-        raise ImageError(
-            f"folder {folder} holds no images; accepted are files that end in {', '.join(SUFFIXES)}, at any depth. "
-            f"Name a folder of images like those that the network will see."
-        )
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 class _Pictures:

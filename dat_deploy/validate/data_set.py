@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dat_deploy.errors import DatDeployError
+from dat_deploy.preprocess import image_files
 
 __all__ = ["DataSet", "open_data_set"]
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -33,19 +32,12 @@ def open_data_set(folder: Path, class_names: Sequence[str], limit: int | None = 
         limit: take at most this many, evenly spaced over all of them, so that every class has its share.
 
     Raises:
-        DatDeployError: if there is no such folder, no image in it, or a class that the network lacks.
+        ImageError: if there is no such folder, or no image in it.
+        DatDeployError: if there is a class that the network lacks.
     """
-    if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "does not exist"
-        raise DatDeployError(f"data '{folder}' {what}; name a folder of images, or one with a folder for each class.")
     if limit is not None and limit < 1:
         raise DatDeployError(f"{limit} images of '{folder}' were asked for; ask for 1 or more.")
-    try:
-        images = sorted(path for path in folder.rglob("*") if _is_image(path, folder))
-    except OSError as error:
-        raise DatDeployError(f"cannot read data '{folder}': {error.strerror}. Check its permissions.") from error
-    if not images:
-        raise DatDeployError(f"data '{folder}' has no image; image files end in {', '.join(SUFFIXES)}.")
+    images = image_files(folder)
     loose = [path for path in images if path.parent == folder]
     if loose and len(loose) < len(images):
         raise DatDeployError(
@@ -63,11 +55,6 @@ def open_data_set(folder: Path, class_names: Sequence[str], limit: int | None = 
         images = [images[index] for index in chosen]
         labels = None if labels is None else [labels[index] for index in chosen]
     return DataSet(folder, tuple(images), None if labels is None else tuple(labels), note)
-
-
-def _is_image(path: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return not hidden and path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def _classes(folder: Path, folders: Sequence[str], class_names: Sequence[str]) -> tuple[dict[str, int], str]:

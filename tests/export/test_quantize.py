@@ -469,13 +469,13 @@ def test_folders_that_hold_no_image_are_refused(files, tmp_path):
     arguments = (files["function"], tmp_path / "out.onnx")
     missing, empty, bad = tmp_path / "missing", tmp_path / "empty", tmp_path / "bad"
     assert refusal(ImageError, *arguments, missing) == (
-        f"{missing} is no folder; quantize takes a folder of images to calibrate with. Check the path."
+        f"'{missing}' does not exist; name a folder of images, at any depth."
     )
     empty.mkdir()
     (empty / "notes.txt").write_text("no image")
     assert refusal(ImageError, *arguments, empty) == (
-        f"folder {empty} holds no images; accepted are files that end in .bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, "
-        f".tif, .tiff, .webp, at any depth. Name a folder of images like those that the network will see."
+        f"folder '{empty}' holds no images; accepted are files that end in .bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, "
+        f".tif, .tiff, .webp, at any depth."
     )
     bad.mkdir()
     for name in ("a.png", "b.png"):
