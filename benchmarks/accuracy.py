@@ -165,9 +165,10 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        top1 = f"{row.top1:.2f} % ({row.low:.2f} to {row.high:.2f})"
         lines.append(
-            f"| {row.engine} | {row.precision} | {row.top1:.2f} % ({row.low:.2f} to {row.high:.2f}) | {row.drop:+.2f} | "
-            f"{row.flips} | {row.mcnemar_p:.2g} | {row.largest_error:.1e} |"
+            f"| {row.engine} | {row.precision} | {top1} | {row.drop:+.2f} | {row.flips} | {row.mcnemar_p:.2g} | "
+            f"{row.largest_error:.1e} |"
         )
     return "\n".join(lines)
 

@@ -90,6 +90,14 @@ def golden_checkpoint(golden_checkpoints: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """demo with the weights that ship, and a dynamic batch."""
+    path = tmp_path_factory.mktemp("demo_onnx") / "demo.onnx"
+    export("demo", path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """tiny with seeded random weights and a dynamic batch, once for each lowering."""
     folder = tmp_path_factory.mktemp("onnx")

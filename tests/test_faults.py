@@ -1,12 +1,12 @@
 """Every known fault is caught, by the checks that say so: without them it slips through."""
 
-import shutil
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 from dat_deploy.errors import DatDeployError, VerificationError
-from dat_deploy.export import export
+from dat_deploy.runners import open_runner
 from dat_deploy.validate import CHECKS
 from dat_deploy.validate.faults import FAULTS, SelfTest, Tried, faulty_report, self_test
 
@@ -31,13 +31,6 @@ MEANT_FOR = {
     "NaN": {"stress"},
     "runs differ": {"repeats"},
 }
-
-
-@pytest.fixture(scope="module")
-def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("demo") / "demo.onnx"
-    export("demo", path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +60,6 @@ def test_a_fault_is_caught_and_slips_through_without_the_checks_that_catch_it(
 
 def test_a_missed_fault_fails_the_self_test(tried: dict[str, Tried], demo_onnx: Path) -> None:
     rows = (tried["BGR"], Tried("painted over", "a fault that nobody thought of", (), ""))
-    from dat_deploy.runners import open_runner
-
     with open_runner(str(demo_onnx)) as runner:
         found = SelfTest(runner.description, rows)
     with pytest.raises(VerificationError) as caught:
@@ -78,10 +69,7 @@ def test_a_missed_fault_fails_the_self_test(tried: dict[str, Tried], demo_onnx: 
 
 def test_an_engine_that_is_wrong_already_cannot_test_the_tester(demo_onnx: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.onnx"
-    shutil.copy(demo_onnx, wrong)
-    import onnx_ir as ir
-
-    model = ir.load(wrong)
+    model = ir.load(demo_onnx)
     next(fault for fault in FAULTS if fault.name == "BGR").change(model)
     ir.save(model, wrong)
     with pytest.raises(VerificationError) as caught:

@@ -1,6 +1,6 @@
 """Trains the weights of variant `demo` that ship in dat_deploy/data/demo.safetensors, on Fashion-MNIST, on a CPU.
 
-    python training/train_demo.py --data FOLDER --log training/demo.log    # about 15 minutes on 2 cores
+    python training/train_demo.py --data FOLDER --log training/demo.log    # 20 minutes on one core
 
 The last 5,000 training pictures are held out and tell how it goes; the test pictures are classified once, at the end,
 through the same preprocessing and network as `dat-deploy validate` uses.
@@ -125,7 +125,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of Fashion-MNIST's four .gz files")
     parser.add_argument("--output", type=Path, default=Path("dat_deploy/data/demo.safetensors"))
     parser.add_argument("--log", type=Path, default=Path("training/demo.log"))
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
