@@ -161,7 +161,7 @@ def _row(engine: str, precision: str, found: Accuracy) -> Row:
 def table(rows: list[Row]) -> str:
     """In Markdown."""
     lines = [
-        "| engine | precision | top-1 (95 % interval) | lost, points | images that flip | McNemar's p | largest error |",
+        "| engine | precision | top-1 (95 % interval) | points lost | flips | McNemar's p | largest error |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

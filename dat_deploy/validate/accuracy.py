@@ -19,6 +19,7 @@ from dat_deploy.validate.statistics import mcnemar_p, wilson_interval
 __all__ = ["Accuracy", "Flip", "Share", "Side", "compare_on_data"]
 
 BATCH = 8  # where the engine takes any; the reference always gets this
+CHUNK = 128  # images that one side is through with before the other starts: taking turns, their threads would collide
 
 Logits = NDArray[np.float32]
 
@@ -134,12 +135,9 @@ def compare_on_data(
     used: list[int] = []
     engine_parts: list[Logits] = []
     reference_parts: list[Logits] = []
-    batch = _batch(about)
-    done = 0
-    for indices, images in _batches(about, data, batch, unreadable, seconds, strict=strict):
-        full = images[np.arange(batch) % len(images)]  # an engine of a fixed batch takes no fewer
-        engine_parts.append(_timed(runner, full, seconds, "engine")[: len(images)])
-        expected = _timed(reference, images, seconds, "reference")
+    for indices, images in _chunks(about, data, unreadable, seconds, strict=strict):
+        engine_parts.append(_timed(runner, images, _batch(about), seconds, "engine"))
+        expected = _timed(reference, images, BATCH, seconds, "reference")
         finite = _finite(expected)
         if not finite.all():
             raise VerificationError(
@@ -148,8 +146,7 @@ def compare_on_data(
             )
         reference_parts.append(expected)
         used += indices
-        done = indices[-1] + 1
-        progress(done, len(data.images))
+        progress(indices[-1] + 1, len(data.images))
     if not used:
         raise DatDeployError(f"none of the {len(unreadable)} images of '{data.folder}' can be read: {unreadable[0][1]}")
     found = _compared(about, data, used, np.concatenate(engine_parts), np.concatenate(reference_parts), unreadable)
@@ -164,40 +161,42 @@ def _batch(about: EngineDescription) -> int:
     return next((profile.best for profile in about.profiles[-1:]), BATCH)
 
 
-def _timed(runner: Runner, images: NDArray[np.float32], seconds: dict[str, float], side: str) -> Logits:
+def _timed(runner: Runner, images: NDArray[np.float32], batch: int, seconds: dict[str, float], side: str) -> Logits:
+    """Logits of all images, in batches of exactly `batch`, as an engine of a fixed one needs them."""
     start = time.perf_counter()
-    logits = runner.outputs(images)["logits"]
+    parts = []
+    for first in range(0, len(images), batch):
+        part = images[first : first + batch]
+        parts.append(runner.outputs(part[np.arange(batch) % len(part)])["logits"][: len(part)])
     seconds[side] += time.perf_counter() - start
-    return logits
+    return np.concatenate(parts)
 
 
-def _batches(
+def _chunks(
     about: EngineDescription,
     data: DataSet,
-    batch: int,
     unreadable: list[tuple[Path, str]],
     seconds: dict[str, float],
     *,
     strict: bool,
 ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
-    """Indices into the data set and the network's input, at most `batch` images at a time."""
-    indices: list[int] = []
-    arrays: list[NDArray[np.float32]] = []
-    for index, path in enumerate(data.images):
+    """Indices into the data set and the network's input, at most CHUNK images at a time."""
+    for first in range(0, len(data.images), CHUNK):
         start = time.perf_counter()
-        try:
-            arrays.append(preprocess(read_image(path), about.preprocessing))
-            indices.append(index)
-        except ImageError as error:
-            if strict:
-                raise
-            unreadable.append((path, str(error)))
+        indices: list[int] = []
+        arrays: list[NDArray[np.float32]] = []
+        for index, path in enumerate(data.images[first : first + CHUNK], first):
+            try:
+                arrays.append(preprocess(read_image(path), about.preprocessing))
+                indices.append(index)
+            except ImageError as error:
+                if strict:
+                    raise
+                unreadable.append((path, str(error)))
+        images = np.stack(arrays) if arrays else np.empty(0, np.float32)
         seconds["decode"] += time.perf_counter() - start
-        if len(indices) == batch:
-            yield indices, np.stack(arrays)
-            indices, arrays = [], []
-    if indices:
-        yield indices, np.stack(arrays)
+        if indices:
+            yield indices, images
 
 
 def _compared(
