@@ -222,8 +222,8 @@ def quantize(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: FILE.int8.onnx.")] = None,
     images: Annotated[int, typer.Option("--images", help="How many of the folder's to calibrate with, at most.")] = 512,
     method: Annotated[
-        str, typer.Option("--method", help="How ranges come from what is seen: minmax, percentile or entropy.")
-    ] = "minmax",
+        str, typer.Option("--method", help="How ranges come from what is seen: percentile, minmax or entropy.")
+    ] = "percentile",
     force: ForceOption = False,
     json_file: JsonOption = None,
 ) -> None:

@@ -24,7 +24,7 @@ class Calibration:
     Attributes:
         folder: its name alone; images: how many of its images were read.
         sha256: of the sorted names, within the folder, and the bytes of those images.
-        method: how a range came from what was seen: `minmax`, `percentile` or `entropy`.
+        method: how a range came from what was seen: `percentile`, `minmax` or `entropy`.
         library: that measured them, and its `library_version`.
     """
 

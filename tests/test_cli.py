@@ -766,8 +766,8 @@ def test_quantize_says_what_it_was_calibrated_on_and_names_the_file_int8(
     assert lines[0].startswith(f"{path}: mini, lowering function, int8, {layers} layers quantized, ")
     assert lines[1].startswith(f"precision: int8 {layers} nodes (")
     assert lines[2] == (
-        f"calibrated on 1 images of {tmp_path.name}, sha256 {calibration['sha256'][:12]}, minmax of onnxruntime "
-        f"{calibration['library_version']}"
+        f"calibrated on 1 images of {tmp_path.name}, sha256 {calibration['sha256'][:12]}, percentile of "
+        f"onnxruntime {calibration['library_version']}"
     )
     assert lines[3] == "note: 1 of 2 images cannot be read and were left out: half.png"
     assert outcome.next_words == ["bench", "--engine", str(source), "--engine", str(path)]
