@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dat_deploy.benchmark.environment import commit, hardware, versions
@@ -23,9 +22,7 @@ from dat_deploy.errors import DatDeployError, UnsupportedError
 from dat_deploy.export import export, relower
 from dat_deploy.export.quantize import quantize
 from dat_deploy.labels import class_names
-from dat_deploy.model import half_network
 from dat_deploy.runners import Runner, open_runner
-from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate.accuracy import Accuracy, compare_on_data
 from dat_deploy.validate.data_set import DataSet, open_data_set
 
@@ -69,33 +66,16 @@ class Remembered(Runner):
         self.inner.close()
 
 
-class HalfPytorch(Runner):
-    """Eager PyTorch in half precision, as the kernels' networks are."""
-
-    def __init__(self, reference: PytorchRunner, dtype: torch.dtype) -> None:
-        self.description = reference.description
-        self.model = half_network(reference.model, dtype)
-
-    @torch.inference_mode()
-    def _run(self, images_nchw: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        logits = self.model(torch.from_numpy(images_nchw))
-        assert isinstance(logits, torch.Tensor)
-        return {"logits": logits.numpy()}
-
-    def close(self) -> None:
-        del self.model
-
-
-def engines(folder: Path, calibration: Path) -> dict[str, tuple[str, Callable[[], Runner]]]:
-    """Name -> precision, and how it is opened; the files are exported into `folder`."""
+def engines(folder: Path, calibration: Path) -> list[tuple[str, str, str]]:
+    """(name, precision, engine) of each; the files are exported into `folder`."""
     files = {"function": folder / "demo.onnx"}
     export("demo", files["function"])
     for lowering in LOWERINGS:
         files[lowering] = relower(files["function"], folder / f"demo.{lowering}.onnx", lowering).path
-    found: dict[str, tuple[str, Callable[[], Runner]]] = {}
+    found = []
 
     def add(name: str, precision: str, engine: str) -> None:
-        found[name] = (precision, lambda: open_runner(engine))
+        found.append((name, precision, engine))
 
     for lowering, path in files.items():
         add(f"ONNX Runtime, `{lowering}`", "fp32", str(path))
@@ -120,21 +100,15 @@ def measure(data: DataSet, calibration: Path, progress: Callable[[str], None] = 
     rows = [_row("PyTorch eager", "fp32", compare_on_data(reference, reference, about, data))]
     with tempfile.TemporaryDirectory() as folder:
         progress("exporting")
-        every: dict[str, tuple[str, Callable[[], Runner]]] = {}
-        assert isinstance(reference.inner, PytorchRunner)
-        for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-            half = HalfPytorch(reference.inner, dtype)
-            every[f"PyTorch eager {precision}"] = (precision, lambda half=half: half)
-        every |= engines(Path(folder), calibration)
-        for name, (precision, opened) in every.items():
+        for name, precision, engine in engines(Path(folder), calibration):
             progress(f"{name}, {precision}")
             try:
-                with opened() as runner:
+                with open_runner(engine) as runner:
                     found = compare_on_data(runner, reference, about, data)
             except UnsupportedError as error:
                 progress(f"left out: {name}: {error}")
                 continue
-            rows.append(_row(name.removesuffix(f" {precision}"), precision, found))
+            rows.append(_row(name, precision, found))
     return rows
 
 

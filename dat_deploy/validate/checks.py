@@ -29,10 +29,11 @@ from dat_deploy.validate.comparison import (
     rounds_everything,
 )
 from dat_deploy.validate.drift import BlockDrift, block_drift, distances_px, network_locations
+from dat_deploy.validate.gates import Gates
 from dat_deploy.validate.report import Check
 from dat_deploy.validate.stress import LOCATIONS, stress_locations
 
-__all__ = ["ENGINE_CHECKS", "SIZE_CHECKS", "check_accuracy", "check_drift"]
+__all__ = ["ENGINE_CHECKS", "SIZE_CHECKS", "accuracy_rows", "check_accuracy", "check_drift"]
 
 REPEATS = 5
 # float32 at different batch sizes takes other kernels, which sum in another order; 2e-6 was the most seen.
@@ -252,10 +253,15 @@ def check_accuracy(comparison: Comparison, progress: Callable[[int, int], None])
         strict=comparison.strict_data,
         progress=progress,
     )
-    gates, rows = comparison.gates, []
+    return accuracy_rows(found, comparison.gates, _data_tolerance(comparison)), found
 
-    def row(name: str, error: float, tolerance: float, detail: str, unit: str) -> None:
-        rows.append(Check("data", name, None, error, tolerance, detail, unit))
+
+def accuracy_rows(found: Accuracy, gates: Gates, tolerance: float) -> list[Check]:
+    """What was found, held to the gates; `tolerance` is of the logits."""
+    rows = []
+
+    def row(name: str, error: float, allowed: float, detail: str, unit: str) -> None:
+        rows.append(Check("data", name, None, error, allowed, detail, unit))
 
     if found.engine is not None and found.reference is not None:
         for name, engine, reference, gate in (
@@ -276,7 +282,6 @@ def check_accuracy(comparison: Comparison, progress: Callable[[int, int], None])
     if found.flips:
         detail += f", the surest by {found.flips[0].reference_margin:.2g} logits"
     row("images that flip", disagreeing, max(gates.disagreement, 100 / agreement.images), detail, "%")
-    tolerance = _data_tolerance(comparison)
     detail = f"mean {found.mean_error:.1e}, p99.9 {found.p999_error:.1e}"
     if found.not_finite:
         detail = f"NaN or infinity for {found.not_finite} images"
@@ -287,7 +292,7 @@ def check_accuracy(comparison: Comparison, progress: Callable[[int, int], None])
         named = ", ".join(path.name for path, _ in found.unreadable[:3])
         detail = f"{len(found.unreadable)} of {total} left out: {named}{' ...' * (len(found.unreadable) > 3)}"
         row("unreadable images", 100 * len(found.unreadable) / total, gates.unreadable, detail, "%")
-    return rows, found
+    return rows
 
 
 def _data_tolerance(comparison: Comparison) -> float:
