@@ -423,10 +423,10 @@ def validate(
 ) -> None:
     """Compare an engine with PyTorch; exit code 2 if it differs."""
     if self_test:
-        alone = (data, limit, image, image_size, tolerance, gate, skip, html, checkpoint)
-        if any(value is not None for value in alone) or strict_data:
-            raise DatDeployError("--self-test takes no other option than --engine, --json and --force.")
-        _self_test(engine, json_file, force=force)
+        alone = (data, limit, image, image_size, tolerance, gate, skip, html)
+        if any(value is not None for value in alone) or strict_data or batch != "1,2,3,8":
+            raise DatDeployError("--self-test takes no other option than --engine, --checkpoint, --json and --force.")
+        _self_test(engine, checkpoint, json_file, force=force)
         return
     if engine is None:
         raise DatDeployError("validate takes --engine ENGINE, such as --engine tiny.onnx, or --self-test.")
@@ -438,6 +438,10 @@ def validate(
 
     _check_json(json_file, force=force)
     _check_json(html, force=force)
+    if html is not None:
+        from dat_deploy.benchmark.plotting import check_matplotlib
+
+        check_matplotlib()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("opening", total=None)
@@ -479,7 +483,8 @@ def validate(
         out.print(f"page: {html}")
     _notes(report.notes)
     if not report.passed and engine.endswith(".onnx"):
-        _next("bisect", "--engine", engine, *_option("--checkpoint", checkpoint))
+        tolerated = ("--tolerance", "0.1") if report.engine.precision == "int8" else ()
+        _next("bisect", "--engine", engine, *_option("--checkpoint", checkpoint), *tolerated)
     report.raise_if_failed()
     out.print(report.verdict)
     network = report.engine.network
@@ -497,12 +502,12 @@ def validate(
         _next("bench", "--engine", f"pytorch:{network.name}", *again, *_features(network), *size)
 
 
-def _self_test(engine: str | None, json_file: Path | None, *, force: bool) -> None:
+def _self_test(engine: str | None, checkpoint: Path | None, json_file: Path | None, *, force: bool) -> None:
     from dat_deploy.validate import faults
 
     _check_json(json_file, force=force)
     with err.status("opening") as status:
-        found = faults.self_test(engine, progress=lambda name: status.update(name))
+        found = faults.self_test(engine, checkpoint=checkpoint, progress=lambda name: status.update(name))
     table = Table("fault", "caught by", "", box=None)
     for tried in found.tried:
         table.add_row(tried.fault, ", ".join(tried.caught_by) or "NOTHING", tried.story)

@@ -9,7 +9,7 @@ import onnx
 
 from dat_deploy.errors import DatDeployError, ExportError
 from dat_deploy.preprocess import Preprocessing
-from dat_deploy.typed_json import typed
+from dat_deploy.typed_json import plain, typed
 from dat_deploy.variants import Variant
 
 __all__ = ["Calibration", "FileMetadata", "load_onnx", "read_metadata"]
@@ -80,7 +80,7 @@ class FileMetadata:
         return self.network.image_size
 
     def to_properties(self) -> dict[str, str]:
-        return {_PREFIX + name: json.dumps(value) for name, value in dataclasses.asdict(self).items()}
+        return {_PREFIX + name: json.dumps(value) for name, value in plain(self).items()}
 
     @classmethod
     def from_properties(cls, properties: dict[str, str], path: Path) -> "FileMetadata":

@@ -118,10 +118,18 @@ def image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
         raise ImageError(f"'{folder}' {what}; name a folder of images, at any depth.")
-    try:
-        found = [path for path in folder.rglob("*") if _is_visible_image(path, folder)]
-    except OSError as error:
-        raise ImageError(f"cannot list '{folder}' ({_reason(error)}). Check its permissions.") from error
+
+    def refuse(error: OSError) -> None:
+        raise ImageError(f"cannot list '{error.filename}' ({_reason(error)}). Check its permissions.") from error
+
+    found: list[Path] = []
+    seen: set[str] = set()  # a link may lead back to a folder above
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(parent) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        found += [path for path in (Path(parent, name) for name in names) if _is_visible_image(path, folder)]
     if not found:
         raise ImageError(
             f"folder '{folder}' holds no images; accepted are files that end in {', '.join(SUFFIXES)}, at any depth."

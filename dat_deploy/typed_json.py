@@ -5,7 +5,20 @@ import typing
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-__all__ = ["typed"]
+__all__ = ["plain", "typed"]
+
+
+def plain(value: Any) -> Any:
+    """What `typed` reads back: dataclasses as dicts, without optional fields that have their default.
+
+    So what was written before there were such fields comes out as it was.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        kept = [f for f in fields(value) if not (f.metadata.get("optional") and getattr(value, f.name) == f.default)]
+        return {field.name: plain(getattr(value, field.name)) for field in kept}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
@@ -17,7 +30,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         where: what `value` is called in messages.
 
     Raises:
-        ValueError: if it is of another type, or lacks a field whose default is not None.
+        ValueError: if it is of another type, or lacks a field that is not marked `optional`.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):

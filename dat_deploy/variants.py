@@ -8,7 +8,7 @@ M heads, D head dim, Ws window side, K neighborhood side.
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dat_deploy.errors import ShapeError, VariantError
@@ -128,7 +128,7 @@ class Variant:
     mlp_ratio: int = 4
     overlapping_patches: bool = False
     features: tuple[int, ...] = ()
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = field(default=(), metadata={"optional": True})  # later than the first files
 
     def __post_init__(self) -> None:
         """Raises VariantError for what no network can be."""

@@ -164,16 +164,6 @@ def test_a_folder_of_corrupt_images_is_an_error(data: DataSet) -> None:
     assert str(caught.value).startswith(f"none of the 10 images of '{data.folder}' can be read: image '")
 
 
-def test_a_backbone_classifies_nothing(data: DataSet) -> None:
-    engine = TableRunner(RIGHT)
-    engine.description = replace(engine.description, outputs=("feature_map_0",))
-    with pytest.raises(DatDeployError) as caught:
-        compare_on_data(engine, TableRunner(RIGHT), engine.description, data)
-    assert str(caught.value) == (
-        "table.onnx is a backbone and classifies nothing; leave --data out, or validate an engine with logits."
-    )
-
-
 def test_progress_and_times_cover_all_images(data: DataSet) -> None:
     seen: list[tuple[int, int]] = []
     engine = TableRunner(RIGHT)

@@ -13,7 +13,7 @@ from dat_deploy.files import atomic_output
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_plot", "plot"]
+__all__ = ["check_matplotlib", "check_plot", "plot"]
 
 _INK, _FAINT, _GRID = "#1f2933", "#6b7680", "#dde2e6"
 _COLOURS = ("#2f6f9f", "#d9822b", "#3c8d5a", "#b5485d", "#7a5ea8", "#8c6d46", "#4aa3a2", "#5f6b76")
@@ -29,6 +29,11 @@ def check_plot(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise OutputError(f"{path} does not end in .png, and plots are PNG; write {path.with_suffix('.png')}")
+    check_matplotlib()
+
+
+def check_matplotlib() -> None:
+    """Raises UnsupportedError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UnsupportedError("plots need matplotlib: pip install 'dat-deploy[plot]'")
 

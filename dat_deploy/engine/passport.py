@@ -17,7 +17,7 @@ from dat_deploy.errors import DatDeployError, EngineBuildError, PassportError, S
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.system import installed_version, nvidia_smi, tool_version
-from dat_deploy.typed_json import typed
+from dat_deploy.typed_json import plain, typed
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -75,7 +75,7 @@ class Verdict:
     """What the last `validate` said of the engine.
 
     Attributes:
-        batches: that were tried; tolerance: that the user asked for, None for the usual ones.
+        batches: that were tried; tolerance, gates: that the user asked for, None for the usual ones.
     """
 
     passed: bool
@@ -84,6 +84,7 @@ class Verdict:
     checks: int
     batches: tuple[int, ...]
     tolerance: float | None
+    gates: dict[str, float] | None = dataclasses.field(default=None, metadata={"optional": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,9 +134,7 @@ class Passport:
 
     def to_bytes(self) -> bytes:
         """The file: JSON with its own digest, of which no byte can change unseen."""
-        fields = dataclasses.asdict(self)
-        if not self.metadata.golden_sha256:
-            del fields["metadata"]["golden_sha256"]  # as passports were written before there was one
+        fields = plain(self)
         digest = sha256(json.dumps(fields, sort_keys=True).encode())
         return (json.dumps({_DIGEST: digest, **fields}, indent=2) + "\n").encode()
 

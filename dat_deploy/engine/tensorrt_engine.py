@@ -21,7 +21,7 @@ from dat_deploy.export.lowering import LOWERINGS, lower
 from dat_deploy.metadata import FileMetadata, load_onnx
 from dat_deploy.plugins import trt_plugin
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.preprocess import Preprocessing, golden_sha256
 
 __all__ = ["PLUGIN_FORMS", "engine_and_passport"]
 
@@ -202,7 +202,10 @@ def _of_engine(metadata: FileMetadata, lowering: str, size: tuple[int, int]) -> 
         return metadata
     network = metadata.network.with_image_size(*size)
     preprocessing = Preprocessing.from_variant(network)
-    return dataclasses.replace(metadata, network=network, preprocessing=preprocessing, dynamic_image_size=False)
+    golden = golden_sha256(preprocessing) if metadata.golden_sha256 else ""
+    return dataclasses.replace(
+        metadata, network=network, preprocessing=preprocessing, golden_sha256=golden, dynamic_image_size=False
+    )
 
 
 def _check_batch(metadata: FileMetadata, profiles: Sequence[Profile], source: Path) -> None:

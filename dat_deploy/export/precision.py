@@ -164,21 +164,13 @@ def asked_differently(
     """The nodes of an exported graph, of any lowering, that do not compute in what was asked for; a sentence each.
 
     Args:
-        precision: of the products, as it was asked for; fp32, no_fp32: see `export`.
+        precision: of the products, as it was asked for, one of DTYPES; fp32, no_fp32: see `export`.
         locations: names of the tensors of sampling locations, which nothing may round.
     """
     types = value_types(model)
     names = {dtype: name for name, dtype in DTYPES.items()}
     sources = [value for node in model.graph for value in node.outputs if value.name in locations]
     coordinates = _sources(sources, types)
-    if precision == "int8":
-        is_quantized = any(node.op_type == "DequantizeLinear" for node in model.graph)
-        wrong = [
-            f"{node.name}, on the way to sampling locations, is quantized"
-            for node in coordinates
-            if _is_quantized(node)
-        ]
-        return wrong if is_quantized else ["nothing in it is quantized"]
     half = DTYPES[precision]
     if half == FLOAT:
         return [

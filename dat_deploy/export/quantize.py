@@ -36,7 +36,7 @@ from dat_deploy.files import atomic_output, check_output
 from dat_deploy.metadata import Calibration, FileMetadata, read_metadata
 from dat_deploy.preprocess import image_files, preprocess, read_image
 
-__all__ = ["METHODS", "QuantizeReport", "coordinate_nodes", "linear_layers", "quantize"]
+__all__ = ["METHODS", "QuantizeReport", "coordinate_nodes", "linear_layers", "quantize", "quantized_differently"]
 
 # How ONNX Runtime's calibrators are called there, and what they are told. Of Fashion-MNIST's test set `demo` has 91.83%
 # right in fp32 and with these percentiles, whose mean error of a logit is the smallest, too; 91.77% with minmax, 91.73%
@@ -185,6 +185,18 @@ def coordinate_nodes(model: ir.Model) -> set[ir.Node]:
             if node.op_type != "Conv":
                 pending += node.inputs
     return found
+
+
+def quantized_differently(model: ir.Model) -> list[str]:
+    """What of a file of `quantize` is not in the form that it writes; a sentence each."""
+    left = [f"{node.name} is not quantized" for node in linear_layers(model)]
+    rounded = [node for node in coordinate_nodes(model) if any(_is_dequantized(value) for value in node.inputs)]
+    return left + [f"{node.name}, on the way to sampling locations, is quantized" for node in rounded]
+
+
+def _is_dequantized(value: ir.Value | None) -> bool:
+    node = None if value is None else value.producer()
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def _groups(node: ir.Node) -> int:

@@ -88,7 +88,7 @@ def validate(
             progress=progress,
             data_progress=data_progress,
         )
-    return report if identity is None else _recorded(engine, report, tolerance, identity)
+    return report if identity is None else _recorded(engine, report, tolerance, gates, identity)
 
 
 def compare(
@@ -115,6 +115,12 @@ def compare(
     if unknown:
         raise DatDeployError(f"there is no check '{unknown[0]}' to skip; checks are {', '.join(CHECKS)}.")
     about = runner.description
+    if data is not None and "logits" not in about.outputs:
+        raise DatDeployError(
+            f"{about.name} is a backbone and classifies nothing; leave --data out, or validate an engine with logits."
+        )
+    if tolerance is not None and not tolerance > 0:
+        raise DatDeployError(f"tolerance got {tolerance}; it takes a number above 0, such as 1e-4.")
     limits = default_gates(precision_of(about), gates)
     found = None if data is None else open_data_set(data, class_names(about.network), limit)
     with open_reference(about, checkpoint) as reference:
@@ -155,13 +161,17 @@ def _identity(engine: str) -> str | None:
     return read_passport(Path(target)).engine_sha256 if runtime.name in BACKENDS else None
 
 
-def _recorded(engine: str, report: ValidationReport, tolerance: float | None, identity: str) -> ValidationReport:
+def _recorded(
+    engine: str, report: ValidationReport, tolerance: float | None, gates: Mapping[str, float] | None, identity: str
+) -> ValidationReport:
     """An engine's passport carries the last verdict, with what it was held to."""
     _, target = parse_engine(engine)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     checks = sum(check.passed is not None for check in report.checks)
-    batches = tuple(sorted({check.batch for check in report.checks if check.batch is not None}))
-    verdict = Verdict(report.passed, report.verdict, date, checks, batches, tolerance)
+    batches = tuple(
+        sorted({check.batch for check in report.checks if check.batch is not None and check.passed is not None})
+    )
+    verdict = Verdict(report.passed, report.verdict, date, checks, batches, tolerance, dict(gates) if gates else None)
     try:
         record_verdict(Path(target), verdict, identity)
     except (OutputError, PassportError) as error:

@@ -21,6 +21,8 @@ __all__ = ["Accuracy", "Flip", "Share", "Side", "compare_on_data"]
 BATCH = 8  # where the engine takes any; the reference always gets this
 CHUNK = 128  # images that one side is through with before the other starts: taking turns, their threads would collide
 
+NEVER = np.iinfo(np.int64).max  # the rank of the right class where there is no order
+
 Logits = NDArray[np.float32]
 
 
@@ -121,14 +123,10 @@ def compare_on_data(
         progress: called with the number of images done, and of all.
 
     Raises:
-        DatDeployError: if no image can be read, or the engine is a backbone.
+        DatDeployError: if no image can be read.
         ImageError: see `strict`.
         VerificationError: if the reference itself gives NaN or infinity.
     """
-    if "logits" not in about.outputs:
-        raise DatDeployError(
-            f"{about.name} is a backbone and classifies nothing; leave --data out, or validate an engine with logits."
-        )
     start = time.perf_counter()
     seconds = {"engine": 0.0, "reference": 0.0, "decode": 0.0}
     unreadable: list[tuple[Path, str]] = []
@@ -228,7 +226,7 @@ def _compared(
     only_engine = only_reference = 0
     if data.labels is not None:
         labels = np.array(data.labels)[used]
-        ranks, reference_ranks = np.where(finite, _rank(engine, labels), len(names)), _rank(reference, labels)
+        ranks, reference_ranks = np.where(finite, _rank(engine, labels), NEVER), _rank(reference, labels)
         of_both = (
             Side(Share.of(ranks < 1), Share.of(ranks < 5)),
             Side(Share.of(reference_ranks < 1), Share.of(reference_ranks < 5)),
@@ -246,7 +244,7 @@ def _compared(
         only_reference=only_reference,
         mcnemar_p=None if data.labels is None else mcnemar_p(only_engine, only_reference),
         agreement=Share.of(of_engine == first),
-        flips=tuple(sorted(flips, key=lambda flip: -flip.reference_margin)),
+        flips=tuple(sorted(flips, key=_surest_first)),
         largest_error=float(errors.max()) if finite.all() else float("nan"),
         mean_error=float(errors.mean()) if errors.size else float("nan"),
         p999_error=p999,
@@ -255,6 +253,10 @@ def _compared(
         unreadable=tuple(unreadable),
         seconds={},
     )
+
+
+def _surest_first(flip: Flip) -> float:
+    return -math.inf if math.isnan(flip.reference_margin) else -flip.reference_margin
 
 
 def _finite(logits: Logits) -> NDArray[np.bool_]:
@@ -272,4 +274,5 @@ def _rank(logits: Logits, labels: NDArray[np.int64]) -> NDArray[np.int64]:
 def _cosines(first: Logits, second: Logits) -> NDArray[np.float64]:
     a, b = first.astype(np.float64), second.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.where(lengths > 0, (a * b).sum(axis=1) / np.where(lengths > 0, lengths, 1), 1.0)
+    both_zero = ~a.any(axis=1) & ~b.any(axis=1)
+    return np.where(lengths > 0, (a * b).sum(axis=1) / np.where(lengths > 0, lengths, 1), both_zero.astype(np.float64))

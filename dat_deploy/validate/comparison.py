@@ -1,6 +1,7 @@
 """The two sides of a validation at one image size, and what the engine is held to there."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,7 +109,13 @@ class Comparison:
                 outputs = self.rounded(image[None].to(self.rounded_input))
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 for (name, exact), rounded in zip(expected.items(), outputs, strict=True):
-                    worst[name] = max(worst[name], float(np.abs(rounded[0].float().numpy() - exact[i]).max()))
+                    error = float(np.abs(rounded[0].float().numpy() - exact[i]).max())
+                    if not math.isfinite(error):
+                        raise DatDeployError(
+                            f"eager PyTorch in {precision} overflows at {name}, so its error is no measure. "
+                            f"Say what is allowed: --tolerance {FP32_TOLERANCE:g}"
+                        )
+                    worst[name] = max(worst[name], error)
         return {name: 2 * error for name, error in worst.items()}
 
     @cached_property
@@ -126,7 +133,7 @@ class Comparison:
     @cached_property
     def drift_images(self) -> Images:
         """Those on which the two sides' sampling locations are compared."""
-        count = self.about.batch or max(4, self.about.least_batch)
+        count = self.about.batch or next((p.best for p in self.about.profiles), 4)
         return self.photos[np.arange(count) % len(self.photos)]
 
     @cached_property
@@ -186,9 +193,8 @@ def open_reference(about: EngineDescription, checkpoint: Path | None) -> Pytorch
 def precision_of(about: EngineDescription) -> str:
     """In which the answer was rounded: a runtime may compute in float32 with the weights of a file in float16."""
     _, target = parse_engine(about.name)
-    if about.precision == "fp32" and target.endswith(".onnx"):
-        return read_metadata(Path(target)).precision
-    return about.precision
+    of_file = read_metadata(Path(target)).precision if target.endswith(".onnx") else about.precision
+    return of_file if about.precision == "fp32" or of_file == "int8" else about.precision
 
 
 def rounds_everything(about: EngineDescription) -> bool:

@@ -59,14 +59,18 @@ def open_data_set(folder: Path, class_names: Sequence[str], limit: int | None = 
 
 def _classes(folder: Path, folders: Sequence[str], class_names: Sequence[str]) -> tuple[dict[str, int], str]:
     """Folder -> index of its class, and by what."""
-    known = {_plain(name): index for index, name in enumerate(class_names)}
-    by_name = {name: known[_plain(name)] for name in folders if _plain(name) in known}
+    exact = {name: index for index, name in enumerate(class_names)}
+    plain = [_plain(name) for name in class_names]
+    known = {name: index for index, name in enumerate(plain) if plain.count(name) == 1} | exact
+    by_name = {name: known.get(name, known.get(_plain(name), -1)) for name in folders}
+    by_name = {name: index for name, index in by_name.items() if index >= 0}
     if len(by_name) == len(folders):
         return by_name, "labelled by the names of classes"
     by_index = {name: int(name) for name in folders if name.isdecimal() and int(name) < len(class_names)}
     if len(by_index) == len(folders):
         return by_index, "labelled by the indices of classes"
-    if len(folders) == len(class_names) and not by_name:
+    numbered = any(name.isdecimal() for name in folders)  # from 1, say: alphabetical order would be wrong
+    if len(folders) == len(class_names) and not by_name and not numbered:
         return {name: index for index, name in enumerate(folders)}, "labelled by the folders' alphabetical order"
     strange = next(name for name in folders if name not in by_name and name not in by_index)
     raise DatDeployError(

@@ -37,6 +37,13 @@ class BlockDrift:
     largest: float
     allowed: float
 
+    @property
+    def share(self) -> float:
+        """The largest as a share of what is allowed; infinite where it is NaN."""
+        if self.largest == 0:
+            return 0.0
+        return self.largest / self.allowed if self.allowed and not math.isnan(self.largest) else math.inf
+
 
 def network_locations(model: DAT, images: Images, dtype: torch.dtype = torch.float32) -> dict[str, Locations]:
     """What the blocks of a network in PyTorch sample, by their names."""

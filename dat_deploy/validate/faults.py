@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from dat_deploy.errors import DatDeployError, VerificationError
 from dat_deploy.export import export
 from dat_deploy.export.lowering import OperatorRecord, operator_records
-from dat_deploy.metadata import FileMetadata
+from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.model import reference_points
 from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
 from dat_deploy.runners.base import Graph, Images
@@ -75,15 +75,21 @@ class SelfTest:
             raise VerificationError(self.verdict)
 
 
-def self_test(engine: str | None = None, *, progress: Callable[[str], None] = lambda _: None) -> SelfTest:
+def self_test(
+    engine: str | None = None,
+    *,
+    checkpoint: Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> SelfTest:
     """Put each of FAULTS into an exported file and validate it.
 
     Args:
-        engine: `[RUNTIME:]FILE.onnx` whose weights need no checkpoint; by default `demo`, exported for this.
+        engine: `[RUNTIME:]FILE.onnx` in fp32; by default `demo`, exported for this.
+        checkpoint: what it was exported from; without one, see `load_weights`.
         progress: called with the name of each fault.
 
     Raises:
-        DatDeployError: if the engine is no ONNX file.
+        DatDeployError: if the engine is no ONNX file, or one in which some faults could not show.
         VerificationError: if it fails without a fault.
     """
     with tempfile.TemporaryDirectory(prefix="dat-deploy-") as folder:
@@ -97,13 +103,18 @@ def self_test(engine: str | None = None, *, progress: Callable[[str], None] = la
         progress("no fault")
         with open_runner(engine) as runner:
             about = runner.description
-            sound = compare(runner, batches=BATCHES)
+            if about.batch == 1 or "logits" not in about.outputs or read_metadata(Path(target)).precision != "fp32":
+                raise DatDeployError(
+                    f"the self-test takes an fp32 file that classifies batches, and {engine} is none; export it with "
+                    f"--batch dynamic and --precision fp32, without --features."
+                )
+            sound = compare(runner, checkpoint=checkpoint, batches=BATCHES)
         if not sound.passed:
             raise VerificationError(f"the self-test needs an engine that is right. {sound.verdict}")
         found = []
         for fault in FAULTS:
             progress(fault.name)
-            report = faulty_report(fault, runtime.name, Path(target), Path(folder))
+            report = faulty_report(fault, runtime.name, Path(target), Path(folder), checkpoint=checkpoint)
             failed = [check for check in report.checks if check.passed is False]
             kinds = tuple(dict.fromkeys(check.kind for check in failed))
             found.append(Tried(fault.name, fault.story, kinds, failed[0].name if failed else ""))
@@ -111,7 +122,13 @@ def self_test(engine: str | None = None, *, progress: Callable[[str], None] = la
 
 
 def faulty_report(
-    fault: Fault, runtime: str, source: Path, folder: Path, *, skip: Sequence[str] = ()
+    fault: Fault,
+    runtime: str,
+    source: Path,
+    folder: Path,
+    *,
+    checkpoint: Path | None = None,
+    skip: Sequence[str] = (),
 ) -> ValidationReport:
     """What validate says of a file with the fault, less the kinds of checks in `skip`."""
     path = source
@@ -122,7 +139,7 @@ def faulty_report(
         ir.save(model, path)
     with open_runner(f"{runtime}:{path}") as runner:
         tested = runner if fault.misbehave is None else _Misbehaving(runner, fault.misbehave)
-        return compare(tested, batches=BATCHES, skip=skip)
+        return compare(tested, checkpoint=checkpoint, batches=BATCHES, skip=skip)
 
 
 class _Misbehaving(Runner):

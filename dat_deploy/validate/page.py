@@ -3,29 +3,29 @@
 import base64
 import io
 import math
+from dataclasses import replace
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
 import numpy as np
+from numpy.typing import NDArray
 
-from dat_deploy.benchmark.plotting import check_plot
+from dat_deploy.benchmark.plotting import check_matplotlib
 from dat_deploy.files import atomic_output
 from dat_deploy.model import reference_points
+from dat_deploy.preprocess import Preprocessing
+from dat_deploy.validate.plotting import figure_from_drift, figure_from_errors, figure_from_flips, svg_from_figure
 from dat_deploy.validate.report import Check, ValidationReport
+from dat_deploy.variants import Variant
 from dat_deploy.visualize import pixels_from_locations
 from dat_deploy.visualize.plotting import BlockPoints, figure_from_points
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["html_from_report", "write_page"]
 
 PICTURES = 2  # photographs that the points are drawn on
 FLIPS = 200  # listed at most
-INK, FAINT, GOOD, BAD = "#1f2933", "#9aa5b1", "#0072b2", "#d55e00"
 
 
 def write_page(report: ValidationReport, path: Path, *, force: bool = False) -> None:
@@ -35,7 +35,7 @@ def write_page(report: ValidationReport, path: Path, *, force: bool = False) -> 
         UnsupportedError: if matplotlib is not installed.
         OutputError: as `atomic_output`.
     """
-    check_plot(path.with_suffix(".png"))
+    check_matplotlib()
     html = html_from_report(report)
     with atomic_output(path, force=force) as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -70,101 +70,22 @@ def _plots(report: ValidationReport) -> list[tuple[str, str, str]]:
     """(title, what it says in words, SVG) of each plot that there is something for."""
     plots = []
     if report.trace is not None and report.trace.errors:
-        worst = max(report.trace.errors, key=lambda row: row.error)
+        worst = max(report.trace.errors, key=lambda row: math.inf if math.isnan(row.error) else row.error)
         words = f"Largest error behind each block as a share of its largest value; most at {worst.block}."
-        plots.append(("Error by block", words, _svg(_plot_errors(report))))
+        plots.append(("Error by block", words, svg_from_figure(figure_from_errors(report.trace.errors))))
     if report.accuracy is not None and report.accuracy.flips:
         words = f"{len(report.accuracy.flips)} images flip: by how many logits each side prefers its own answer."
-        plots.append(("Margins of flips", words, _svg(_plot_margins(report))))
+        plots.append(("Margins of flips", words, svg_from_figure(figure_from_flips(report.accuracy.flips))))
     if report.drift:
-        worst_drift = max(report.drift, key=lambda row: row.largest / row.allowed)
+        nearest = max(report.drift, key=lambda row: row.share)
         words = (
             f"Distance between the two sides' sampling locations in pixels of the feature map; nearest to what is "
-            f"allowed at {worst_drift.block}."
+            f"allowed at {nearest.block}."
         )
-        plots.append(("Drift by block", words, _svg(_plot_drift(report))))
+        if any(math.isnan(row.largest) for row in report.drift):
+            words += " Blocks whose locations are NaN have no marks."
+        plots.append(("Drift by block", words, svg_from_figure(figure_from_drift(report.drift))))
     return plots
-
-
-def _new_figure(rows: int, height: float = 0.3) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(8.6, max(2.2, height * rows + 1.1)), layout="constrained", facecolor="none")
-
-
-def _plot_errors(report: ValidationReport) -> "Figure":
-    assert report.trace is not None
-    rows = report.trace.errors
-    figure = _new_figure(len(rows), 0.2)
-    axes = figure.add_subplot()
-    places = np.arange(len(rows))
-    axes.plot([row.error for row in rows], places, "o-", color=BAD, markersize=4, label="engine")
-    if rows[0].rounded is not None:
-        own = [math.nan if row.rounded is None else row.rounded for row in rows]
-        axes.plot(own, places, "o-", color=FAINT, markersize=4, label="eager PyTorch in this precision")
-        axes.legend(frameon=False, fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlabel("largest error / largest value", fontsize=8)
-    axes.set_yticks(places, [row.block for row in rows], fontsize=7)
-    axes.invert_yaxis()
-    _plain_axes(axes)
-    return figure
-
-
-def _plot_margins(report: ValidationReport) -> "Figure":
-    assert report.accuracy is not None
-    figure = _new_figure(8)
-    axes = figure.add_subplot()
-    axes.scatter(
-        [flip.reference_margin for flip in report.accuracy.flips],
-        [flip.engine_margin for flip in report.accuracy.flips],
-        s=18, color=BAD, alpha=0.6, linewidths=0,
-    )  # fmt: skip
-    axes.set_xlabel("PyTorch prefers its answer by, logits", fontsize=8)
-    axes.set_ylabel("the engine prefers its own by, logits", fontsize=8)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    _plain_axes(axes)
-    return figure
-
-
-def _plot_drift(report: ValidationReport) -> "Figure":
-    figure = _new_figure(len(report.drift))
-    axes = figure.add_subplot()
-    places = np.arange(len(report.drift))
-    least = 1e-9  # what is equal has no place on an axis of powers
-    for name, colour, mark in (("median", FAINT, "|"), ("p99", GOOD, "o"), ("largest", BAD, "D")):
-        axes.scatter(
-            [max(least, getattr(row, name)) for row in report.drift],
-            places,
-            s=30,
-            color=colour,
-            marker=mark,
-            label=name,
-        )
-    allowed = [row.allowed for row in report.drift]
-    axes.scatter(allowed, places, s=60, color=INK, marker="|", label="allowed")
-    axes.set_xscale("log")
-    axes.set_xlabel("pixels of the feature map", fontsize=8)
-    axes.set_yticks(places, [row.block for row in report.drift], fontsize=7)
-    axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
-    _plain_axes(axes)
-    return figure
-
-
-def _plain_axes(axes: object) -> None:
-    axes.spines[["top", "right"]].set_visible(False)  # type: ignore[attr-defined]  # matplotlib is optional
-    axes.tick_params(labelsize=7, colors=INK)  # type: ignore[attr-defined]
-    axes.grid(axis="x", color="#e4e7eb", linewidth=0.6)  # type: ignore[attr-defined]
-    axes.set_axisbelow(True)  # type: ignore[attr-defined]
-
-
-def _svg(figure: "Figure") -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
 
 
 def _pictures(report: ValidationReport) -> list[str]:
@@ -172,13 +93,13 @@ def _pictures(report: ValidationReport) -> list[str]:
     trace = report.trace
     if trace is None or trace.engine_locations is None or not trace.locations:
         return []
-    network = report.engine.network
     pictures = []
+    about = replace(report.engine, network=trace.network, preprocessing=Preprocessing.from_variant(trace.network))
     for index, image in enumerate(trace.images[:PICTURES]):
-        photograph = image.transpose(1, 2, 0) * report.engine.preprocessing.std + report.engine.preprocessing.mean
+        photograph = image.transpose(1, 2, 0) * about.preprocessing.std + about.preprocessing.mean
         points = [
             [
-                _block_points(block, locations[block][index].astype(np.float64), report)
+                _block_points(block, locations[block][index].astype(np.float64), trace.network)
                 for block in trace.locations
                 if np.isfinite(locations[block][index]).all()
             ]
@@ -186,19 +107,15 @@ def _pictures(report: ValidationReport) -> list[str]:
         ]
         if len(points[0]) != len(points[1]):  # NaN has no place in a picture
             return []
-        about = (report.reference, report.engine)
-        figure = figure_from_points(photograph.clip(0, 1), f"photograph {index + 1}", about, points)
+        sides = (replace(report.reference, network=trace.network), about)
+        figure = figure_from_points(photograph.clip(0, 1), f"photograph {index + 1}", sides, points)
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=90)
         pictures.append(base64.b64encode(data.getvalue()).decode())
-    assert network is not None
     return pictures
 
 
-def _block_points(
-    block: str, locations: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", report: ValidationReport
-) -> BlockPoints:
-    network = report.engine.network
+def _block_points(block: str, locations: NDArray[np.float64], network: Variant) -> BlockPoints:
     _, stage, _, index = block.split(".")
     groups, height, width, _ = locations.shape
     unmoved = reference_points(height, width, half_pixel=network.half_pixel_queries).double().numpy()

@@ -10,6 +10,7 @@ from dat_deploy.export.subgraph import model_up_to
 from dat_deploy.validate.comparison import Comparison, precision_of
 from dat_deploy.validate.drift import Locations
 from dat_deploy.validate.hooks import captured
+from dat_deploy.variants import Variant
 
 __all__ = ["BlockError", "Trace", "trace_blocks"]
 
@@ -34,11 +35,13 @@ class Trace:
     """What a page shows of the first photographs.
 
     Attributes:
+        network: at the image size of the photographs.
         images: [B, 3, H, W], normalised.
         locations, engine_locations: by block, [B, G, Hk, Wk, 2]; the engine's is None if it does not tell.
         errors: in the order of the network; none if the engine cannot be cut.
     """
 
+    network: Variant
     images: NDArray[np.float32]
     locations: dict[str, Locations]
     engine_locations: dict[str, Locations] | None
@@ -47,7 +50,9 @@ class Trace:
 
 def trace_blocks(comparison: Comparison) -> Trace:
     """Run the engine up to each block in turn; one tensor at a time, as `bisect` does."""
-    return Trace(comparison.drift_images, comparison.locations, comparison.engine_locations, tuple(_errors(comparison)))
+    network = comparison.about.network
+    errors = tuple(_errors(comparison))
+    return Trace(network, comparison.drift_images, comparison.locations, comparison.engine_locations, errors)
 
 
 def _errors(comparison: Comparison) -> list[BlockError]:
