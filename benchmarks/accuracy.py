@@ -21,10 +21,10 @@ from dat_deploy.benchmark.environment import commit, hardware, versions
 from dat_deploy.errors import DatDeployError, UnsupportedError
 from dat_deploy.export import export, relower
 from dat_deploy.export.quantize import quantize
-from dat_deploy.labels import class_names
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.validate.accuracy import Accuracy, compare_on_data
 from dat_deploy.validate.data_set import DataSet, open_data_set
+from dat_deploy.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data" / "fashion-mnist"
@@ -154,9 +154,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     try:
-        with open_runner("pytorch:demo") as runner:
-            names = class_names(runner.description.network)
-        data = open_data_set(arguments.data / "test", names, arguments.limit)
+        data = open_data_set(arguments.data / "test", VARIANTS["demo"].class_names, arguments.limit)
         rows = measure(data, arguments.data / "calibration", progress=lambda text: print(text, file=sys.stderr))
     except DatDeployError as error:
         sys.exit(f"error: {error}")

@@ -443,7 +443,7 @@ def validate(
 
         check_matplotlib()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("opening", total=None)
         report = library.validate(
             engine,

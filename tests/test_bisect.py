@@ -516,10 +516,9 @@ def test_reference_that_is_no_measure_is_an_error(find, value, precision, files,
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
     monkeypatch.setattr("sys.argv", ["dat-deploy", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
+    code = cli._run()  # main, less its signal handlers
     captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
+    return int(code or 0), captured.out, captured.err
 
 
 def test_command_prints_the_runs_then_the_finding_then_what_is_next(

@@ -85,7 +85,7 @@ def test_fault_in_the_file_is_caught(lowering, change, tiny_onnx, tmp_path):
     with pytest.raises(VerificationError) as error:
         report.raise_if_failed()
     assert str(error.value) == report.verdict
-    sentence = f"differs from pytorch:tiny: {len(failed(report))} of 9 checks failed, first 'photographs' at batch 1"
+    sentence = f"differs from pytorch:tiny: {len(failed(report))} of 14 checks failed, first 'photographs' at batch 1"
     assert sentence in str(error.value)
     assert json.loads(report.to_json())["passed"] is False
 
@@ -127,10 +127,11 @@ class _RightAtOneSize(_MixesSlots):
 def test_dynamic_file_that_is_right_at_one_size_alone_is_caught(pp_tiny_onnx, monkeypatch):
     monkeypatch.setattr(library, "open_runner", lambda *a, **k: _RightAtOneSize(open_runner(*a, **k)))
     engine = str(pp_tiny_onnx["function"])
-    report = validate(engine, images=photographs(2), batches=[1])
+    report = validate(engine, images=photographs(2), batches=[1], skip=["coordinates", "drift"])
     assert failed(report)
     assert all(name.endswith(", 256x320") for name in failed(report))
-    assert validate(engine, images=photographs(2), batches=[1], image_sizes=[(224, 224)]).passed
+    only = validate(engine, images=photographs(2), batches=[1], image_sizes=[(224, 224)], skip=["coordinates", "drift"])
+    assert only.passed
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -170,7 +171,10 @@ def test_each_output_has_its_own_tolerance(runtime, mini_pp, tmp_path, monkeypat
 def test_each_operator_is_tried_once_where_the_points_are_outputs(mini_pp, tmp_path):
     export(mini_pp, tmp_path / "points.onnx", sampling_locations=True)
     report = validate(str(tmp_path / "points.onnx"), images=photographs(2), batches=[1])
-    assert report.checks[-1].detail.startswith("6 operators, ")
+    rows = [check for check in report.checks if check.kind == "coordinates"]
+    assert all(check.detail.startswith("6 operators, ") for check in rows)
+    assert report.passed
+    assert len(report.drift) == 3  # of the outputs, not of a file that was cut
 
 
 def test_file_that_lost_its_list_of_operators_says_that_coordinates_were_not_checked(tiny_onnx, tmp_path):
@@ -179,9 +183,10 @@ def test_file_that_lost_its_list_of_operators_says_that_coordinates_were_not_che
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     onnx.save(model, tmp_path / "bare.onnx")
-    check = validate(str(tmp_path / "bare.onnx"), images=photographs(2), batches=[1]).checks[-1]
-    assert (check.name, check.passed) == ("coordinates", None)
-    assert check.detail == "the file's metadata no longer lists its operators"
+    report = validate(str(tmp_path / "bare.onnx"), images=photographs(2), batches=[1])
+    checks = {check.kind: check for check in report.checks}
+    assert (checks["coordinates"].passed, checks["drift"].passed) == (None, None)
+    assert checks["coordinates"].detail == "the file's metadata no longer lists its operators"
 
 
 def test_tolerance_can_be_set(tiny_onnx):
@@ -201,11 +206,14 @@ def test_bfloat16_passes_its_own_tolerance_and_not_that_of_float32(tiny_onnx):
 def test_pytorch_itself_has_no_operators_to_cut_out(tiny_onnx):
     report = validate("pytorch:tiny", images=photographs(2), batches=[1])
     assert report.passed
-    assert [(c.name, c.passed, c.detail) for c in report.checks][-1] == (
-        "coordinates",
-        None,
-        "only an ONNX file can be cut into operators",
-    )
+    assert [(c.name, c.passed, c.detail) for c in report.checks][-2:] == [
+        ("coordinates", None, "only an ONNX file can be cut into operators"),
+        (
+            "drift of sampling locations",
+            None,
+            "the engine does not give its locations; build it from export --sampling-locations",
+        ),
+    ]
 
 
 def test_other_weights_are_an_error_not_a_failed_check(tiny_onnx, golden_checkpoint):
@@ -215,6 +223,32 @@ def test_other_weights_are_an_error_not_a_failed_check(tiny_onnx, golden_checkpo
     assert "holds the weights of seeded random weights (seed 0)" in str(error.value)
     assert "the PyTorch side those of dat_tiny_in1k_224.pth" in str(error.value)
     assert str(error.value).endswith("Pass the same --checkpoint that it was exported with.")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_a_tolerance_that_nothing_can_meet_is_refused(value, demo_onnx):
+    with pytest.raises(DatDeployError) as error:
+        validate(str(demo_onnx), tolerance=value)
+    assert str(error.value) == f"tolerance got {value}; it takes a number above 0, such as 1e-4."
+
+
+def test_an_unknown_check_cannot_be_skipped(demo_onnx):
+    with pytest.raises(DatDeployError) as error:
+        validate(str(demo_onnx), skip=["slot"])
+    assert str(error.value) == (
+        "there is no check 'slot' to skip; checks are preprocessing, photographs, stress, slots, repeats, precision, "
+        "coordinates, drift, data."
+    )
+
+
+def test_a_backbone_takes_no_data(tmp_path):
+    path = tmp_path / "backbone.onnx"
+    export("demo", path, features=(3,))
+    with pytest.raises(DatDeployError) as error:
+        validate(str(path), data=tmp_path)
+    assert str(error.value) == (
+        f"{path} is a backbone and classifies nothing; leave --data out, or validate an engine with logits."
+    )
 
 
 def test_impossible_batches_are_refused(tiny_onnx):

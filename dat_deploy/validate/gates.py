@@ -21,8 +21,8 @@ class Gates:
         batch_spread: difference between the answers to one image in any slot of any batch; None for the tolerance
             of the outputs.
         repeats: difference between the answers of repeated runs; 0 asks for the same bits.
-        drift_px: pixels of its feature map by which a sampling location may differ; None for twice what rounding
-            moves it in eager PyTorch, see `drift.py`.
+        drift_px: pixels of its feature map by which a sampling location may differ; None for four times what
+            rounding moves it in eager PyTorch at most.
     """
 
     top1_drop: float

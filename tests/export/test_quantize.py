@@ -340,14 +340,9 @@ def test_images_that_cannot_be_read_are_left_out_and_named(files, pictures, repo
     assert result.metadata.calibration.images == 3
 
 
-def test_a_file_without_calibration_in_its_metadata_is_read(files, tmp_path):
-    model = onnx.load(files["function"])
-    kept = [entry for entry in model.metadata_props if entry.key != "dat_deploy.calibration"]
-    assert len(kept) == len(model.metadata_props) - 1
-    del model.metadata_props[:]
-    model.metadata_props.extend(kept)
-    onnx.save(model, tmp_path / "old.onnx")
-    assert read_metadata(tmp_path / "old.onnx") == read_metadata(files["function"])
+def test_a_file_without_calibration_in_its_metadata_is_read(files):
+    assert "dat_deploy.calibration" not in {entry.key for entry in onnx.load(files["function"]).metadata_props}
+    assert read_metadata(files["function"]).calibration is None
 
 
 # --- other files, and what comes after ---
@@ -394,18 +389,41 @@ def test_backbone_of_dynamic_size_is_quantized_at_the_size_of_its_preprocessing(
         assert np.abs(got[name] - values).mean() <= ALLOWED * values.std()  # noise, on scales of pictures
 
 
-def test_validate_asks_for_a_tolerance_and_takes_one(report, files):
-    engine = str(report.path)
-    with pytest.raises(DatDeployError) as error:
-        api.validate(engine, images=photographs(1), batches=[1])
-    assert str(error.value) == (
-        f"{engine} is int8, and how far its answers may be from PyTorch's follows from no precision of PyTorch's. "
-        f"Give --tolerance, such as --tolerance 0.5 for logits, and measure its accuracy."
-    )
-    report = api.validate(engine, images=photographs(1), batches=[1], tolerance=0.5)
-    assert report.passed, report.verdict
-    coordinates = [check for check in report.checks if check.name.startswith("coordinates")]
+def test_validate_passes_an_int8_file_and_says_that_its_accuracy_needs_data(report):
+    found = api.validate(str(report.path), images=photographs(2), batches=[1, 2])
+    assert found.passed, found.verdict
+    coordinates = [check for check in found.checks if check.kind == "coordinates"]
     assert {check.tolerance for check in coordinates} == {1e-4}  # the operators are as exact as in fp32
+    assert [(check.passed, check.detail) for check in found.checks if check.kind == "data"] == [
+        (None, "what eight bits cost shows on images alone: give --data")
+    ]
+
+
+def test_a_layer_that_was_left_out_fails_validation(report, tmp_path):
+    model = onnx.load(report.path)
+    node = next(node for node in model.graph.node if node.name == report.layers[-1])
+    (maker,) = (other for other in model.graph.node if node.input[1] in other.output)
+    weight = onnx.numpy_helper.from_array(
+        np.ones([d.dim_value for d in _shape(model, node.input[1])], np.float32), "left_out"
+    )
+    assert maker.op_type == "DequantizeLinear"
+    model.graph.initializer.append(weight)
+    node.input[1] = "left_out"
+    onnx.save(model, tmp_path / "less.onnx")
+    found = api.validate(
+        str(tmp_path / "less.onnx"),
+        images=photographs(1),
+        batches=[1],
+        skip=["photographs", "stress", "slots", "drift"],
+    )
+    assert [check.detail for check in found.checks if check.passed is False] == [
+        f"asked int8, but {node.name} is not quantized"
+    ]
+
+
+def _shape(model: onnx.ModelProto, name: str):
+    inferred = onnx.shape_inference.infer_shapes(model)
+    return next(value for value in inferred.graph.value_info if value.name == name).type.tensor_type.shape.dim
 
 
 # --- refusals ---
