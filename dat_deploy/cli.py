@@ -250,7 +250,7 @@ def quantize(
     )
     _notes(report.notes)
     _write_json(asdict(report), json_file, force=force)
-    _next("bench", "--engine", source, "--engine", report.path)
+    _next("validate", "--engine", report.path, "--data", data)
 
 
 @app.command()
