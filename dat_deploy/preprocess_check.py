@@ -126,12 +126,22 @@ class PreprocessingReport:
 
     @property
     def passed(self) -> bool:
-        return self.golden_passed and all(each.passed for each in self.comparisons)
+        trained = Preprocessing.from_variant(self.engine.network)
+        return (
+            self.golden_passed
+            and self.engine.preprocessing == trained
+            and all(each.passed for each in self.comparisons)
+        )
 
     @property
     def verdict(self) -> str:
         """The outcome in one sentence."""
         name = self.engine.name
+        if self.engine.preprocessing != Preprocessing.from_variant(self.engine.network):
+            return (
+                f"{name} says another preprocessing than its network was trained with: {self.engine.preprocessing}. "
+                f"Export it again."
+            )
         if not self.golden_passed:
             return (
                 f"this installation preprocesses otherwise than the one that exported {name}: the golden picture gives "

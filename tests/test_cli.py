@@ -1169,7 +1169,15 @@ def test_the_demo_runs_and_leaves_its_files(tmp_path: Path) -> None:
     command = [sys.executable, "-c", ENTRY_POINT, "demo"]
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)  # noqa: S603  # our own code
     assert (done.returncode, done.stderr) == (0, "")
-    assert names(tmp_path / "demo") == ["bench.json", "bench.png", "chelsea.png", "tiny.onnx", "validation.json"]
+    assert names(tmp_path / "demo") == [
+        "ankle_boot.png",
+        "bench.json",
+        "bench.png",
+        "demo.onnx",
+        "report.html",
+        "tiny.onnx",
+        "validation.json",
+    ]
     assert json.loads((tmp_path / "demo" / "validation.json").read_text())["passed"] is True
     steps = [shlex.split(line)[2] for line in done.stdout.splitlines() if line.startswith("$ ")]
-    assert steps == ["export", "validate", "bench", "classify"]
+    assert steps == ["export", "validate", "bench", "export", "validate", "classify"]

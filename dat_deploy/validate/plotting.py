@@ -89,7 +89,7 @@ def figure_from_drift(rows: Sequence[BlockDrift]) -> "Figure":
 
 def _plain_axes(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=7, colors=INK)
+    axes.tick_params(which="both", labelsize=7, colors=INK)
     axes.grid(axis="x", color="#e4e7eb", linewidth=0.6)
     axes.set_axisbelow(True)
 
