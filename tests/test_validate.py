@@ -251,6 +251,26 @@ def test_a_backbone_takes_no_data(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("outputs", "given"), [(["scores"], "scores"), (["logits", "features"], "logits, features")], ids=["other", "more"]
+)
+def test_an_engine_with_other_outputs_is_refused(outputs, given, demo_onnx, tmp_path):
+    model = onnx.load(demo_onnx)
+    shape = ["batch", 10]
+    for name in outputs:
+        if name != "logits":
+            model.graph.node.append(onnx.helper.make_node("Identity", ["logits"], [name]))
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, shape) for name in outputs)
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(DatDeployError) as error:
+        validate(str(tmp_path / "other.onnx"))
+    assert str(error.value) == (
+        f"{tmp_path}/other.onnx gives {given} where its network gives logits, so they cannot be compared. "
+        f"Export it again, and leave its outputs as they are."
+    )
+
+
 def test_impossible_batches_are_refused(tiny_onnx):
     with pytest.raises(DatDeployError, match="give numbers from 1"):
         validate(str(tiny_onnx["function"]), batches=[0, 1])

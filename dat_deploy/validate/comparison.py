@@ -175,7 +175,8 @@ def open_reference(about: EngineDescription, checkpoint: Path | None) -> Pytorch
     """Eager PyTorch with the network and the weights of an engine.
 
     Raises:
-        DatDeployError: if the checkpoint, or what stands in for none, holds other weights.
+        DatDeployError: if the checkpoint, or what stands in for none, holds other weights, or the engine has other
+            outputs.
     """
     with_points = any(name.startswith("sampling_locations") for name in about.outputs)
     name = f"pytorch:{about.variant}"
@@ -186,6 +187,11 @@ def open_reference(about: EngineDescription, checkpoint: Path | None) -> Pytorch
             f"{about.name} holds the weights of {about.weights_source} (sha256 {about.weights_sha256[:12]}), the "
             f"PyTorch side those of {held.weights_source} ({held.weights_sha256[:12]}). "
             f"Pass the same --checkpoint that it was exported with."
+        )
+    if set(about.outputs) != set(held.outputs):
+        raise DatDeployError(
+            f"{about.name} gives {', '.join(about.outputs)} where its network gives {', '.join(held.outputs)}, so they "
+            f"cannot be compared. Export it again, and leave its outputs as they are."
         )
     return reference
 
