@@ -89,7 +89,7 @@ def check_precision(comparison: Comparison) -> Iterator[Check]:
             )
         detail = f"asked {metadata.precision}, but {wrong[0]}" if wrong else f"asked {metadata.precision}"
         if not wrong:
-            detail += f"; {precision_census(model)}".removesuffix(" casts")
+            detail += f"; {precision_census(model)}".replace("precision: ", "")
         yield Check("precision", "precision of the file", None, float(len(wrong)), 0.0, detail, "nodes")
     elif target.endswith(".engine"):
         passport = read_passport(Path(target))
