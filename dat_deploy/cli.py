@@ -483,7 +483,7 @@ def validate(
         write_page(report, html, force=force)
         out.print(f"page: {html}")
     _notes(report.notes)
-    if not report.passed and engine.endswith(".onnx"):
+    if report.differs and engine.endswith(".onnx"):
         tolerated = ("--tolerance", "0.1") if report.engine.precision == "int8" else ()
         _next("bisect", "--engine", engine, *_option("--checkpoint", checkpoint), *tolerated)
     report.raise_if_failed()

@@ -46,7 +46,7 @@ def test_a_flat_folder_has_no_labels_and_hidden_and_other_files_do_not_count(tmp
     (tmp_path / "readme.txt").write_text("no image")
     data = open_data_set(tmp_path, NAMES)
     assert [path.name for path in data.images] == ["a.JPG", "b.png"]
-    assert (data.labels, data.note) == (None, "")
+    assert (data.labels, data.note) == (None, "no class folders, so agreement is compared and accuracy is not")
 
 
 def test_a_limit_takes_images_evenly_from_every_class(tmp_path: Path) -> None:

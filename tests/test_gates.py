@@ -55,6 +55,13 @@ def test_top1_may_fall_by_a_tenth_of_a_point_or_one_image(images: int, lost: int
     assert verdicts(found, default_gates("fp16"))["top-1 lost"] is passes
 
 
+def test_a_gate_that_was_set_holds_for_a_single_image() -> None:
+    found = accuracy(100, 89, 90, flips=1)
+    assert verdicts(found, default_gates("fp16", {"top1-drop": 0.0}))["top-1 lost"] is False
+    assert verdicts(found, default_gates("fp16", {"disagreement": 0.5}))["images that flip"] is False
+    assert verdicts(found, default_gates("fp16"))["images that flip"] is True
+
+
 def test_an_engine_that_is_better_loses_nothing() -> None:
     rows = accuracy_rows(accuracy(1000, 950, 900), default_gates("fp16"), 1e-4)
     assert next(row.error for row in rows if row.name == "top-1 lost") == 0

@@ -1,5 +1,6 @@
 """`dat-deploy validate` as it is typed: tables, files, exit codes, and one sentence for what is wrong."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def test_data_gives_accuracy_and_files_and_the_next_command(run, demo_onnx: Path
     content = json.loads(report.read_text())
     assert content["accuracy"]["images"] == 6
     assert content["passed"] is True
+    assert content["file_sha256"] == hashlib.sha256(demo_onnx.read_bytes()).hexdigest()
+    assert content["gates"]["top1_drop"] == 0.1
+    assert content["date"]
 
 
 def test_a_corrupt_image_is_named_and_fails_only_its_gate(run, demo_onnx: Path, data: Path) -> None:
@@ -56,6 +60,8 @@ def test_a_corrupt_image_is_named_and_fails_only_its_gate(run, demo_onnx: Path, 
     code, out, err = run(*words)
     assert code == 2
     assert any(line.startswith(f"left out: {data}/Bag/torn.png: ") for line in out)
+    assert err[-1].startswith(f"error: {demo_onnx} does not pass its gates against pytorch:demo: 1 of ")
+    assert not any(line.startswith("next: ") for line in out)
     assert "'unreadable images' with an error of 9.09% where 1% is allowed" in err[-1]
     assert run(*words, "--gate", "unreadable=10")[0] == 0
     code, _, err = run(*words, "--strict-data")
@@ -81,6 +87,10 @@ def test_a_corrupt_image_is_named_and_fails_only_its_gate(run, demo_onnx: Path, 
         (
             ("--engine", "pytorch:demo", "--gate", "top1-drop"),
             "--gate got 'top1-drop'; it takes NAME=NUMBER, such as top1-drop=0.5.",
+        ),
+        (
+            ("--engine", "pytorch:demo", "--gate", "disagreement=0.5"),
+            "gate 'disagreement' is about data; name a folder of images with --data.",
         ),
         (
             ("--engine", "pytorch:demo", "--data", "nowhere"),

@@ -52,7 +52,7 @@ class Block:
 def network_blocks(variant: Variant) -> list[Block]:
     """Everything from the image to the logits or feature maps, in order; a norm of a backbone follows its stage."""
     blocks = [_modules("patch_proj", ["conv", "norm", *(["act", "conv2", "norm2"] * variant.overlapping_patches)])]
-    for index in range(len(variant.stages)):
+    for index in range(max(variant.features, default=len(variant.stages) - 1) + 1):  # what is behind is left out
         if index:
             convolution = "conv" if variant.overlapping_patches else "linear"
             blocks.append(_modules(f"down_projs.{index - 1}", [convolution, "norm"]))

@@ -1,6 +1,7 @@
 """Is the engine's answer still PyTorch's? Photographs, stress inputs, batch slots, coordinates, data; one verdict."""
 
 import datetime
+import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from dat_deploy.engine.passport import Verdict, read_passport, record_verdict
 from dat_deploy.errors import DatDeployError, OutputError, PassportError, ShapeError
 from dat_deploy.labels import class_names
 from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
+from dat_deploy.system import tool_version
 from dat_deploy.validate.accuracy import Accuracy
 from dat_deploy.validate.checks import ENGINE_CHECKS, SIZE_CHECKS, check_accuracy, check_drift
 from dat_deploy.validate.comparison import FP32_TOLERANCE, Comparison, open_reference, precision_of
 from dat_deploy.validate.data_set import open_data_set
 from dat_deploy.validate.drift import BlockDrift
-from dat_deploy.validate.gates import default_gates
+from dat_deploy.validate.gates import OF_DATA, OF_LABELS, default_gates
 from dat_deploy.validate.report import Check, ValidationReport
 from dat_deploy.validate.trace import trace_blocks
 
@@ -123,6 +125,14 @@ def compare(
         raise DatDeployError(f"tolerance got {tolerance}; it takes a number above 0, such as 1e-4.")
     limits = default_gates(precision_of(about), gates)
     found = None if data is None else open_data_set(data, class_names(about.network), limit)
+    for name in limits.exact:
+        if name in OF_DATA and found is None:
+            raise DatDeployError(f"gate '{name.replace('_', '-')}' is about data; name a folder of images with --data.")
+        if name in OF_LABELS and found is not None and found.labels is None:
+            raise DatDeployError(
+                f"gate '{name.replace('_', '-')}' needs labels, and data '{data}' has none; put its images into a "
+                f"folder for each class."
+            )
     with open_reference(about, checkpoint) as reference:
         described = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]
         checks: list[Check] = []
@@ -152,7 +162,20 @@ def compare(
         traced = trace_blocks(first) if trace else None
     notes = () if found is None or not found.note else (f"data {found.folder}: {found.note}",)
     left_out = tuple(kind for kind in CHECKS if kind in skip)
-    return ValidationReport(about, reference.description, tuple(checks), accuracy, drift, left_out, notes, traced)
+    return ValidationReport(
+        engine=about,
+        reference=reference.description,
+        checks=tuple(checks),
+        accuracy=accuracy,
+        drift=drift,
+        gates=limits,
+        file_sha256=_file_sha256(about),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        version=tool_version(),
+        skipped=left_out,
+        notes=notes,
+        trace=traced,
+    )
 
 
 def _identity(engine: str) -> str | None:
@@ -177,6 +200,12 @@ def _recorded(
     except (OutputError, PassportError) as error:
         return replace(report, notes=(*report.notes, f"the verdict is not in the engine's passport: {error}"))
     return report
+
+
+def _file_sha256(about: EngineDescription) -> str | None:
+    """Of the engine's file; None of a variant in PyTorch."""
+    path = Path(parse_engine(about.name)[1])
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _default_sizes(about: EngineDescription) -> list[tuple[int, int]]:

@@ -278,8 +278,8 @@ def accuracy_rows(found: Accuracy, gates: Gates, tolerance: float) -> list[Check
 
     if found.engine is not None and found.reference is not None:
         for name, engine, reference, gate in (
-            ("top-1", found.engine.top1, found.reference.top1, gates.top1_drop),
-            ("top-5", found.engine.top5, found.reference.top5, gates.top5_drop),
+            ("top-1", found.engine.top1, found.reference.top1, "top1_drop"),
+            ("top-5", found.engine.top5, found.reference.top5, "top5_drop"),
         ):
             detail = (
                 f"{engine.percent:.2f}% ({engine.low:.2f} to {engine.high:.2f}), PyTorch {reference.percent:.2f}% "
@@ -288,24 +288,30 @@ def accuracy_rows(found: Accuracy, gates: Gates, tolerance: float) -> list[Check
             if name == "top-1":
                 detail += f", McNemar's p {found.mcnemar_p:.2g}"
             lost = 100 * max(0, reference.count - engine.count) / found.images
-            row(f"{name} lost", lost, max(gate, 100 / found.images), detail, "points")  # a single image never fails
+            row(f"{name} lost", lost, _of_images(gates, gate, found.images), detail, "points")
     agreement = found.agreement
     disagreeing = 100 * (agreement.images - agreement.count) / agreement.images
     detail = f"{agreement.images - agreement.count} of {agreement.images} flip"
     if found.flips and math.isfinite(found.flips[0].reference_margin):
         detail += f", the surest by {found.flips[0].reference_margin:.2g} logits"
-    row("images that flip", disagreeing, max(gates.disagreement, 100 / agreement.images), detail, "%")
+    row("images that flip", disagreeing, _of_images(gates, "disagreement", agreement.images), detail, "%")
     detail = f"mean {found.mean_error:.1e}, p99.9 {found.p999_error:.1e}"
     if found.not_finite:
         detail = f"NaN or infinity for {found.not_finite} images"
     row("logits on data", found.largest_error, tolerance, detail, "")
-    row("cosine on data", 1 - found.least_cosine, gates.cosine_distance, f"least {found.least_cosine:.6f}", "")
+    row("cosine on data", 1 - found.least_cosine, gates.cosine_distance, f"least {found.least_cosine:.8f}", "")
     if found.unreadable:
         total = found.images + len(found.unreadable)
         named = ", ".join(path.name for path, _ in found.unreadable[:3])
         detail = f"{len(found.unreadable)} of {total} left out: {named}{' ...' * (len(found.unreadable) > 3)}"
         row("unreadable images", 100 * len(found.unreadable) / total, gates.unreadable, detail, "%")
     return rows
+
+
+def _of_images(gates: Gates, name: str, images: int) -> float:
+    """The gate in percent of so many images; by default one image, at least."""
+    gate: float = getattr(gates, name)
+    return gate if name in gates.exact else max(gate, 100 / images)
 
 
 def _data_tolerance(comparison: Comparison) -> float:

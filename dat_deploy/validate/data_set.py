@@ -44,7 +44,7 @@ def open_data_set(folder: Path, class_names: Sequence[str], limit: int | None = 
             f"data '{folder}' has images beside its folders, such as {loose[0].name}; put them into the folders of "
             f"their classes, or name a folder without subfolders."
         )
-    labels, note = None, ""
+    labels, note = None, "no class folders, so agreement is compared and accuracy is not"
     if not loose:
         folders = sorted({path.relative_to(folder).parts[0] for path in images})
         of_folder, note = _classes(folder, folders, class_names)

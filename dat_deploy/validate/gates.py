@@ -5,7 +5,10 @@ from dataclasses import dataclass, fields, replace
 
 from dat_deploy.errors import DatDeployError
 
-__all__ = ["Gates", "default_gates"]
+__all__ = ["OF_DATA", "OF_LABELS", "Gates", "default_gates"]
+
+OF_LABELS = ("top1_drop", "top5_drop")
+OF_DATA = (*OF_LABELS, "disagreement", "cosine_distance", "unreadable")
 
 
 @dataclass(frozen=True)
@@ -13,8 +16,8 @@ class Gates:
     """The largest value of each that passes.
 
     Attributes:
-        top1_drop, top5_drop: percentage points that the engine is below PyTorch on labelled images. A single image
-            never fails: with fewer than a few hundred images one is more than the points allowed.
+        top1_drop, top5_drop: percentage points that the engine is below PyTorch on labelled images. By default a single
+            image never fails: with fewer than a few hundred images one is more than the points allowed.
         disagreement: percent of the images on which the two sides' first classes differ.
         cosine_distance: 1 less the cosine of the angle between the two sides' logits, of the worst image.
         unreadable: percent of the images that cannot be read.
@@ -23,6 +26,7 @@ class Gates:
         repeats: difference between the answers of repeated runs; 0 asks for the same bits.
         drift_px: pixels of its feature map by which a sampling location may differ; None for four times what
             rounding moves it in eager PyTorch at most.
+        exact: the gates that were set, which hold for a single image, too.
     """
 
     top1_drop: float
@@ -33,6 +37,7 @@ class Gates:
     batch_spread: float | None = None
     repeats: float = 0.0
     drift_px: float | None = None
+    exact: tuple[str, ...] = ()
 
 
 # Half precision rounds at 2^-11 (fp16) or 2^-8 (bf16) in every layer, so images between two classes flip either way: up
@@ -52,7 +57,7 @@ def default_gates(precision: str, changes: Mapping[str, float] | None = None) ->
     Raises:
         DatDeployError: if there is no such gate, or a value is negative or not a number.
     """
-    names = [field.name for field in fields(Gates)]
+    names = [field.name for field in fields(Gates) if field.name != "exact"]
     given = {}
     for name, value in (changes or {}).items():
         field = name.replace("-", "_")
@@ -62,4 +67,4 @@ def default_gates(precision: str, changes: Mapping[str, float] | None = None) ->
         if not value >= 0:  # nor NaN
             raise DatDeployError(f"gate '{name}' got {value}; it takes the largest value that passes, from 0 on.")
         given[field] = value
-    return replace(_DEFAULTS[precision], **given)
+    return replace(_DEFAULTS[precision], **given, exact=tuple(given))

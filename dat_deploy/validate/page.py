@@ -5,7 +5,6 @@ import io
 import math
 from dataclasses import replace
 from importlib import resources
-from importlib.metadata import version
 from pathlib import Path
 
 import jinja2
@@ -55,7 +54,6 @@ def html_from_report(report: ValidationReport) -> str:
         figure=_figure,
         plots=_plots(report),
         pictures=_pictures(report),
-        version=version("dat-deploy"),
     )
 
 

@@ -11,6 +11,7 @@ from dat_deploy.files import atomic_output
 from dat_deploy.runners import EngineDescription
 from dat_deploy.validate.accuracy import Accuracy
 from dat_deploy.validate.drift import BlockDrift
+from dat_deploy.validate.gates import Gates
 from dat_deploy.validate.trace import Trace
 
 __all__ = ["Check", "ValidationReport"]
@@ -54,6 +55,8 @@ class ValidationReport:
     """What validate found.
 
     Attributes:
+        gates: what the engine was held to.
+        file_sha256: of the engine's file, None of a network in PyTorch; `date` of the report, `version` of dat-deploy.
         skipped: the kinds of checks that were left out.
         notes: what the user must know beside the checks.
         trace: what a page shows beside it; only if it was asked for, and not in the JSON.
@@ -64,6 +67,10 @@ class ValidationReport:
     checks: tuple[Check, ...]
     accuracy: Accuracy | None = None
     drift: tuple[BlockDrift, ...] = ()
+    gates: Gates | None = None
+    file_sha256: str | None = None
+    date: str = ""
+    version: str = ""
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     trace: Trace | None = field(default=None, repr=False, compare=False)
@@ -90,10 +97,20 @@ class ValidationReport:
             )
         first = failed[0]
         where = f" at batch {first.batch}" if first.batch else ""
+        how = "differs from" if self.differs else "does not pass its gates against"
         return (
-            f"{self.engine.name} differs from {self.reference.name}: {len(failed)} of {len(ran)} checks failed, first "
+            f"{self.engine.name} {how} {self.reference.name}: {len(failed)} of {len(ran)} checks failed, first "
             f"'{first.name}'{where} with an error of {_shown(first.error, first.unit)} where "
             f"{_shown(first.tolerance, first.unit)} is allowed{self._top1()}{less}."
+        )
+
+    @property
+    def differs(self) -> bool:
+        """Whether what failed is in the numbers of the engine, where `bisect` may find it."""
+        of_numbers = ("photographs", "stress", "slots", "coordinates", "drift")
+        return any(
+            check.passed is False and (check.kind in of_numbers or check.name == "logits on data")
+            for check in self.checks
         )
 
     def _top1(self) -> str:
