@@ -446,7 +446,7 @@ def test_the_plugin_lowering_is_refused_where_nothing_runs_it(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["validate"], "'--engine'"),
+        (["bisect"], "'--engine'"),
         (["classify", "--engine", "tiny.onnx"], "'image'"),
         (["export", "--opset", "new"], "'--opset'"),
         (["export", "--varant", "tiny"], "--varant"),
@@ -512,7 +512,7 @@ def negated_head(source: Path, path: Path) -> Path:
 
 
 VERDICT = (
-    r"{} differs from pytorch:mini: {} of 9 checks failed, first 'photographs' at batch 1 with an error of "
+    r"{} differs from pytorch:mini: {} of 14 checks failed, first 'photographs' at batch 1 with an error of "
     r"[\d.e-]+ where [\d.e-]+ is allowed\."
 )
 
@@ -526,7 +526,7 @@ def test_an_engine_that_answers_wrongly_is_exit_code_2(run: Run, mini_onnx: Path
     assert re.fullmatch(VERDICT.format(re.escape(str(wrong)), 5), outcome.error), outcome.error
     assert outcome.code == 2
     assert outcome.out.count("FAILED") == 5
-    assert "next:" not in outcome.out
+    assert outcome.out.splitlines()[-1] == f"next: dat-deploy bisect --engine {wrong}"
     written = json.loads(report.read_text())
     assert (written["passed"], written["verdict"]) == (False, outcome.error)
 
@@ -541,7 +541,7 @@ def test_a_right_engine_passes_and_fails_only_at_an_absurd_tolerance(run: Run, m
     outcome = run(*words, "--json", tmp_path / "report.json")
     assert outcome.next_words == ["bench", "--engine", "pytorch:mini", "--engine", engine]
     verdict = outcome.out.splitlines()[-2]
-    pattern = r"{} agrees with pytorch:mini: 9 checks passed, the worst error is [\d.]+% of what is allowed\."
+    pattern = r"{} agrees with pytorch:mini: 14 checks passed, the worst is '[^']+' at [\d.]+% of what is allowed\."
     assert re.fullmatch(pattern.format(re.escape(engine)), verdict), verdict
     written = json.loads((tmp_path / "report.json").read_text())
     assert (written["passed"], written["verdict"]) == (True, verdict)
@@ -770,7 +770,7 @@ def test_quantize_says_what_it_was_calibrated_on_and_names_the_file_int8(
         f"onnxruntime {calibration['library_version']}"
     )
     assert lines[3] == "note: 1 of 2 images cannot be read and were left out: half.png"
-    assert outcome.next_words == ["bench", "--engine", str(source), "--engine", str(path)]
+    assert outcome.next_words == ["validate", "--engine", str(path), "--data", str(tmp_path)]
     again = run("quantize", source, "--data", tmp_path)
     assert (again.code, again.error) == (1, f"{path} exists; pass --force to replace it, or choose another name.")
     inspected = run("inspect", path)
