@@ -1,5 +1,6 @@
 """Is the engine's answer still PyTorch's? Photographs, stress inputs, batch slots, coordinates, data; one verdict."""
 
+import contextlib
 import datetime
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,7 +22,7 @@ from dat_deploy.validate.gates import OF_DATA, OF_LABELS, default_gates
 from dat_deploy.validate.report import Check, ValidationReport
 from dat_deploy.validate.trace import trace_blocks
 
-__all__ = ["BATCHES", "CHECKS", "FP32_TOLERANCE", "Check", "ValidationReport", "compare", "validate"]
+__all__ = ["BATCHES", "CHECKS", "FP32_TOLERANCE", "Check", "ValidationReport", "validate"]
 
 BATCHES = (1, 2, 3, 8)
 CHECKS = (*SIZE_CHECKS, *ENGINE_CHECKS, "drift", "data")
@@ -31,7 +32,7 @@ DataProgress = Callable[[int, int], None]
 
 
 def validate(
-    engine: str,
+    engine: str | Runner,
     *,
     checkpoint: Path | None = None,
     images: Sequence[Path] | None = None,
@@ -50,7 +51,7 @@ def validate(
     """Compare an engine with the eager PyTorch network that holds the same weights.
 
     Args:
-        engine: `[RUNTIME:]TARGET`, see `open_runner`.
+        engine: `[RUNTIME:]TARGET`, see `open_runner`; or one that is open, whose passport is then left alone.
         checkpoint: what the engine was exported from; without one, see `load_weights`.
         images: photographs of your own; without any, those in scikit-image's wheel.
         data: a folder of images, labelled or not, see `open_data_set`; `limit`: at most so many of them.
@@ -72,68 +73,37 @@ def validate(
         DatDeployError: if the two sides do not hold the same weights, either cannot be opened, or `data` is refused.
         VerificationError: if PyTorch itself gives NaN on `data`.
     """
-    with open_runner(engine, checkpoint=checkpoint) as runner:
-        identity = _identity(engine)
-        report = compare(
-            runner,
-            checkpoint=checkpoint,
-            images=images,
-            data=data,
-            limit=limit,
-            strict_data=strict_data,
-            batches=batches,
-            image_sizes=image_sizes,
-            tolerance=tolerance,
-            gates=gates,
-            skip=skip,
-            trace=trace,
-            progress=progress,
-            data_progress=data_progress,
-        )
-    return report if identity is None else _recorded(engine, report, tolerance, gates, identity)
-
-
-def compare(
-    runner: Runner,
-    *,
-    checkpoint: Path | None = None,
-    images: Sequence[Path] | None = None,
-    data: Path | None = None,
-    limit: int | None = None,
-    strict_data: bool = False,
-    batches: Sequence[int] = BATCHES,
-    image_sizes: Sequence[tuple[int, int]] | None = None,
-    tolerance: float | None = None,
-    gates: Mapping[str, float] | None = None,
-    skip: Collection[str] = (),
-    trace: bool = False,
-    progress: Progress = lambda _: None,
-    data_progress: DataProgress = lambda done, of: None,
-) -> ValidationReport:
-    """`validate` for an engine that is open; its passport, if it has one, is left alone."""
     if not batches or min(batches) < 1:
         raise ShapeError(f"batches {list(batches)} are not possible; give numbers from 1, such as 1,2,3,8.")
     unknown = sorted(set(skip) - set(CHECKS))
     if unknown:
         raise DatDeployError(f"there is no check '{unknown[0]}' to skip; checks are {', '.join(CHECKS)}.")
-    about = runner.description
-    if data is not None and "logits" not in about.outputs:
-        raise DatDeployError(
-            f"{about.name} is a backbone and classifies nothing; leave --data out, or validate an engine with logits."
-        )
     if tolerance is not None and not tolerance > 0:
         raise DatDeployError(f"tolerance got {tolerance}; it takes a number above 0, such as 1e-4.")
-    limits = default_gates(precision_of(about), gates)
-    found = None if data is None else open_data_set(data, class_names(about.network), limit)
-    for name in limits.exact:
-        if name in OF_DATA and found is None:
-            raise DatDeployError(f"gate '{name.replace('_', '-')}' is about data; name a folder of images with --data.")
-        if name in OF_LABELS and found is not None and found.labels is None:
+    with contextlib.ExitStack() as stack:
+        runner = (
+            engine if isinstance(engine, Runner) else stack.enter_context(open_runner(engine, checkpoint=checkpoint))
+        )
+        identity = None if isinstance(engine, Runner) else _identity(engine)
+        about = runner.description
+        if data is not None and "logits" not in about.outputs:
             raise DatDeployError(
-                f"gate '{name.replace('_', '-')}' needs labels, and data '{data}' has none; put its images into a "
-                f"folder for each class."
+                f"{about.name} is a backbone and classifies nothing; leave --data out, or validate an engine with "
+                f"logits."
             )
-    with open_reference(about, checkpoint) as reference:
+        limits = default_gates(precision_of(about), gates)
+        found = None if data is None else open_data_set(data, class_names(about.network), limit)
+        for name in limits.exact:
+            if name in OF_DATA and found is None:
+                raise DatDeployError(
+                    f"gate '{name.replace('_', '-')}' is about data; name a folder of images with --data."
+                )
+            if name in OF_LABELS and found is not None and found.labels is None:
+                raise DatDeployError(
+                    f"gate '{name.replace('_', '-')}' needs labels, and data '{data}' has none; put its images into a "
+                    f"folder for each class."
+                )
+        reference = stack.enter_context(open_reference(about, checkpoint))
         described = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]
         checks: list[Check] = []
         accuracy: Accuracy | None = None
@@ -162,7 +132,7 @@ def compare(
         traced = trace_blocks(first) if trace else None
     notes = () if found is None or not found.note else (f"data {found.folder}: {found.note}",)
     left_out = tuple(kind for kind in CHECKS if kind in skip)
-    return ValidationReport(
+    report = ValidationReport(
         engine=about,
         reference=reference.description,
         checks=tuple(checks),
@@ -175,6 +145,11 @@ def compare(
         skipped=left_out,
         notes=notes,
         trace=traced,
+    )
+    return (
+        report
+        if isinstance(engine, Runner) or identity is None
+        else _recorded(engine, report, tolerance, gates, identity)
     )
 
 

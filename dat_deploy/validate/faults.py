@@ -18,7 +18,7 @@ from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.model import reference_points
 from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
 from dat_deploy.runners.base import Graph, Images
-from dat_deploy.validate import ValidationReport, compare
+from dat_deploy.validate import ValidationReport, validate
 from dat_deploy.validate.comparison import Outputs
 
 __all__ = ["FAULTS", "Fault", "SelfTest", "Tried", "faulty_report", "self_test"]
@@ -108,7 +108,7 @@ def self_test(
                     f"the self-test takes an fp32 file that classifies batches, and {engine} is none; export it with "
                     f"--batch dynamic and --precision fp32, without --features."
                 )
-            sound = compare(runner, checkpoint=checkpoint, batches=BATCHES)
+            sound = validate(runner, checkpoint=checkpoint, batches=BATCHES)
         if not sound.passed:
             raise VerificationError(f"the self-test needs an engine that is right. {sound.verdict}")
         found = []
@@ -139,7 +139,7 @@ def faulty_report(
         ir.save(model, path)
     with open_runner(f"{runtime}:{path}") as runner:
         tested = runner if fault.misbehave is None else _Misbehaving(runner, fault.misbehave)
-        return compare(tested, checkpoint=checkpoint, batches=BATCHES, skip=skip)
+        return validate(tested, checkpoint=checkpoint, batches=BATCHES, skip=skip)
 
 
 class _Misbehaving(Runner):
