@@ -7,6 +7,7 @@ than clipped. As upstream, alpha is dropped, not composited: a transparent pixel
 """
 
 import hashlib
+import io
 import math
 import os
 import re
@@ -32,6 +33,7 @@ __all__ = [
     "golden_picture",
     "golden_sha256",
     "image_files",
+    "image_from_bytes",
     "preprocess",
     "preprocess_files",
     "read_image",
@@ -171,7 +173,24 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         ) from error
     with file, _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _decode(file, path)
+        return _decode(file, str(path))
+
+
+def image_from_bytes(content: bytes, name: str, *, most_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """As `read_image`, for an image that is in memory.
+
+    Args:
+        name: what it is called in messages.
+        most_pixels: that it may have; more than `MAX_IMAGE_PIXELS` are refused in any case.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+    if not content:
+        raise ImageError(f"image '{name}' is empty; accepted are {_formats()} files.")
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _decode(io.BytesIO(content), name, most_pixels)
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
@@ -238,8 +257,8 @@ def golden_sha256(preprocessing: Preprocessing) -> str:
     return hashlib.sha256(preprocess(golden_picture(), preprocessing).astype("<f4").tobytes()).hexdigest()
 
 
-def _decode(file: BinaryIO, path: Path) -> Image.Image:
-    limit = min(MAX_IMAGE_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_IMAGE_PIXELS)
+def _decode(file: BinaryIO, path: str, most_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    limit = min(most_pixels, MAX_IMAGE_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_IMAGE_PIXELS)
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:  # PIL's message starts with the count
@@ -312,7 +331,7 @@ def _grey_from_wide_samples(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(np.rint(samples * (255 / white)).astype(np.uint8))
 
 
-def _too_large(path: Path, pixels: str, limit: int) -> ImageError:
+def _too_large(path: str, pixels: str, limit: int) -> ImageError:
     return ImageError(
         f"image '{path}' has {pixels} pixels; accepted are at most {limit}, so that a small file cannot fill the "
         f"memory. Scale it down first."

@@ -18,6 +18,7 @@ LAYERS = [
         "files",
         "preprocess",
         "labels",
+        "locations",
         "photographs",
         "metadata",
         "typed_json",

@@ -17,11 +17,12 @@ from PIL import Image
 from dat_deploy import visualize as module
 from dat_deploy.errors import DatDeployError, ImageError, OutputError, ShapeError, VerificationError
 from dat_deploy.export import export
+from dat_deploy.locations import pixels_from_locations
 from dat_deploy.model import reference_points
 from dat_deploy.preprocess import Preprocessing
 from dat_deploy.runners import EngineDescription, Runner
 from dat_deploy.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, Variant
-from dat_deploy.visualize import Visualization, pixels_from_locations, plotting, visualize
+from dat_deploy.visualize import Visualization, plotting, visualize
 
 Outputs = dict[str, NDArray[np.float32]]
 FAMILIES = {"DAT": "tiny", "DAT++": "pp-tiny"}

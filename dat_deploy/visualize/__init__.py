@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dat_deploy.benchmark.plotting import check_plot
 from dat_deploy.errors import DatDeployError, ShapeError, VerificationError
 from dat_deploy.files import check_output
+from dat_deploy.locations import pixels_from_locations
 from dat_deploy.model import reference_points
 from dat_deploy.preprocess import preprocess, read_image
 from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
@@ -18,7 +19,7 @@ from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.variants import Variant
 from dat_deploy.visualize.plotting import BlockPoints, distances_px, plot_points
 
-__all__ = ["BlockSummary", "Visualization", "pixels_from_locations", "visualize"]
+__all__ = ["BlockSummary", "Visualization", "visualize"]
 
 
 @dataclass(frozen=True)
@@ -99,24 +100,6 @@ def visualize(
     plot_points(photograph.clip(0, 1), image.name, described, points, output, force=force)
     blocks = tuple(_summary(described[0].network, versions) for versions in zip(*points, strict=True))
     return Visualization(output, image, described, blocks)
-
-
-def pixels_from_locations(
-    locations: NDArray[np.float64], feature_map: tuple[int, int], image_size: tuple[int, int]
-) -> NDArray[np.float64]:
-    """Where on the picture a location on a feature map is.
-
-    Args:
-        locations: [..., 2], (y, x), -1 and 1 the centres of the map's first and last pixel.
-        feature_map, image_size: (height, width).
-
-    Returns:
-        [..., 2] in pixels of the picture, (y, x), 0 the centre of the first pixel: -1 is the centre of the square of
-        pixels under the map's first one, (stride - 1) / 2.
-    """
-    sides = np.array(feature_map)
-    strides = np.array(image_size) / sides
-    return np.asarray(((locations + 1) / 2 * (sides - 1) + 0.5) * strides - 0.5)
 
 
 def _open(engine: str, checkpoint: Path | None, image_size: tuple[int, int] | None) -> Runner:
