@@ -22,7 +22,9 @@ from dat_deploy.variants import VARIANTS, Variant, get_variant
 
 if TYPE_CHECKING:
     from dat_deploy.benchmark import Record
+    from dat_deploy.classify import Classification
     from dat_deploy.engine.passport import Passport
+    from dat_deploy.serving.client import ServedClassification
     from dat_deploy.validate.accuracy import Accuracy
 
 # Everything that loads torch, NumPy or a runtime is imported inside the command that needs it, so that --help is quick.
@@ -717,10 +719,7 @@ def classify(
     _check_json(json_file, force=force)
     with err.status("classifying"):
         result = library.classify(image, engine, checkpoint=checkpoint, top=top)
-    for path, predictions in zip(result.images, result.predictions, strict=True):
-        out.print(str(path))
-        for prediction in predictions:
-            out.print(f"  {prediction.probability:7.2%}  {prediction.name}")
+    _print_predictions(result)
     if "random weights" in result.engine.weights_source:
         out.print(f"note: the engine holds {result.engine.weights_source}, so these names mean nothing.")
     _write_json(asdict(result), json_file, force=force)
@@ -908,6 +907,81 @@ def visualize(
 
 
 @app.command()
+def serve(
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="FILE.onnx, FILE.engine, FILE.pt2, or RUNTIME:FILE.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A YAML file of these options' names; options come before it.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the model in addresses. Default: its variant.")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Default: 127.0.0.1; 0.0.0.0 for all.")] = None,
+    port: Annotated[int | None, typer.Option("--port", help="Default: 8000.")] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Of a Ray cluster, such as auto. Default: Ray is started here.")
+    ] = None,
+    replicas: Annotated[int | None, typer.Option("--replicas", help="Copies of the engine. Default: 1.")] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option("--max-replicas", help="With more load, up to so many copies. Default: --replicas.")
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option("--gpus", help="Of each copy, such as 0.5. Default: 1 if it runs on CUDA.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Of each copy's CPU. Default: a fair share.")] = None,
+    max_batch: Annotated[
+        int | None, typer.Option("--max-batch", help="Images in one call and in one request. Default: 16.")
+    ] = None,
+    max_wait_ms: Annotated[
+        float | None, typer.Option("--max-wait-ms", help="That a request waits for others. Default: 2.")
+    ] = None,
+    max_body_mb: Annotated[float | None, typer.Option("--max-body-mb", help="More is 413. Default: 32.")] = None,
+    max_pixels: Annotated[int | None, typer.Option("--max-pixels", help="More is 400. Default: 25000000.")] = None,
+    max_requests: Annotated[
+        int | None, typer.Option("--max-requests", help="At a time; one more is 429. Default: 128.")
+    ] = None,
+    timeout_s: Annotated[
+        float | None, typer.Option("--timeout-s", help="For an answer; later it is 503. Default: 10.")
+    ] = None,
+    drain_s: Annotated[
+        float | None, typer.Option("--drain-s", help="For what is being answered after SIGTERM. Default: 30.")
+    ] = None,
+) -> None:
+    """Serve an engine over HTTP: the Open Inference Protocol, POST /v1/classify, and a page at /."""
+    options = {key: value for key, value in locals().items() if key != "config"}
+    from dat_deploy import serving as library
+
+    with err.status("starting") as status:
+
+        def progress(what: str) -> None:
+            status.update(what)
+            if not what:
+                status.stop()
+
+        library.serve(config, progress=progress, note=out.print, **options)
+
+
+@app.command()
+def client(
+    image: Annotated[list[Path], typer.Argument(help="Image files.")],
+    url: Annotated[
+        str, typer.Option("--url", help="Of dat-deploy serve or Triton Inference Server.")
+    ] = "localhost:8000",
+    name: Annotated[str | None, typer.Option("--name", help="Of the model. Default: the only one there is.")] = None,
+    top: Annotated[int, typer.Option("--top", help="Classes to show for each image.")] = 5,
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Have a server classify images, as `classify` does here."""
+    from dat_deploy.serving import client as library
+
+    _check_json(json_file, force=force)
+    found = library.client(image, url, name=name, top=top)
+    _print_predictions(found)
+    _write_json(asdict(found), json_file, force=force)
+    _next("bench", "--help")
+
+
+@app.command()
 def doctor(force: ForceOption = False, json_file: JsonOption = None) -> None:
     """Print what a bug report needs, and what can run here."""
     from dat_deploy import doctor as library
@@ -1068,6 +1142,13 @@ def _needs_no_checkpoint(weights_source: str) -> bool:
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _print_predictions(result: "Classification | ServedClassification") -> None:
+    for path, predictions in zip(result.images, result.predictions, strict=True):
+        out.print(str(path))
+        for prediction in predictions:
+            out.print(f"  {prediction.probability:7.2%}  {prediction.name}")
 
 
 def _print_record(record: "Record") -> None:

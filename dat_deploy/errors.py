@@ -11,6 +11,7 @@
     ├── PassportError             an engine that is not what its passport says
     ├── OutputError               a file cannot be written
     ├── RecordError               benchmark records that cannot be compared
+    ├── ServingError              a server or a repository that cannot be made as asked
     ├── VerificationError         exit code 2: the answer is wrong
     └── UnsupportedError          exit code 3: this environment cannot do it
 
@@ -27,6 +28,7 @@ __all__ = [
     "OutputError",
     "PassportError",
     "RecordError",
+    "ServingError",
     "ShapeError",
     "UnsupportedError",
     "VariantError",
@@ -78,6 +80,10 @@ class OutputError(DatDeployError):
 
 class RecordError(DatDeployError):
     """Benchmark records whose settings differ, so that a ratio of them would mean nothing."""
+
+
+class ServingError(DatDeployError):
+    """A server, or a server's repository, that cannot be made as asked; a server that does not answer as it should."""
 
 
 class VerificationError(DatDeployError):

@@ -1,0 +1,83 @@
+"""Uvicorn's HTTP/1.1, with two things it leaves to a proxy: headers that never end, and errors as JSON."""
+
+import asyncio
+import logging
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from dat_deploy.serving.protocol import error_body
+
+__all__ = ["HEADER_LIMIT_BYTES", "protocol_class"]
+
+HEADER_LIMIT_BYTES = 65536
+
+
+def protocol_class(header_timeout_s: float) -> type[H11Protocol]:
+    """Of connections that are closed if a request's header is not whole after `header_timeout_s`."""
+
+    class Connection(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._unwatch()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            try:
+                super().data_received(data)
+            except Exception:  # of a header that h11 lets through and the address in it cannot be read
+                self.logger.exception("a header that could not be read")
+                self.transport.close()
+            if self.conn.their_state is h11.IDLE:
+                self._watch()  # part of a header, or nothing
+            else:
+                self._unwatch()
+
+        def shutdown(self) -> None:
+            """What is on its way to an idle connection is still answered, for half a second."""
+            if self.cycle is None or self.cycle.response_complete:
+                self.loop.call_later(0.5, super().shutdown)
+            else:
+                super().shutdown()
+
+        def handle_websocket_upgrade(self, event: h11.Request) -> None:
+            self.send_400_response("this server has no websockets.")
+
+        def send_400_response(self, msg: str) -> None:
+            body = error_body(f"the request is not HTTP as it should be: {msg}")
+            headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer is on its way already
+                length = [(b"content-length", str(len(body)).encode())]
+                for part in (
+                    h11.Response(status_code=400, headers=headers + length, reason=b"Bad Request"),
+                    h11.Data(data=body),
+                    h11.EndOfMessage(),
+                ):
+                    self.transport.write(self.conn.send(part) or b"")
+            self.transport.close()
+
+        def _watch(self) -> None:
+            if self._timer is None:
+                self._timer = self.loop.call_later(header_timeout_s, self._expire)
+
+        def _unwatch(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _expire(self) -> None:
+            self._timer = None
+            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+                if self.conn.trailing_data[0]:
+                    self.send_400_response(f"its header is not whole after {header_timeout_s:g} s.")
+                else:
+                    self.timeout_keep_alive_handler()
+
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    return Connection
