@@ -83,6 +83,7 @@ class Front:
             ],
             exception_handlers={HTTPException: self._refuse, Exception: self._fail},
         )
+        self.app.router.redirect_slashes = False
 
     def _route(
         self, path: str, endpoint: str, answer: Callable[[Request], Awaitable[Response]], method: str = "GET"

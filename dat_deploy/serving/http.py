@@ -39,6 +39,11 @@ def protocol_class(header_timeout_s: float) -> type[H11Protocol]:
             else:
                 self._unwatch()
 
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+                self._watch()
+
         def shutdown(self) -> None:
             """What is on its way to an idle connection is still answered, for half a second."""
             if self.cycle is None or self.cycle.response_complete:

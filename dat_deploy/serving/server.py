@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,8 +37,10 @@ __all__ = ["serve"]
 
 _log = logging.getLogger("dat_deploy.serving")
 
+_APPLICATION = "dat-deploy"
 _WATCH_S = 0.5  # between two looks at the replicas
 _RAY_GONE_S = 30.0
+_ENDING_S = 20.0  # of Ray
 _CLOSING_S = 1.0  # in which connections learn that they are to close, before no more are taken
 
 
@@ -52,9 +55,12 @@ def serve(settings: ServeSettings, *, progress: Callable[[str], None], note: Cal
             progress("opening the engine")
             _try_out(model, threads, gpus)
             handle = _deployed(settings, model, threads, gpus)
-            progress("")
-            note(f"{model.name} at {address}; stop it with Ctrl-C")
-            asyncio.run(_answer(settings, model, file, handle, listener))
+
+            def ready() -> None:
+                progress("")
+                note(f"{model.name} at {address}; stop it with Ctrl-C")
+
+            asyncio.run(_answer(settings, model, file, handle, listener, ready))
 
 
 def _served_model(settings: ServeSettings) -> tuple[EngineFile, ServedModel]:
@@ -85,9 +91,10 @@ def _listening(settings: ServeSettings) -> Iterator[socket.socket]:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address, family=family, backlog=512)
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
         raise ServingError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}. Choose another --host or "
-            f"--port, or stop what listens there."
+            f"cannot listen on {settings.host}:{settings.port}: {reason}. Choose another --host or --port, or stop what "
+            f"listens there."
         ) from error
     with listener:
         yield listener
@@ -110,7 +117,8 @@ def _ray(settings: ServeSettings, file: EngineFile, progress: Callable[[str], No
         place = {"address": "local", "num_cpus": most * threads + 1, "include_dashboard": False}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(**place, **quiet, namespace="serve")
+        with _own_process_group():
+            ray.init(**place, **quiet, namespace="serve")
     except (OSError, RuntimeError, ValueError) as error:
         where = settings.address or "this machine"
         raise ServingError(
@@ -127,12 +135,34 @@ def _ray(settings: ServeSettings, file: EngineFile, progress: Callable[[str], No
         ray_serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         yield threads, gpus
     finally:
-        with contextlib.suppress(Exception):  # Ray may be what died
-            ray_serve.shutdown() if settings.address is None else ray_serve.delete(_APPLICATION)
-        ray.shutdown()
+        ending = threading.Thread(target=_end_ray, daemon=True)
+        ending.start()
+        ending.join(_ENDING_S)
 
 
-_APPLICATION = "dat-deploy"
+def _end_ray() -> None:
+    """Remove the replicas, and let go of Ray, which ends with this process if it was started here."""
+    import ray
+    from ray import serve as ray_serve
+
+    with contextlib.suppress(Exception):  # Ray may be what died
+        ray_serve.delete(_APPLICATION)
+    ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_process_group() -> Iterator[None]:
+    """What is started meanwhile gets none of the signals to this process's group: it is to outlive the last request."""
+    group = os.getpgrp()
+    try:
+        os.setpgid(0, 0)
+    except PermissionError:  # the leader of a session, such as a container's first process
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.setpgid(0, group)
 
 
 def _runs_on_cuda(settings: ServeSettings, file: EngineFile) -> bool:
@@ -232,6 +262,7 @@ async def _answer(
     file: EngineFile,
     handle: "DeploymentHandle[Any]",
     listener: socket.socket,
+    ready: Callable[[], None],
 ) -> None:
     import uvicorn
 
@@ -259,7 +290,7 @@ async def _answer(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     _log_json_lines()
-    watching = asyncio.create_task(_watch(front, metrics, stop))
+    watching = asyncio.create_task(_watch(front, metrics, stop, ready))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_own_signals(server))
         answering = asyncio.create_task(server.serve(sockets=[listener]))
@@ -283,15 +314,15 @@ def _own_signals(server: Any) -> Iterator[None]:
     yield
 
 
-async def _watch(front: "Front", metrics: "Metrics", stop: asyncio.Event) -> None:
-    """Keep the front's readiness; stop the server when Ray is gone for good.
+async def _watch(front: "Front", metrics: "Metrics", stop: asyncio.Event, ready: Callable[[], None]) -> None:
+    """Keep the front's readiness, and call `ready` the first time; stop the server when Ray is gone for good.
 
     Raises:
         ServingError: then.
     """
     from ray import serve as ray_serve
 
-    seen = time.monotonic()
+    seen, told = time.monotonic(), False
     while True:
         running = 0
         try:
@@ -306,6 +337,9 @@ async def _watch(front: "Front", metrics: "Metrics", stop: asyncio.Event) -> Non
         if front.ready != (running > 0):
             _log.info("ready" if running else "not ready", extra={"replicas": running})
         front.ready = running > 0
+        if running and not told:
+            ready()
+            told = True
         metrics.ready.set(front.ready and not front.draining)
         metrics.replicas.set(running)
         await asyncio.sleep(_WATCH_S)

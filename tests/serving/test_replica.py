@@ -1,0 +1,173 @@
+"""A replica answers as `classify` does, in batches that its engine takes."""
+
+import asyncio
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dat_deploy.classify import classify
+from dat_deploy.engine.passport import Profile
+from dat_deploy.errors import EngineRunError
+from dat_deploy.export import export
+from dat_deploy.runners import open_runner
+from dat_deploy.serving.replica import Replica, Reply, ServedModel, engine_batch
+from dat_deploy.serving.server import _served_model
+from dat_deploy.serving.settings import ServeSettings
+
+PICTURE = Path(__file__).parents[2] / "dat_deploy" / "data" / "ankle_boot.png"
+
+
+def replica(path: Path, **settings: object) -> tuple[Replica, ServedModel]:
+    _, model = _served_model(ServeSettings.model_validate({"engine": str(path)} | settings))
+    return Replica(model, threads=1, wait_s=0.02), model
+
+
+def infer(one: Replica, images: np.ndarray) -> Reply:
+    tensor = {"name": "image", "shape": images.shape, "datatype": "FP32", "data": images.ravel().tolist()}
+    return asyncio.run(one.infer(json.dumps({"inputs": [tensor]}).encode(), None, 30))
+
+
+def logits(reply: Reply) -> np.ndarray:
+    assert reply.status == 200, reply.body
+    output = json.loads(reply.body)["outputs"][0]
+    return np.array(output["data"], np.float32).reshape(output["shape"])
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(7, 3, 64, 64)).astype(np.float32)
+
+
+def test_answers_are_those_of_the_engine(demo_onnx, images):
+    one, _ = replica(demo_onnx)
+    with open_runner(str(demo_onnx)) as runner:
+        np.testing.assert_allclose(logits(infer(one, images)), runner(images), atol=1e-5)
+
+
+def test_requests_that_wait_together_go_into_one_call_and_each_gets_its_own_answer(demo_onnx, images):
+    one, _ = replica(demo_onnx)
+
+    async def together() -> list[Reply]:
+        bodies = []
+        for image in images:
+            tensor = {"name": "image", "shape": [1, 3, 64, 64], "datatype": "FP32", "data": image.ravel().tolist()}
+            bodies.append(json.dumps({"inputs": [tensor]}).encode())
+        return await asyncio.gather(*(one.infer(body, None, 30) for body in bodies))
+
+    replies = asyncio.run(together())
+    calls = [call.images for reply in replies for call in reply.calls]
+    assert sum(calls) == 7
+    assert max(calls) > 1
+    with open_runner(str(demo_onnx)) as runner:
+        expected = runner(images)
+    for reply, row in zip(replies, expected, strict=True):
+        np.testing.assert_allclose(logits(reply)[0], row, atol=1e-5)
+
+
+def test_a_fixed_batch_is_filled_up_and_the_filling_is_not_answered(tmp_path, images):
+    path = tmp_path / "demo.onnx"
+    export("demo", path, batch=3)
+    one, model = replica(path, max_batch=16)
+    assert model.most_images == 3
+    assert model.image.shape == (-1, 3, 64, 64)
+    reply = infer(one, images[:2])
+    assert [(call.images, call.padding) for call in reply.calls] == [(2, 1)]
+    with open_runner(str(path)) as runner:
+        np.testing.assert_allclose(logits(reply), runner(images[:3])[:2], atol=1e-5)
+    assert infer(one, images[:4]).status == 400
+
+
+@pytest.mark.parametrize(
+    ("profiles", "images", "batch"),
+    [
+        ((), 5, 5),
+        ("1,8,32", 1, 1),
+        ("1,8,32", 2, 8),
+        ("1,8,32", 9, 32),
+        ("1,8,32", 40, 32),
+        ("2-8", 1, 2),
+        ("2-8", 5, 5),
+    ],
+)
+def test_next_call_is_the_least_batch_that_holds_all(demo_onnx, profiles, images, batch):
+    with open_runner(str(demo_onnx)) as runner:
+        about = dataclasses.replace(
+            runner.description, profiles=tuple(Profile.parse(text) for text in profiles.split(",")) if profiles else ()
+        )
+    assert engine_batch(about, images) == batch
+
+
+def test_classes_and_points_of_an_image_are_those_of_the_library(points_onnx):
+    one, _ = replica(points_onnx)
+    reply = asyncio.run(one.classify(PICTURE.read_bytes(), 3, points=True, seconds=30))
+    found = json.loads(reply.body)
+    expected = classify([PICTURE], str(points_onnx), top=3).predictions[0]
+    assert [row["name"] for row in found["predictions"]] == [row.name for row in expected]
+    np.testing.assert_allclose(
+        [row["probability"] for row in found["predictions"]], [row.probability for row in expected], atol=1e-6
+    )
+    assert found["image"] == {"width": 28, "height": 28}
+    assert {(row["stage"], row["block"]) for row in found["sampled_points"]} == {(1, 1), (2, 1), (2, 3), (3, 0)}
+    points = np.array(found["sampled_points"][0]["points"])
+    assert points.shape == (1, 16, 2)
+    assert (np.abs(points) < 200).all()
+    np.testing.assert_allclose(np.sum(found["sampled_points"][0]["attention"], axis=-1), 1, atol=1e-3)
+
+
+def test_points_of_a_file_without_them_are_refused(demo_onnx):
+    one, _ = replica(demo_onnx)
+    reply = asyncio.run(one.classify(PICTURE.read_bytes(), 3, points=True, seconds=30))
+    assert reply.status == 400
+    sentence = "demo gives no sampled points. Export it with --sampling-locations for them."
+    assert json.loads(reply.body) == {"error": sentence}
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (b"", "image 'in the body' is empty; accepted are BMP, GIF, JPEG, PNG, PPM, TIFF and WEBP files."),
+        (
+            b"no image",
+            "image 'in the body' is no image that can be read: it starts with b'no image'; accepted are BMP, GIF, "
+            "JPEG, PNG, PPM, TIFF and WEBP files. Convert it to PNG or JPEG, or copy it again.",
+        ),
+    ],
+)
+def test_what_is_no_image_is_refused(demo_onnx, body, sentence):
+    one, _ = replica(demo_onnx)
+    reply = asyncio.run(one.classify(body, 1, points=False, seconds=30))
+    assert (reply.status, json.loads(reply.body)["error"]) == (400, sentence)
+
+
+def test_an_image_of_too_many_pixels_is_refused(demo_onnx):
+    one, _ = replica(demo_onnx, max_pixels=700)
+    reply = asyncio.run(one.classify(PICTURE.read_bytes(), 1, points=False, seconds=30))
+    assert reply.status == 400
+    assert "has 784 pixels; accepted are at most 700" in json.loads(reply.body)["error"]
+
+
+def test_a_dynamic_file_takes_sizes_that_its_network_takes(pp_tiny_onnx):
+    one, model = replica(pp_tiny_onnx["function"], max_batch=1)
+    assert model.image.shape == (-1, 3, -1, -1)
+    assert logits(infer(one, np.zeros((1, 3, 64, 96), np.float32))).shape == (1, 1000)
+    reply = infer(one, np.zeros((1, 3, 65, 96), np.float32))
+    assert reply.status == 400
+    assert "65x96" in json.loads(reply.body)["error"]
+
+
+def test_an_engine_that_fails_is_reported_and_replaced(demo_onnx, images, monkeypatch):
+    one, _ = replica(demo_onnx)
+    one.check_health()
+
+    def fail(_: np.ndarray) -> None:
+        raise EngineRunError("a CUDA error")
+
+    monkeypatch.setattr(one._runner, "outputs", fail)
+    reply = infer(one, images[:1])
+    assert reply.status == 503
+    assert json.loads(reply.body) == {"error": "the engine failed and is started anew; try again."}
+    with pytest.raises(RuntimeError, match="a CUDA error"):
+        one.check_health()

@@ -1,0 +1,294 @@
+"""`dat-deploy serve` as its users run it, with the client that they have: the real tritonclient."""
+
+import concurrent.futures
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from dat_deploy.classify import classify
+from dat_deploy.photographs import photographs
+from dat_deploy.preprocess import preprocess_files
+from dat_deploy.runners import open_runner
+
+DATA = Path(__file__).parents[2] / "dat_deploy" / "data"
+PICTURE = DATA / "ankle_boot.png"
+
+
+def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    entry = "from dat_deploy.cli import main; main()"
+    words = [sys.executable, "-c", entry, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=cwd, check=False)  # noqa: S603
+
+
+def get(port: int, path: str) -> bytes:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+        return bytes(answer.read())
+
+
+def metric(port: int, name: str) -> float:
+    found = re.search(rf"^{re.escape(name)} (\S+)$", get(port, "/metrics").decode(), re.MULTILINE)
+    return float(found.group(1)) if found else 0.0
+
+
+def post(port: int, path: str, body: bytes, seconds: float = 30) -> tuple[int, dict[str, object]]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body)
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as answer:  # noqa: S310
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Path]:
+    return [PICTURE, *photographs(3)]
+
+
+def test_stock_client_reads_metadata_and_readiness(server):
+    with triton.InferenceServerClient(server.url) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("demo")
+        assert client.is_model_ready("demo", "1")
+        metadata = client.get_model_metadata("demo")
+        assert metadata["inputs"] == [{"name": "image", "datatype": "FP32", "shape": [-1, 3, 64, 64]}]
+        assert metadata["outputs"][0] == {"name": "logits", "datatype": "FP32", "shape": [-1, 10]}
+        assert client.get_server_metadata()["name"] == "dat-deploy"
+        assert client.get_model_config("demo")["max_batch_size"] == 16
+        assert client.get_model_repository_index() == [{"name": "demo", "version": "1", "state": "READY"}]
+        with pytest.raises(InferenceServerException, match="there is no model 'other'; this server has 'demo'"):
+            client.get_model_metadata("other")
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["json", "binary"])
+@pytest.mark.parametrize("asked", [False, True], ids=["json", "binary"])
+def test_stock_client_gets_the_engines_answers(server, points_onnx, pictures, sent, asked):
+    with open_runner(str(points_onnx)) as runner:
+        images = preprocess_files(pictures, runner.description.preprocessing)
+        expected = runner.outputs(images)
+    with triton.InferenceServerClient(server.url) as client:
+        tensor = triton.InferInput("image", list(images.shape), "FP32")
+        tensor.set_data_from_numpy(images, binary_data=sent)
+        outputs = [triton.InferRequestedOutput(name, binary_data=asked) for name in expected]
+        found = client.infer("demo", [tensor], outputs=outputs, request_id="r-1")
+        assert found.get_response()["id"] == "r-1"
+        for name, values in expected.items():
+            np.testing.assert_allclose(found.as_numpy(name), values, atol=2e-5)
+
+
+@pytest.mark.parametrize("workers", [1, 16])
+def test_answers_are_those_of_classify_at_any_concurrency(server, points_onnx, pictures, workers):
+    expected = classify(pictures, str(points_onnx), top=5).predictions
+    batches, images = (
+        metric(server.port, "dat_deploy_batch_images_count"),
+        metric(server.port, "dat_deploy_images_total"),
+    )
+
+    def ask(i: int) -> None:
+        status, body = post(server.port, "/v1/classify?top=5", pictures[i % len(pictures)].read_bytes())
+        assert status == 200, body
+        rows, right = body["predictions"], expected[i % len(pictures)]
+        assert [row["index"] for row in rows] == [row.index for row in right]
+        np.testing.assert_allclose([r["probability"] for r in rows], [r.probability for r in right], atol=1e-5)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        list(pool.map(ask, range(64)))
+    assert metric(server.port, "dat_deploy_images_total") - images == 64
+    calls = metric(server.port, "dat_deploy_batch_images_count") - batches
+    assert calls == 64 if workers == 1 else calls < 56, "with 16 at once, some went into one call together"
+
+
+def test_our_client_prints_what_classify_prints(server, points_onnx, pictures):
+    there = command("client", *pictures, "--url", server.url, "--top", 3)
+    here = command("classify", *pictures, "--engine", points_onnx, "--top", 3)
+    assert there.returncode == 0, there.stderr
+    assert there.stdout.rpartition("next:")[0] == here.stdout.rpartition("next:")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--name", "other"], "the server at {url} refuses: there is no model 'other'; this server has 'demo'."),
+        (["--url", "ftp://a"], "--url got 'ftp://a'; it takes HOST:PORT, http://HOST:PORT or https://HOST:PORT."),
+    ],
+)
+def test_our_client_says_what_a_server_refuses(server, words, sentence):
+    done = command("client", PICTURE, "--url", server.url, *words)
+    assert (done.returncode, done.stderr) == (1, f"error: {sentence.format(url=server.url)}\n")
+
+
+def test_our_client_says_that_nothing_answers():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    done = command("client", PICTURE, "--url", f"localhost:{port}")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: no server of the protocol answers at localhost:{port}: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_logs_are_json_lines(server):
+    get(server.port, "/v2")
+    entries = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    assert entries[-1].keys() == {"time", "level", "event", "request", "code", "ms"}
+    assert any(entry["event"] == "ready" for entry in entries)
+    assert len(entries) == len(server.log.read_text().splitlines()), "no line is anything else"
+
+
+def test_a_large_picture_is_refused_before_it_is_decoded(server, tmp_path):
+    path = tmp_path / "large.png"
+    Image.new("1", (6000, 6000)).save(path)
+    status, body = post(server.port, "/v1/classify", path.read_bytes())
+    assert status == 400
+    assert "has 36000000 pixels; accepted are at most 25000000" in str(body["error"])
+
+
+def test_a_replica_that_is_killed_costs_no_answer(start, demo_onnx):
+    """Each request is answered, or told to try again, and the service comes back."""
+    server = start("--engine", demo_onnx)
+    (pid,) = server.replicas()
+    results: list[tuple[float, int]] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            begun = time.monotonic()
+            status, body = post(server.port, "/v1/classify", PICTURE.read_bytes())
+            assert status == 200 or (status == 503 and "again" in str(body["error"])), body
+            results.append((begun, status))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask) for _ in range(8)]
+        time.sleep(1.5)
+        killed = time.monotonic()
+        subprocess.run(["kill", "-KILL", str(pid)], check=True)  # noqa: S603, S607  # a replica of our own server
+        back = None
+        while back is None and time.monotonic() < killed + 30:
+            time.sleep(0.2)
+            fine = [begun for begun, status in results if begun > killed and status == 200]
+            back = min(fine) - killed if fine else None
+        stop.set()
+        for each in asking:
+            each.result(60)
+    assert back is not None
+    assert back < 30
+    assert server.replicas() != [pid]
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_loses_no_request_that_was_taken(start, demo_onnx, number):
+    server = start("--engine", demo_onnx)
+    lost: list[str] = []
+    answered = [0]
+
+    def ask() -> None:
+        """One connection a request; what is not connected was not taken."""
+        body = PICTURE.read_bytes()
+        request = b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(
+            body
+        )
+        while True:
+            try:
+                connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+            except ConnectionError:
+                return
+            with connection:
+                try:
+                    connection.sendall(request + body)
+                    received = connection.recv(65536)
+                except ConnectionError as error:
+                    received = repr(error).encode()
+            if not received.startswith(b"HTTP/1.1 200"):
+                lost.append(received[:200].decode())
+                return
+            answered[0] += 1
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask) for _ in range(8)]
+        time.sleep(1.5)
+        server.process.send_signal(number)
+        for each in asking:
+            each.result(60)
+    assert answered[0] > 20
+    # the kernel may have taken a connection that the closed listener never got; the request was not
+    assert all("ConnectionResetError" in each for each in lost), lost
+    assert len(lost) <= 8
+    assert server.process.wait(30) == 0
+    events = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    codes = {entry["code"] for entry in events if entry["event"] == "classify"}
+    assert codes == {200}
+    assert next(entry for entry in events if entry["event"] == "stopped")["in_progress"] == 0
+
+
+def test_a_port_that_is_taken_is_said_at_once(server, demo_onnx):
+    begun = time.monotonic()
+    done = command("serve", "--engine", demo_onnx, "--port", server.port)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: cannot listen on 127.0.0.1:{server.port}: Address already in use. Choose another --host or --port, or "
+        f"stop what listens there.\n",
+    )
+    assert time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        ([], 1, "--engine: Field required."),
+        (
+            ["--engine", "none.onnx"],
+            1,
+            "there is no file none.onnx. Export one with: dat-deploy export --variant tiny --output none.onnx",
+        ),
+        (
+            ["--engine", "none.engine"],
+            1,
+            "there is no file none.engine. Build one with: dat-deploy build tiny.onnx",
+        ),
+        (
+            ["--engine", "pytorch:tiny"],
+            1,
+            "'pytorch:tiny' is no file; a server takes FILE.onnx, FILE.engine or FILE.pt2. "
+            "Export it with: dat-deploy export --variant tiny --output tiny.onnx",
+        ),
+        (["--engine", "a.onnx", "--port", "99999"], 1, "--port: Input should be less than or equal to 65535."),
+        (
+            ["--engine", "a.onnx", "--replicas", "3", "--max-replicas", "2"],
+            1,
+            "Value error, max_replicas is 2, below replicas, 3.",
+        ),
+        (["--config", "none.yaml"], 1, "cannot read none.yaml: [Errno 2] No such file or directory: 'none.yaml'"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, words, code, sentence):
+    done = command("serve", *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (code, f"error: {sentence}\n")
+
+
+def test_a_config_file_may_say_it_all(tmp_path):
+    config = tmp_path / "serve.yaml"
+    config.write_text("engine: none.onnx\nreplica: 2\n")
+    done = command("serve", "--config", config)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {config}: replica: is no setting; those are engine, name, host, port, ")
+    config.write_text("engine: none.onnx\nmax_batch: 0\n")
+    done = command("serve", "--config", config)
+    assert done.stderr == f"error: {config}: max_batch: Input should be greater than or equal to 1.\n"
+    config.write_text("- a")
+    assert command("serve", "--config", config).stderr == (
+        f"error: {config} holds ['a']; it takes settings, such as 'engine: tiny.onnx'.\n"
+    )
