@@ -93,8 +93,8 @@ def _listening(settings: ServeSettings) -> Iterator[socket.socket]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
         raise ServingError(
-            f"cannot listen on {settings.host}:{settings.port}: {reason}. Choose another --host or --port, or stop what "
-            f"listens there."
+            f"cannot listen on {settings.host}:{settings.port}: {reason}. Choose another --host or --port, or stop "
+            f"what listens there."
         ) from error
     with listener:
         yield listener
@@ -198,6 +198,7 @@ def _deployed(settings: ServeSettings, model: ServedModel, threads: int, gpus: f
         "ray_actor_options": {"num_cpus": threads, "num_gpus": gpus},
         "max_ongoing_requests": max(settings.max_requests, 2 * model.most_images),
         "health_check_period_s": 2,
+        "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": settings.drain_s,
     }
     if settings.max_replicas is None:
