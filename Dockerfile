@@ -6,12 +6,13 @@
 # The server's TensorRT is that of its base image, and engines run on the version that built them, so both images take
 # TENSORRT_VERSION, and the build stops where the base image has another one.
 #
-# tritonserver 26.09: Triton 2.73.0, CUDA 13.4.1
+# 26.09 is documented with CUDA 13.4.1 and compute capability 7.5 and later:
 #   https://docs.nvidia.com/deeplearning/triton-inference-server/release-notes/rel-26-09.html
-# TensorRT 11.3.0.99 is that of NVIDIA's containers of 26.09; the table of versions is there, and in
+# Its TensorRT is taken to be 11.3.0.99, which NVIDIA's PyTorch container of 26.09 reports; the containers of a month have
+# the same one (26.07: 11.1.0.106, 26.08: 11.2.1.2). The build checks it. All versions:
 #   https://docs.nvidia.com/deeplearning/frameworks/support-matrix/index.html
-# 26.07 (11.1.0.106) and 26.08 (11.2.1.2) are in dat-deploy's range too, but there ahead-of-time plugins lose memory at
-# each change of batch: https://github.com/NVIDIA/TensorRT/issues/4849
+# In 11.1 and 11.2.1 ahead-of-time plugins lose memory at each change of batch, so 26.07 and 26.08 are not for this:
+#   https://github.com/NVIDIA/TensorRT/issues/4849
 ARG TRITON_TAG=26.09-py3
 ARG TENSORRT_VERSION=11.3.0.99
 # CUDA of torch's wheels (constraints.txt); `base` has the runtime alone, torch brings cuBLAS, cuDNN and the rest itself
