@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -40,7 +41,7 @@ HARDENED = {  # option of tritonserver -> its value; None of an option that take
 REFUSED = (
     *HARDENED,
     *("model-repository", "model-store", "load-model", "repository-poll-secs", "strict-model-config"),
-    *("backend-directory", "repoagent-directory", "cache-directory"),
+    *("backend-directory", "backend-config", "repoagent-directory", "cache-directory"),
 )
 DEVICES = ("gpu", "cpu")
 VALIDATE = ("auto", "skip")
@@ -88,11 +89,15 @@ class Settings:
                 raise DatDeployError(f"{name} got '{value}'; it takes {' or '.join(values)}.")
             return value
 
-        checkpoint = given.get("DAT_DEPLOY_CHECKPOINT")
+        checkpoint, name = given.get("DAT_DEPLOY_CHECKPOINT"), given.get("DAT_DEPLOY_NAME")
+        if name is not None and not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+            raise DatDeployError(
+                f"DAT_DEPLOY_NAME got '{name}'; it takes letters, digits, '_', '.' and '-', such as shop."
+            )
         settings = cls(
             model=Path(given.get("DAT_DEPLOY_MODEL", cls.model)),
             checkpoint=None if checkpoint is None else Path(checkpoint),
-            name=given.get("DAT_DEPLOY_NAME"),
+            name=name,
             profiles=tuple(dict.fromkeys(map(Profile.parse, given.get("DAT_DEPLOY_BATCH", "1-8-32").split(",")))),
             device=choice("DAT_DEPLOY_DEVICE", DEVICES),
             validate=choice("DAT_DEPLOY_VALIDATE", VALIDATE) == "auto",
@@ -240,7 +245,8 @@ def log(event: str, level: str = "info", **fields: object) -> None:
 
 
 def _word(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if not text or any(c in text for c in ' "=\n\t\\') else text
+    bare = text and text.isprintable() and not any(character in text for character in ' "=\\')
+    return text if bare else json.dumps(text, ensure_ascii=False)
 
 
 @contextlib.contextmanager
@@ -368,7 +374,8 @@ def _validate(engine: str, passport: Passport | None, metadata: FileMetadata, se
 
 def _write_repository(engine: Path, metadata: FileMetadata, settings: Settings, steps: Steps) -> None:
     name = settings.name or metadata.variant
-    batches = sorted({size for profile in settings.profiles for size in (profile.best, profile.most)})
+    sizes = {size for profile in settings.profiles for size in (profile.best, profile.most)}
+    batches = sorted(sizes) if metadata.batch is None else [metadata.batch]
     log("package", model=name, repository=settings.repository)
     steps.package(engine, settings.repository, name=name, batches=batches, device=settings.device)
 

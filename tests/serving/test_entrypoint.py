@@ -353,6 +353,14 @@ def test_on_the_cpu_the_file_itself_is_validated_and_served(settings: Settings) 
     assert (machine.packaged["device"], machine.packaged["name"]) == ("cpu", "shop")
 
 
+def test_a_file_of_one_batch_is_packaged_for_that_batch(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = replace(read_metadata(settings.model), batch=4)
+    monkeypatch.setattr(entrypoint, "read_metadata", lambda path: fixed)
+    machine = Machine()
+    prepare(replace(settings, device="cpu"), machine.steps())
+    assert machine.packaged["batches"] == [4]
+
+
 @pytest.mark.parametrize(
     "word",
     [
@@ -364,6 +372,7 @@ def test_on_the_cpu_the_file_itself_is_validated_and_served(settings: Settings) 
         "--model-repository=/elsewhere",
         "--load-model=*",
         "--backend-directory=/elsewhere",
+        "--backend-config=tensorrt,plugins=/elsewhere.so",
         "--",
     ],
 )
@@ -406,6 +415,7 @@ def test_settings_are_read_from_the_environment(demo_onnx: Path) -> None:
     [
         ({"DAT_DEPLOY_DEVICE": "tpu"}, DatDeployError, "DAT_DEPLOY_DEVICE got 'tpu'; it takes gpu or cpu."),
         ({"DAT_DEPLOY_VALIDATE": "no"}, DatDeployError, "DAT_DEPLOY_VALIDATE got 'no'; it takes auto or skip."),
+        ({"DAT_DEPLOY_NAME": "../shop"}, DatDeployError, "DAT_DEPLOY_NAME got '../shop'; it takes letters, digits, "),
         ({"DAT_DEPLOY_BATCH": "many"}, DatDeployError, "--batch got 'many'; "),
         ({"DAT_DEPLOY_MODEL": "/no.onnx"}, ExportError, "DAT_DEPLOY_MODEL: there is no file /no.onnx; mount "),
         ({"DAT_DEPLOY_CHECKPOINT": "/no.pth"}, CheckpointError, "DAT_DEPLOY_CHECKPOINT: there is no file /no.pth; "),
