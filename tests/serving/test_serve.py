@@ -59,7 +59,7 @@ def pictures() -> list[Path]:
 
 
 def test_stock_client_reads_metadata_and_readiness(server):
-    with triton.InferenceServerClient(server.url) as client:
+    with triton.InferenceServerClient(f"localhost:{server.port}") as client:
         assert client.is_server_live()
         assert client.is_server_ready()
         assert client.is_model_ready("demo")
@@ -80,7 +80,7 @@ def test_stock_client_gets_the_engines_answers(server, points_onnx, pictures, se
     with open_runner(str(points_onnx)) as runner:
         images = preprocess_files(pictures, runner.description.preprocessing)
         expected = runner.outputs(images)
-    with triton.InferenceServerClient(server.url) as client:
+    with triton.InferenceServerClient(f"localhost:{server.port}") as client:
         tensor = triton.InferInput("image", list(images.shape), "FP32")
         tensor.set_data_from_numpy(images, binary_data=sent)
         outputs = [triton.InferRequestedOutput(name, binary_data=asked) for name in expected]
@@ -113,7 +113,7 @@ def test_answers_are_those_of_classify_at_any_concurrency(server, points_onnx, p
 
 
 def test_our_client_prints_what_classify_prints(server, points_onnx, pictures):
-    there = command("client", *pictures, "--url", server.url, "--top", 3)
+    there = command("client", *pictures, "--url", f"localhost:{server.port}", "--top", 3)
     here = command("classify", *pictures, "--engine", points_onnx, "--top", 3)
     assert there.returncode == 0, there.stderr
     assert there.stdout.rpartition("next:")[0] == here.stdout.rpartition("next:")[0]
@@ -127,8 +127,8 @@ def test_our_client_prints_what_classify_prints(server, points_onnx, pictures):
     ],
 )
 def test_our_client_says_what_a_server_refuses(server, words, sentence):
-    done = command("client", PICTURE, "--url", server.url, *words)
-    assert (done.returncode, done.stderr) == (1, f"error: {sentence.format(url=server.url)}\n")
+    done = command("client", PICTURE, "--url", f"localhost:{server.port}", *words)
+    assert (done.returncode, done.stderr) == (1, f"error: {sentence.format(url=f'localhost:{server.port}')}\n")
 
 
 def test_our_client_says_that_nothing_answers():
