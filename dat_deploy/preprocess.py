@@ -197,13 +197,17 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.f
     """Resize, crop, normalise.
 
     Returns:
-        [3, H, W] float32, bit for bit what torchvision's Resize, CenterCrop, ToTensor, Normalize give for a PIL image.
+        [3, H, W] float32, bit for bit what torchvision's Resize, CenterCrop, ToTensor, Normalize give for a PIL image
+        with every Pillow before 13.0.
     Raises:
         ImageError: if the image has no agreed conversion to RGB.
     """
     height, width = preprocessing.image_size
     resize_height, resize_width = preprocessing.resize_size
-    resized = _rgb_from_image(image, "image").resize((resize_width, resize_height), Image.Resampling.BICUBIC)
+    rgb = _rgb_from_image(image, "image")
+    # In two calls: in one, Pillow 13 resizes a tall picture's height first, up to 12 levels off what was trained with.
+    wide = rgb.resize((resize_width, rgb.height), Image.Resampling.BICUBIC)
+    resized = wide.resize((resize_width, resize_height), Image.Resampling.BICUBIC)
     top = round((resize_height - height) / 2.0)
     left = round((resize_width - width) / 2.0)
     samples = np.asarray(resized, dtype=np.float32)[top : top + height, left : left + width]  # H, W, 3

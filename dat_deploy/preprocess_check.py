@@ -303,7 +303,8 @@ def _written_out(source: Source, preprocessing: Preprocessing) -> Floats:
             picture = read_image(source) if mode[0] in "IF" else file.convert("RGBA").convert("RGB")
     (height, width), (resize_height, resize_width) = preprocessing.image_size, preprocessing.resize_size
     left, top = round((resize_width - width) / 2), round((resize_height - height) / 2)
-    picture = picture.resize((resize_width, resize_height), resample=Image.Resampling.BICUBIC)
+    for size in ((resize_width, picture.height), (resize_width, resize_height)):  # the width first, in any Pillow
+        picture = picture.resize(size, resample=Image.Resampling.BICUBIC)
     picture = picture.crop((left, top, left + width, top + height))
     planes = []
     for plane, mean, std in zip(picture.split(), preprocessing.mean, preprocessing.std, strict=True):

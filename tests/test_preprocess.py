@@ -146,6 +146,13 @@ def test_the_aspect_ratio_is_not_kept() -> None:
     assert np.array_equal(preprocess(wide, TINY), preprocess(square, TINY))
 
 
+def test_a_tall_picture_is_resized_along_its_width_first_whatever_pillow_prefers() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (600, 400, 3), dtype=np.uint8)
+    wide = Image.fromarray(noise).resize((256, 600), Image.Resampling.BICUBIC)
+    both = wide.resize((256, 256), Image.Resampling.BICUBIC)  # one side alone has no order
+    np.testing.assert_array_equal(preprocess(Image.fromarray(noise), TINY), preprocess(both, TINY))
+
+
 @pytest.mark.parametrize(("resize", "first"), [(224, 0), (225, 0), (227, 2), (229, 2), (256, 16)], ids=str)
 def test_the_crop_starts_where_torchvisions_centre_crop_does(resize: int, first: int) -> None:
     # int(round((resize - 224) / 2)); Python rounds halves to even, so 0.5 -> 0, 1.5 -> 2, 2.5 -> 2
