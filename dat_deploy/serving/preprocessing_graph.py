@@ -1,9 +1,9 @@
 """The preprocessing as an ONNX graph, for a server to run before the network: bit for bit what Pillow and NumPy do.
 
-ONNX's own Resize is not that: ONNX Runtime 1.31 computes its weights in float32, so that up to 0.12 % of a noise
-picture's samples are one level off. Here each pass of the resize is a product with the matrix of Pillow's weights, which
-are computed in the graph, since height and width are free. Pillow resizes in fixed point with weights of 22 bits;
-float64 holds such sums of integers exactly, in whatever order they are added, so that nothing depends on the CPU.
+ONNX's own Resize is not that: ONNX Runtime computes its weights in float32, so that up to 0.12 % of a noise picture's
+samples are one level off. Here each pass of the resize is a product with the matrix of Pillow's weights, which are
+computed in the graph, since height and width are free. Pillow resizes in fixed point with weights of 22 bits; float64
+holds such sums of integers exactly, in whatever order they are added, so that nothing depends on the CPU.
 """
 
 import onnx
