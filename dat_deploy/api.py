@@ -16,6 +16,7 @@ from dat_deploy.export.quantize import quantize
 from dat_deploy.preprocess_check import check_preprocessing
 from dat_deploy.preprocess_check import preprocess_for_engine as preprocess
 from dat_deploy.runners import open_runner
+from dat_deploy.serving.repository import package
 from dat_deploy.tune import tune
 from dat_deploy.validate import validate
 from dat_deploy.validate.bisect import bisect
@@ -35,6 +36,7 @@ __all__ = [
     "inspect",
     "load_model",
     "open_runner",
+    "package",
     "preprocess",
     "quantize",
     "relower",

@@ -378,6 +378,77 @@ def inspect(
 
 
 @app.command()
+def package(
+    engine: Annotated[
+        list[Path], typer.Option("--engine", help="FILE.onnx, or FILE.engine; repeat it for engines of several GPUs.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The model repository; other models in it stay.")
+    ] = Path("model_repository"),
+    name: Annotated[str | None, typer.Option("--name", help="Of the model. Default: the variant's.")] = None,
+    batch: Annotated[
+        str, typer.Option("--batch", help="Batches to prefer, of FILE.onnx; an engine's profiles say it themselves.")
+    ] = "8,32",
+    images: Annotated[
+        bool, typer.Option("--images", help="Also write a model that takes RGB pictures of any size as they are.")
+    ] = False,
+    device: Annotated[str, typer.Option("--device", help="gpu or cpu.")] = "gpu",
+    instances: Annotated[int, typer.Option("--instances", help="Copies of the network, on each GPU.")] = 1,
+    queue_delay_us: Annotated[
+        int, typer.Option("--queue-delay-us", help="How long a request waits for others to make up a batch.")
+    ] = 500,
+    queue_size: Annotated[int, typer.Option("--queue-size", help="Requests that may wait; more are refused.")] = 256,
+    queue_timeout_us: Annotated[
+        int, typer.Option("--queue-timeout-us", help="How long a request may wait before it is refused.")
+    ] = 1_000_000,
+    kserve: Annotated[
+        Path | None, typer.Option("--kserve", help="Also write this file, YAML of an InferenceService of KServe.")
+    ] = None,
+    storage_uri: Annotated[
+        str | None, typer.Option("--storage-uri", help="For --kserve: where the repository will be.")
+    ] = None,
+    force: ForceOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Write a model repository for Triton Inference Server."""
+    preferred = _numbers(batch, "--batch", "8,32")
+    from dat_deploy.serving import repository as library
+
+    _check_json(json_file, force=force)
+    with err.status("packaging"):
+        report = library.package(
+            engine,
+            output,
+            name=name,
+            batches=preferred,
+            images=images,
+            device=device,
+            instances=instances,
+            queue_delay_us=queue_delay_us,
+            queue_size=queue_size,
+            queue_timeout_us=queue_timeout_us,
+            kserve=kserve,
+            storage_uri=storage_uri,
+            force=force,
+        )
+    out.print(f"{report.path}:")
+    for file in report.files:
+        out.print(f"  {file}")
+    for model in report.models:
+        inputs, outputs = (
+            ", ".join(f"{tensor.name} {tensor.datatype} {list(tensor.shape)}" for tensor in tensors)
+            for tensors in (model.inputs, model.outputs)
+        )
+        batches = f"up to {model.max_batch}" if model.max_batch else "fixed"
+        out.print(f"{model.name}: {inputs} -> {outputs}, batch {batches}")
+    if kserve is not None:
+        out.print(f"{kserve}: KServe's InferenceService of it")
+    _notes(report.notes)
+    _write_json(asdict(report), json_file, force=force)
+    out.print(f"next: {shlex.join(report.server)}")
+
+
+@app.command()
 def validate(
     engine: Annotated[
         str | None,
