@@ -38,6 +38,7 @@ HOMES = {
     "onnxruntime": ("onnxruntime_runner.py", "runners/__init__.py", "quantize.py"),
     "openvino": ("openvino_runner.py", "runners/__init__.py"),
     "matplotlib": ("plotting.py",),
+    "tritonclient": ("serving/model_config.py",),
 }
 
 

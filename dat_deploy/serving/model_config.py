@@ -5,8 +5,6 @@ docs/user_guide/model_configuration.md, batcher.md and ensemble_models.md.
 """
 
 import dataclasses
-import functools
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -199,7 +197,9 @@ def ensemble_config(
 
 def config_text(config: _Config) -> str:
     """The content of `config.pbtxt`."""
-    text: str = _text_format().MessageToString(config, as_utf8=True, use_short_repeated_primitives=True)
+    from google.protobuf import text_format  # comes with tritonclient
+
+    text: str = text_format.MessageToString(config, as_utf8=True, use_short_repeated_primitives=True)
     return text
 
 
@@ -237,18 +237,12 @@ def _queue(config: _Config, settings: Settings) -> None:
         policy.max_queue_size = settings.queue_size
 
 
-@functools.cache
 def _protobuf() -> Any:
     try:
-        return importlib.import_module("tritonclient.grpc.model_config_pb2")
+        from tritonclient.grpc import model_config_pb2
     except ImportError as error:
         raise UnsupportedError(
             "tritonclient is not installed, with whose protobuf Triton's config.pbtxt is written. Install it with: "
             "pip install 'dat-deploy[package]'"
         ) from error
-
-
-@functools.cache
-def _text_format() -> Any:
-    _protobuf()
-    return importlib.import_module("google.protobuf.text_format")
+    return model_config_pb2
