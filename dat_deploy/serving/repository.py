@@ -154,7 +154,8 @@ def package(
             f"a letter or digit, for URLs have it. Give another: --name NAME"
         )
     names = [model, f"{model}_preprocess", f"{model}_images"][: 3 if images else 1]
-    _check_folders(output, names, force=force)
+    with _translated(output):
+        _check_folders(output, names, force=force)
     taken = _batches(first, batches)
     metadata = dataclasses.replace(first.metadata, batch=taken.fixed)
     written = _network_files(model, opened, metadata, taken, settings)
@@ -175,7 +176,7 @@ def package(
         tuple(models),
         tuple(sorted(written)),
         docker_command(output, device=device, tag=triton_tag),
-        tuple(_notes(opened, taken)),
+        tuple(_notes(opened, taken, output, names)),
     )
 
 
@@ -360,7 +361,7 @@ def _packaged(
     return PackagedModel(name, batches.most, inputs, outputs)
 
 
-def _notes(opened: Sequence[_Engine], batches: Batches) -> Iterator[str]:
+def _notes(opened: Sequence[_Engine], batches: Batches, output: Path, names: Sequence[str]) -> Iterator[str]:
     for engine in opened:
         if engine.passport is not None and engine.passport.verdict is None:
             yield f"{engine.path} was never validated: dat-deploy validate --engine {shlex.quote(str(engine.path))}"
@@ -372,6 +373,9 @@ def _notes(opened: Sequence[_Engine], batches: Batches) -> Iterator[str]:
             f"the batch is fixed at {batches.fixed}, so Triton gathers no requests and limits no queue; with a dynamic "
             f"batch it does both"
         )
+    earlier = f"{names[0]}_images"
+    if earlier not in names and (output / earlier).exists():
+        yield f"{earlier} is of an earlier run and was left as it was; write it anew with --images --force"
 
 
 def _check_folders(output: Path, names: Sequence[str], *, force: bool) -> None:
@@ -396,8 +400,9 @@ def _check_folders(output: Path, names: Sequence[str], *, force: bool) -> None:
 
 def _write(output: Path, names: Sequence[str], files: Mapping[str, bytes]) -> None:
     """Each model beside the repository first, where no server looks, and then all moved in; none if one fails."""
-    new, old = (output.parent / f".{output.name}.{secrets.token_hex(4)}.{part}" for part in ("part", "old"))
     with _translated(output):
+        output = output.resolve()  # of `.` the name is empty
+        new, old = (output.with_name(f".{output.name}.{secrets.token_hex(4)}.{part}") for part in ("part", "old"))
         try:
             for path, content in files.items():
                 (new / path).parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from dat_deploy.variants import stride
 
 __all__ = ["TensorSpec", "input_spec", "output_specs"]
 
-_OUTPUT = re.compile(r"logits|feature_map_(\d)|sampling_locations_(\d)_(\d+)|attention_(\d)_(\d+)")
+_OUTPUT = re.compile(r"logits|feature_map_([0-3])|(?:sampling_locations|attention)_([0-3])_(0|[1-9][0-9]{0,3})")
 
 
 @dataclass(frozen=True)

@@ -431,6 +431,24 @@ def test_force_replaces_a_model_of_this_command_and_nothing_else(demo_onnx: Path
         assert len(snapshot(folder)) == 1
 
 
+def test_an_earlier_step_before_the_network_is_noted(demo_onnx: Path, tmp_path: Path) -> None:
+    package([demo_onnx], tmp_path / "models", images=True)
+    report = package([demo_onnx], tmp_path / "models", force=True)
+    (note,) = report.notes
+    assert note == "demo_images is of an earlier run and was left as it was; write it anew with --images --force"
+
+
+def test_the_folder_that_one_is_in_can_be_the_repository(
+    demo_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    report = package([demo_onnx], Path())
+    assert sorted(snapshot(folder)) == list(report.files)
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
 def test_a_failure_half_way_leaves_the_repository_as_it_was(
     demo_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
