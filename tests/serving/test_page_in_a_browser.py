@@ -421,6 +421,20 @@ def test_the_picture_alone_is_the_crop_that_the_network_gets(page: Page, server:
     assert not page.js("at('choice').checkVisibility()")
 
 
+def test_alpha_is_dropped_as_the_network_does(page: Page, tmp_path: Path) -> None:
+    half = Image.new("RGBA", (64, 64), (200, 100, 50, 128))
+    half.save(tmp_path / "half.png")
+    page.classify(tmp_path / "half.png")
+    page.js("document.querySelector('label[for=block-none]').click()")
+    assert page.text("#note") == ""
+    np.testing.assert_allclose(page.canvas()[200, 200], (200, 100, 50), atol=2)
+    half.paste((200, 100, 50, 0), (0, 0, 32, 32))
+    half.save(tmp_path / "hole.png")
+    page.classify(tmp_path / "hole.png")
+    note = "Where it is wholly transparent the network sees the colours stored there, and this page does not."
+    assert page.text("#note") == note
+
+
 def test_the_keyboard_alone_reaches_and_operates_everything(page: Page, server: Server) -> None:
     page.call("Page.setInterceptFileChooserDialog", enabled=True)
     page.press("Tab")
