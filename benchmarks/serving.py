@@ -72,7 +72,8 @@ class Load:
         async def one() -> None:
             nonlocal done
             while time.monotonic() < end:
-                done += (await self.ask(time.monotonic())).outcome == "200"
+                result = await self.ask(time.monotonic())
+                done += result.outcome == "200"
 
         await asyncio.gather(*(one() for _ in range(CLIENTS)))
         return done / seconds
