@@ -76,9 +76,9 @@ def _model(server: Any, name: str | None) -> tuple[str, Preprocessing]:
     found: dict[str, Preprocessing] = {}
     names = [entry["name"] for entry in server.get_model_repository_index()] if name is None else [name]
     for candidate in names:
-        parameters = server.get_model_config(candidate).get("parameters", {})
-        text = parameters.get("dat_deploy.preprocessing", {}).get("string_value")
-        if text is not None:
+        config = server.get_model_config(candidate)
+        text = config.get("parameters", {}).get("dat_deploy.preprocessing", {}).get("string_value")
+        if text is not None and [tensor["name"] for tensor in config["input"]] == ["image"]:
             try:
                 found[candidate] = typing.cast(Preprocessing, typed(Preprocessing, json.loads(text), "preprocessing"))
             except (ValueError, DatDeployError) as error:

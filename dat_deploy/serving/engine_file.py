@@ -1,14 +1,18 @@
-"""A file that is to be served: what it says of itself, and whether it may be."""
+"""A file that is to be served: what it says of itself, whether it may be, and under which name."""
 
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from dat_deploy.engine.passport import Passport, Profile, open_engine, passport_path
-from dat_deploy.errors import VerificationError
+from dat_deploy.engine.passport import Passport, Profile, open_engine
+from dat_deploy.errors import ServingError, VerificationError
 from dat_deploy.metadata import FileMetadata, load_onnx
 from dat_deploy.preprocess import golden_sha256
 
-__all__ = ["EngineFile", "read_engine_file"]
+__all__ = ["EngineFile", "check_model_name", "read_engine_file"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 @dataclass(frozen=True)
@@ -16,10 +20,11 @@ class EngineFile:
     """An exported file, which has no passport, or an engine.
 
     Attributes:
-        outputs: names of what it gives, in order.
+        content: its bytes, which are what its passport says; outputs: names of what it gives, in order.
     """
 
     path: Path
+    content: bytes
     metadata: FileMetadata
     outputs: tuple[str, ...]
     passport: Passport | None
@@ -37,7 +42,7 @@ class EngineFile:
     def note(self) -> str | None:
         """What a user must know before it is served."""
         if self.passport is not None and self.passport.verdict is None:
-            return f"{self.path.name} was never validated; run: dat-deploy validate --engine {self.path}"
+            return f"{self.path} was never validated: dat-deploy validate --engine {shlex.quote(str(self.path))}"
         return None
 
 
@@ -51,20 +56,29 @@ def read_engine_file(path: Path) -> EngineFile:
     if path.suffix == ".onnx":
         model = load_onnx(path)
         metadata = FileMetadata.from_properties({entry.key: entry.value for entry in model.metadata_props}, path)
-        found = EngineFile(path, metadata, tuple(value.name for value in model.graph.output), None)
+        found = EngineFile(path, path.read_bytes(), metadata, tuple(value.name for value in model.graph.output), None)
     else:
-        passport, _ = open_engine(path)
-        found = EngineFile(path, passport.metadata, passport.outputs, passport)
+        passport, content = open_engine(path)
+        found = EngineFile(path, content, passport.metadata, passport.outputs, passport)
         verdict = passport.verdict
         if verdict is not None and not verdict.passed:
             raise VerificationError(
-                f"{path} failed its validation of {verdict.date}, as {passport_path(path).name} says: "
-                f"{verdict.sentence} Build it again with: {passport.rebuild_command}"
+                f"{path} failed its last validation, of {verdict.date}: {verdict.sentence} Look into it with: "
+                f"dat-deploy validate --engine {shlex.quote(str(path))}"
             )
     recorded = found.metadata.golden_sha256
     if recorded and recorded != golden_sha256(found.metadata.preprocessing):
         raise VerificationError(
-            f"{path} was exported where the golden picture came out otherwise than it does here, so its images would "
-            f"not be those it was validated on. Compare them with: dat-deploy preprocess --check --engine {path}"
+            f"{path}: the golden picture comes out otherwise here than at export, so images would be preprocessed "
+            f"otherwise. See what differs with: dat-deploy preprocess --check --engine {shlex.quote(str(path))}"
         )
     return found
+
+
+def check_model_name(name: str, option: str = "--name") -> None:
+    """Raises ServingError if `name` cannot be a model's in addresses; `option` is what it was given by."""
+    if not _NAME.fullmatch(name):
+        raise ServingError(
+            f"'{name}' cannot be a model's name; it takes up to 63 letters, digits, '_', '.' and '-', and begins with "
+            f"a letter or digit, for URLs have it. Give another: {option} NAME"
+        )

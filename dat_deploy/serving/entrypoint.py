@@ -11,7 +11,6 @@ import ctypes
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -26,17 +25,14 @@ from dat_deploy.engine.passport import Passport, Profile, open_engine, read_pass
 from dat_deploy.engine.tensorrt_library import import_tensorrt, version
 from dat_deploy.errors import CheckpointError, DatDeployError, ExportError, OutputError, UnsupportedError
 from dat_deploy.metadata import FileMetadata, read_metadata
+from dat_deploy.serving.engine_file import check_model_name
+from dat_deploy.serving.repository import package
+from dat_deploy.serving.tritonserver import HARDENED, tritonserver_command
 from dat_deploy.system import nvidia_smi, tool_version
 from dat_deploy.validate import ValidationReport, validate
 
-__all__ = ["Settings", "Steps", "Wanted", "main", "prepare", "tritonserver_command"]
+__all__ = ["Settings", "Steps", "Wanted", "check_arguments", "main", "prepare"]
 
-HARDENED = {  # option of tritonserver -> its value; None of an option that takes none
-    "model-control-mode": "none",  # no client may load or unload
-    "strict-readiness": "true",  # ready means that every model is
-    "exit-on-error": "true",  # no server without its model
-    "disable-auto-complete-config": None,  # the configuration is the file's, not a guess
-}
 # Each of these loads something else than what was validated, or takes the above back.
 REFUSED = (
     *HARDENED,
@@ -90,10 +86,8 @@ class Settings:
             return value
 
         checkpoint, name = given.get("DAT_DEPLOY_CHECKPOINT"), given.get("DAT_DEPLOY_NAME")
-        if name is not None and not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
-            raise DatDeployError(
-                f"DAT_DEPLOY_NAME got '{name}'; it takes letters, digits, '_', '.' and '-', such as shop."
-            )
+        if name is not None:
+            check_model_name(name, "DAT_DEPLOY_NAME")
         settings = cls(
             model=Path(given.get("DAT_DEPLOY_MODEL", cls.model)),
             checkpoint=None if checkpoint is None else Path(checkpoint),
@@ -114,7 +108,7 @@ class Settings:
             raise CheckpointError(
                 f"DAT_DEPLOY_CHECKPOINT: there is no file {settings.checkpoint}; mount its folder, too."
             )
-        tritonserver_command(settings)  # refuses options before anything is built
+        check_arguments(settings.arguments)
         return settings
 
 
@@ -219,13 +213,9 @@ def library_version(trt: ModuleType) -> tuple[int, ...]:
     return number // 10000, number // 100 % 100, number % 100
 
 
-def tritonserver_command(settings: Settings) -> list[str]:
-    """The words to become tritonserver with: hardened, whatever else the user adds.
-
-    Raises:
-        DatDeployError: if the user's options would load something else, or take the hardening back.
-    """
-    for word in settings.arguments:
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raises DatDeployError if options of the user's would load something else, or take the hardening back."""
+    for word in arguments:
         option = word[2:].split("=")[0] if word.startswith("--") else None
         # tritonserver also takes the beginning of an option's name for the option, and the last one counts
         taken = next((name for name in REFUSED if option is not None and name.startswith(option)), None)
@@ -234,8 +224,6 @@ def tritonserver_command(settings: Settings) -> list[str]:
                 f"option '{word}' is not passed on to tritonserver: --{taken} is set here, so that what is served is "
                 f"what was validated; leave it out, or run tritonserver yourself with --entrypoint tritonserver."
             )
-    hardened = [f"--{name}" if value is None else f"--{name}={value}" for name, value in HARDENED.items()]
-    return ["tritonserver", f"--model-repository={settings.repository}", *hardened, *settings.arguments]
 
 
 def log(event: str, level: str = "info", **fields: object) -> None:
@@ -277,8 +265,6 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _package(engine: Path, output: Path, *, name: str, batches: Sequence[int], device: str) -> object:
-    from dat_deploy.serving.repository import package  # needs the extra `package`
-
     return package([engine], output, name=name, batches=batches, device=device, force=True)
 
 
@@ -310,7 +296,7 @@ def prepare(settings: Settings, steps: Steps) -> list[str]:
         VerificationError: if the engine, or on the CPU the file, does not answer as PyTorch does.
         DatDeployError: whatever else building, validating and packaging raise.
     """
-    command = tritonserver_command(settings)
+    command = [*tritonserver_command(settings.repository), *settings.arguments]
     if steps.find_program(command[0]) is None:
         raise UnsupportedError(
             "tritonserver is not on the PATH; run this in the server image: docker build --target server ."

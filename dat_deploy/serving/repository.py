@@ -2,28 +2,23 @@
 
 import contextlib
 import dataclasses
-import re
 import secrets
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import onnx
-
-from dat_deploy.engine.passport import Passport, open_engine, passport_path
+from dat_deploy.engine.passport import passport_path
 from dat_deploy.errors import (
     DatDeployError,
     EngineBuildError,
     ExportError,
     OutputError,
     UnsupportedError,
-    VerificationError,
 )
 from dat_deploy.files import atomic_output, check_output
-from dat_deploy.metadata import FileMetadata, load_onnx
-from dat_deploy.preprocess import golden_sha256
-from dat_deploy.serving.kserve import TRITON_TAG, docker_command, inference_service
+from dat_deploy.metadata import FileMetadata
+from dat_deploy.serving.engine_file import EngineFile, check_model_name, read_engine_file
 from dat_deploy.serving.model_config import (
     LABELS,
     PIXELS,
@@ -38,10 +33,10 @@ from dat_deploy.serving.model_config import (
 )
 from dat_deploy.serving.preprocessing_graph import preprocessing_graph
 from dat_deploy.serving.tensors import TensorSpec, input_spec, output_specs
+from dat_deploy.serving.tritonserver import TRITON_TAG, docker_command, inference_service
 
 __all__ = ["PackageReport", "PackagedModel", "package"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _KEPT = ".gitkeep"  # a folder without files is lost in git and in object stores, and Triton needs the version's
 _OURS = b'"dat_deploy.variant"'  # a parameter in every config.pbtxt that is written here
 
@@ -75,17 +70,6 @@ class PackageReport:
     files: tuple[str, ...]
     server: tuple[str, ...]
     notes: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Engine:
-    """A file to serve; without a passport it is an ONNX file."""
-
-    path: Path
-    content: bytes
-    metadata: FileMetadata
-    outputs: tuple[str, ...]
-    passport: Passport | None
 
 
 def package(
@@ -148,11 +132,7 @@ def package(
     opened = _open_all(engines, settings)
     first = opened[0]
     model = first.metadata.variant if name is None else name
-    if not _NAME.fullmatch(model):
-        raise DatDeployError(
-            f"'{model}' cannot be a model's name; it takes up to 63 letters, digits, '_', '.' and '-', and begins with "
-            f"a letter or digit, for URLs have it. Give another: --name NAME"
-        )
+    check_model_name(model)
     names = [model, f"{model}_preprocess", f"{model}_images"][: 3 if images else 1]
     with _translated(output):
         _check_folders(output, names, force=force)
@@ -180,7 +160,7 @@ def package(
     )
 
 
-def _open_all(engines: Sequence[Path], settings: Settings) -> list[_Engine]:
+def _open_all(engines: Sequence[Path], settings: Settings) -> list[EngineFile]:
     """The engines, of which each is fit to be served and all are of one network."""
     if not engines:
         raise EngineBuildError("no engine to package; give one, such as --engine tiny.onnx.")
@@ -202,7 +182,7 @@ def _open_all(engines: Sequence[Path], settings: Settings) -> list[_Engine]:
     return opened
 
 
-_ALIKE: Mapping[str, Callable[[_Engine], object]] = {
+_ALIKE: Mapping[str, Callable[[EngineFile], object]] = {
     "network": lambda engine: engine.metadata.network,
     "weights": lambda engine: engine.metadata.weights_sha256,
     "preprocessing": lambda engine: engine.metadata.preprocessing,
@@ -214,69 +194,47 @@ _ALIKE: Mapping[str, Callable[[_Engine], object]] = {
 }
 
 
-def _open(path: Path, settings: Settings) -> _Engine:
-    if path.suffix == ".onnx":
-        engine = _open_onnx(path, settings)
-    elif path.suffix in (".engine", ".plan"):
-        engine = _open_tensorrt(path, settings)
-    elif path.suffix == ".pt2":
+def _open(path: Path, settings: Settings) -> EngineFile:
+    """Raises EngineBuildError, ExportError or UnsupportedError for what Triton does not serve."""
+    quoted = shlex.quote(str(path))
+    if path.suffix == ".pt2":
         raise EngineBuildError(
             f"{path} is an AOTInductor package, which Triton has no backend for. Serve it with: dat-deploy serve "
-            f"--engine {shlex.quote(str(path))}"
+            f"--engine {quoted}"
         )
-    else:
+    if path.suffix not in (".onnx", ".engine", ".plan"):
         raise EngineBuildError(f"--engine got '{path}'; Triton serves FILE.onnx and TensorRT's FILE.engine.")
-    metadata = engine.metadata
-    if metadata.golden_sha256 and metadata.golden_sha256 != golden_sha256(metadata.preprocessing):
-        raise VerificationError(
-            f"{path}: the golden picture comes out otherwise here than at export, so images would be preprocessed "
-            f"otherwise. See what differs with: dat-deploy preprocess --check --engine {shlex.quote(str(path))}"
-        )
-    return engine
-
-
-def _open_onnx(path: Path, settings: Settings) -> _Engine:
-    load_onnx(path)  # says what is wrong
-    content = path.read_bytes()
-    model = onnx.load_from_string(content)
-    metadata = FileMetadata.from_properties({p.key: p.value for p in model.metadata_props}, path)
-    if metadata.lowering == "plugin":
-        raise ExportError(
-            f"{path} has lowering 'plugin': its operators have no body, which Triton's ONNX Runtime cannot run. Change "
-            f"it with: dat-deploy export --from {shlex.quote(str(path))} --lowering function"
-        )
-    if metadata.precision == "bf16" and settings.device == "cpu":
-        raise UnsupportedError(
-            f"{path} computes in bf16, for which ONNX Runtime has no kernels on a CPU. Export it with --precision "
-            f"fp32, or serve it with --device gpu."
-        )
-    return _Engine(path, content, metadata, tuple(output.name for output in model.graph.output), None)
-
-
-def _open_tensorrt(path: Path, settings: Settings) -> _Engine:
-    passport, content = open_engine(path)
+    engine = read_engine_file(path)
+    passport, metadata = engine.passport, engine.metadata
+    if passport is None:
+        if metadata.lowering == "plugin":
+            raise ExportError(
+                f"{path} has lowering 'plugin': its operators have no body, which Triton's ONNX Runtime cannot run. "
+                f"Change it with: dat-deploy export --from {quoted} --lowering function"
+            )
+        if metadata.precision == "bf16" and settings.device == "cpu":
+            raise UnsupportedError(
+                f"{path} computes in bf16, for which ONNX Runtime has no kernels on a CPU. Export it with --precision "
+                f"fp32, or serve it with --device gpu."
+            )
+        return engine
+    source = shlex.quote(passport.source or "FILE.onnx")
     if passport.backend != "tensorrt":
         raise EngineBuildError(
             f"{path} is an engine of {passport.backend}, which Triton has no backend for. Build one of TensorRT: "
-            f"dat-deploy build {shlex.quote(passport.source or 'FILE.onnx')} --backend tensorrt"
+            f"dat-deploy build {source} --backend tensorrt"
         )
     if passport.plugin_form == "IPluginV3":
         raise EngineBuildError(
             f"{path} has its plugins in Python, which tritonserver does not load. Build it with: dat-deploy build "
-            f"{shlex.quote(passport.source or 'FILE.onnx')} --plugins ahead-of-time, or with --lowering gather"
+            f"{source} --plugins ahead-of-time, or with --lowering gather"
         )
     if settings.device == "cpu":
         raise EngineBuildError(f"{path} is a TensorRT engine and runs on GPUs alone. Package an ONNX file for a CPU.")
-    verdict = passport.verdict
-    if verdict is not None and not verdict.passed:
-        raise VerificationError(
-            f"{path} failed its last validation, of {verdict.date}: {verdict.sentence} Find the cause with: "
-            f"dat-deploy bisect --engine {shlex.quote(str(path))}"
-        )
-    return _Engine(path, content, passport.metadata, passport.outputs, passport)
+    return engine
 
 
-def _capabilities(opened: Sequence[_Engine]) -> dict[str, str]:
+def _capabilities(opened: Sequence[EngineFile]) -> dict[str, str]:
     """The file's name for each compute capability; empty for one engine alone.
 
     Raises:
@@ -300,14 +258,14 @@ def _capabilities(opened: Sequence[_Engine]) -> dict[str, str]:
     return files
 
 
-def _file_name(engine: _Engine, *, alone: bool) -> str:
+def _file_name(engine: EngineFile, *, alone: bool) -> str:
     """As Triton looks for it: `model.onnx`, `model.plan`, or `model.sm_90.plan` where there are several."""
     if engine.passport is None:
         return "model.onnx"
     return "model.plan" if alone else f"model.{'.'.join(engine.passport.architectures)}.plan"
 
 
-def _batches(engine: _Engine, preferred: Sequence[int]) -> Batches:
+def _batches(engine: EngineFile, preferred: Sequence[int]) -> Batches:
     if engine.passport is None:
         return batches_of_file(engine.metadata, preferred)
     source = shlex.quote(engine.passport.source or "FILE.onnx")
@@ -315,7 +273,7 @@ def _batches(engine: _Engine, preferred: Sequence[int]) -> Batches:
 
 
 def _network_files(
-    name: str, opened: Sequence[_Engine], metadata: FileMetadata, batches: Batches, settings: Settings
+    name: str, opened: Sequence[EngineFile], metadata: FileMetadata, batches: Batches, settings: Settings
 ) -> dict[str, bytes]:
     """The network's own model: content by path in the repository."""
     first = opened[0]
@@ -333,7 +291,7 @@ def _network_files(
 
 
 def _image_files(
-    names: Sequence[str], engine: _Engine, metadata: FileMetadata, batches: Batches, settings: Settings
+    names: Sequence[str], engine: EngineFile, metadata: FileMetadata, batches: Batches, settings: Settings
 ) -> dict[str, bytes]:
     """The models `NAME_preprocess` and `NAME_images`: content by path in the repository."""
     network, preprocess, ensemble = names
@@ -361,10 +319,10 @@ def _packaged(
     return PackagedModel(name, batches.most, inputs, outputs)
 
 
-def _notes(opened: Sequence[_Engine], batches: Batches, output: Path, names: Sequence[str]) -> Iterator[str]:
+def _notes(opened: Sequence[EngineFile], batches: Batches, output: Path, names: Sequence[str]) -> Iterator[str]:
     for engine in opened:
-        if engine.passport is not None and engine.passport.verdict is None:
-            yield f"{engine.path} was never validated: dat-deploy validate --engine {shlex.quote(str(engine.path))}"
+        if engine.note is not None:
+            yield engine.note
     passport = opened[0].passport
     if passport is not None:
         yield f"the engine needs TensorRT {passport.backend_version} in the server; see the release notes of its image"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from dat_deploy.errors import DatDeployError, ServingError, UnsupportedError
 from dat_deploy.runners import parse_engine
 from dat_deploy.runners.base import available_cores
-from dat_deploy.serving.engine_file import EngineFile, read_engine_file
+from dat_deploy.serving.engine_file import EngineFile, check_model_name, read_engine_file
 from dat_deploy.serving.replica import Replica, Reply, ServedModel
 from dat_deploy.serving.settings import ServeSettings
 from dat_deploy.serving.tensors import TensorSpec, input_spec, output_specs
@@ -37,10 +37,10 @@ __all__ = ["serve"]
 
 _log = logging.getLogger("dat_deploy.serving")
 
-_APPLICATION = "dat-deploy"
+_DEPLOYMENT = "Replica"
 _WATCH_S = 0.5  # between two looks at the replicas
 _RAY_GONE_S = 30.0
-_ENDING_S = 20.0  # of Ray
+_ENDING_S = 10.0  # of each of Ray's parts
 _CLOSING_S = 1.0  # in which connections learn that they are to close, before no more are taken
 
 
@@ -51,16 +51,16 @@ def serve(settings: ServeSettings, *, progress: Callable[[str], None], note: Cal
         address = "http://{}:{}".format(*listener.getsockname()[:2])
         if file.note is not None:
             note(file.note)
-        with _ray(settings, file, progress) as (threads, gpus):
+        with _ray(settings, file, progress) as (threads, gpus), _own_application(model) as application:
             progress("opening the engine")
             _try_out(model, threads, gpus)
-            handle = _deployed(settings, model, threads, gpus)
+            handle = _deployed(settings, model, application, threads, gpus)
 
             def ready() -> None:
                 progress("")
                 note(f"{model.name} at {address}; stop it with Ctrl-C")
 
-            asyncio.run(_answer(settings, model, file, handle, listener, ready))
+            asyncio.run(_answer(settings, model, file, application, handle, listener, ready))
 
 
 def _served_model(settings: ServeSettings) -> tuple[EngineFile, ServedModel]:
@@ -71,11 +71,13 @@ def _served_model(settings: ServeSettings) -> tuple[EngineFile, ServedModel]:
             f"Export it with: dat-deploy export --variant {target} --output {target}.onnx"
         )
     file = read_engine_file(Path(target))
+    name = settings.name or file.metadata.variant
+    check_model_name(name)
     image, *outputs = (input_spec(file.metadata), *output_specs(file.metadata, file.outputs))
     free = [TensorSpec(spec.name, spec.datatype, (-1, *spec.shape[1:])) for spec in (image, *outputs)]
     most = settings.max_batch if file.profiles == () and file.metadata.batch is None else file.most_images or 1
     return file, ServedModel(
-        name=settings.name or file.metadata.variant,
+        name=name,
         engine=f"{runtime.name}:{Path(target).absolute()}",
         image=free[0],
         outputs=tuple(free[1:]),
@@ -135,19 +137,37 @@ def _ray(settings: ServeSettings, file: EngineFile, progress: Callable[[str], No
         ray_serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         yield threads, gpus
     finally:
-        ending = threading.Thread(target=_end_ray, daemon=True)
-        ending.start()
-        ending.join(_ENDING_S)
+        _within(_ENDING_S, ray.shutdown)
 
 
-def _end_ray() -> None:
-    """Remove the replicas, and let go of Ray, which ends with this process if it was started here."""
-    import ray
+@contextlib.contextmanager
+def _own_application(model: ServedModel) -> Iterator[str]:
+    """The name of this server's application on Ray; it is removed in the end.
+
+    Raises:
+        ServingError: if there is one already, of another server on the cluster.
+    """
     from ray import serve as ray_serve
 
-    with contextlib.suppress(Exception):  # Ray may be what died
-        ray_serve.delete(_APPLICATION)
-    ray.shutdown()
+    name = f"dat-deploy-{model.name}"
+    if name in ray_serve.status().applications:
+        raise ServingError(f"the Ray cluster has a server of a model '{model.name}' already; choose another --name.")
+    try:
+        yield name
+    finally:
+        _within(_ENDING_S, lambda: ray_serve.delete(name))
+
+
+def _within(seconds: float, ending: Callable[[], object]) -> None:
+    """Call it, but do not wait longer: Ray may be what died."""
+
+    def call() -> None:
+        with contextlib.suppress(Exception):
+            ending()
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 @contextlib.contextmanager
@@ -190,11 +210,13 @@ def _try_out(model: ServedModel, threads: int, gpus: float) -> None:
         raise ServingError(f"opening {model.engine} ended its process: {_line(error)}") from error
 
 
-def _deployed(settings: ServeSettings, model: ServedModel, threads: int, gpus: float) -> "DeploymentHandle[Any]":
+def _deployed(
+    settings: ServeSettings, model: ServedModel, application: str, threads: int, gpus: float
+) -> "DeploymentHandle[Any]":
     from ray import serve as ray_serve
 
     options: dict[str, Any] = {
-        "name": "Replica",
+        "name": _DEPLOYMENT,
         "ray_actor_options": {"num_cpus": threads, "num_gpus": gpus},
         "max_ongoing_requests": max(settings.max_requests, 2 * model.most_images),
         "health_check_period_s": 2,
@@ -210,9 +232,9 @@ def _deployed(settings: ServeSettings, model: ServedModel, threads: int, gpus: f
             "target_ongoing_requests": settings.target_requests,
         }
     deployment = ray_serve.deployment(**options)(Replica)
-    application = deployment.bind(model, threads=threads, wait_s=settings.max_wait_ms / 1000)
+    bound = deployment.bind(model, threads=threads, wait_s=settings.max_wait_ms / 1000)
     try:
-        return ray_serve.run(application, name=_APPLICATION, route_prefix=None)
+        return ray_serve.run(bound, name=application, route_prefix=None)
     except RuntimeError as error:
         raise ServingError(f"the replicas do not start: {_line(error)}") from error
 
@@ -261,6 +283,7 @@ async def _answer(
     settings: ServeSettings,
     model: ServedModel,
     file: EngineFile,
+    application: str,
     handle: "DeploymentHandle[Any]",
     listener: socket.socket,
     ready: Callable[[], None],
@@ -291,7 +314,7 @@ async def _answer(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     _log_json_lines()
-    watching = asyncio.create_task(_watch(front, metrics, stop, ready))
+    watching = asyncio.create_task(_watch(front, metrics, application, stop, ready))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_own_signals(server))
         answering = asyncio.create_task(server.serve(sockets=[listener]))
@@ -315,7 +338,9 @@ def _own_signals(server: Any) -> Iterator[None]:
     yield
 
 
-async def _watch(front: "Front", metrics: "Metrics", stop: asyncio.Event, ready: Callable[[], None]) -> None:
+async def _watch(
+    front: "Front", metrics: "Metrics", application: str, stop: asyncio.Event, ready: Callable[[], None]
+) -> None:
     """Keep the front's readiness, and call `ready` the first time; stop the server when Ray is gone for good.
 
     Raises:
@@ -328,7 +353,7 @@ async def _watch(front: "Front", metrics: "Metrics", stop: asyncio.Event, ready:
         running = 0
         try:
             status = await asyncio.to_thread(ray_serve.status)
-            states = status.applications[_APPLICATION].deployments["Replica"].replica_states
+            states = status.applications[application].deployments[_DEPLOYMENT].replica_states
             running, seen = states.get("RUNNING", 0), time.monotonic()
         except Exception as error:  # whatever Ray's parts raise when one of them is away
             _log.warning("Ray does not answer", extra={"reason": type(error).__name__})

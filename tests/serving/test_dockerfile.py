@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dat_deploy.engine.tensorrt_library import BELOW, LEAST
+from dat_deploy.serving.tritonserver import TRITON_TAG
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -105,6 +106,7 @@ def test_every_base_image_is_pinned_by_a_tag() -> None:
     for name in ("TRITON_TAG", "CUDA_TAG", "UBUNTU_TAG"):
         assert re.match(r"\d+\.\d+", defaults[name])
         assert "latest" not in defaults[name]
+    assert defaults["TRITON_TAG"] == TRITON_TAG
     bases = re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE)
     assert [name for _, name in bases] == list(STAGES)
     for base, _ in bases:

@@ -39,9 +39,9 @@ from dat_deploy.export import export, relower
 from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.preprocess import preprocess
 from dat_deploy.serving import model_config
-from dat_deploy.serving.kserve import SERVER_ARGUMENTS, TRITON_TAG
 from dat_deploy.serving.repository import PackageReport, package
 from dat_deploy.serving.tensors import input_spec, output_specs
+from dat_deploy.serving.tritonserver import TRITON_TAG, tritonserver_command
 from dat_deploy.variants import VARIANTS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "model_repository"
@@ -382,7 +382,7 @@ def test_the_inference_service_is_kserves(demo_onnx: Path, tmp_path: Path) -> No
     assert service["metadata"]["name"] == "my-net-v2"
     assert model["modelFormat"] == {"name": "triton"}
     assert (model["protocolVersion"], model["runtimeVersion"], model["storageUri"]) == ("v2", "tag", "pvc://volume/m")
-    assert model["args"] == list(SERVER_ARGUMENTS)
+    assert model["args"] == list(tritonserver_command("/models")[2:])
     assert model["resources"]["limits"]["nvidia.com/gpu"] == 1
     package([demo_onnx], tmp_path / "models", name="0", device="cpu", kserve=file, storage_uri="s3://b/m", force=True)
     service = yaml.safe_load(file.read_text())
@@ -652,8 +652,8 @@ def test_other_preprocessing_here_is_a_wrong_answer(demo_onnx: Path, tmp_path: P
 def test_an_engine_that_failed_its_validation_is_a_wrong_answer(engine: Engine, tmp_path: Path) -> None:
     path = engine(verdict=BAD)
     assert refusal(VerificationError, [path], tmp_path / "m") == (
-        f"{path} failed its last validation, of 2026-11-21T00:00:00+00:00: it differs from PyTorch. Find the cause "
-        f"with: dat-deploy bisect --engine {path}"
+        f"{path} failed its last validation, of 2026-11-21T00:00:00+00:00: it differs from PyTorch. Look into it "
+        f"with: dat-deploy validate --engine {path}"
     )
 
 

@@ -189,6 +189,21 @@ def test_a_replica_that_is_killed_costs_no_answer(start, demo_onnx):
     assert server.stop() == 0
 
 
+def test_a_server_on_a_cluster_leaves_others_alone(server, start, demo_onnx):
+    """The cluster is the Ray that another server started."""
+    words = next(words for words in server.processes().values() if b"/gcs_server" in words)
+    port = re.search(rb"--gcs_server_port=(\d+)", words)
+    assert port is not None
+    cluster = ("--address", f"127.0.0.1:{port.group(1).decode()}", "--threads", 1)
+    same = command("serve", "--engine", demo_onnx, "--port", 0, *cluster)
+    assert same.stderr == "error: the Ray cluster has a server of a model 'demo' already; choose another --name.\n"
+    other = start("--engine", demo_onnx, "--name", "other", *cluster)
+    assert json.loads(get(other.port, "/v2/models/other"))["name"] == "other"
+    assert post(other.port, "/v1/classify", PICTURE.read_bytes())[0] == 200
+    assert other.stop() == 0
+    assert post(server.port, "/v1/classify", PICTURE.read_bytes())[0] == 200
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_loses_no_request_that_was_taken(start, demo_onnx, number):
     server = start("--engine", demo_onnx)

@@ -11,15 +11,23 @@ from typing import Any
 
 import yaml
 
-__all__ = ["SERVER_ARGUMENTS", "TRITON_TAG", "docker_command", "inference_service"]
+__all__ = ["HARDENED", "TRITON_TAG", "docker_command", "inference_service", "tritonserver_command"]
 
-TRITON_TAG = "26.08-py3"  # of nvcr.io/nvidia/tritonserver
-SERVER_ARGUMENTS = (
-    "--model-control-mode=none",  # no model is loaded or removed over the network
-    "--strict-readiness=true",  # ready once every model is
-    "--exit-on-error=true",
-    "--disable-auto-complete-config",  # what config.pbtxt says, and nothing guessed
-)
+TRITON_TAG = "26.09-py3"  # of nvcr.io/nvidia/tritonserver, as in the Dockerfile
+HARDENED = {  # option -> its value; None of an option that takes none
+    "model-control-mode": "none",  # no client may load or unload
+    "strict-readiness": "true",  # ready means that every model is
+    "exit-on-error": "true",  # no server without its model
+    "disable-auto-complete-config": None,  # the configuration is the file's, not a guess
+}
+
+
+def tritonserver_command(repository: str | Path) -> tuple[str, ...]:
+    """The words that serve a model repository, hardened."""
+    return ("tritonserver", f"--model-repository={repository}", *_HARDENED_WORDS)
+
+
+_HARDENED_WORDS = tuple(f"--{name}" if value is None else f"--{name}={value}" for name, value in HARDENED.items())
 
 
 def docker_command(repository: Path, *, device: str, tag: str = TRITON_TAG) -> tuple[str, ...]:
@@ -28,8 +36,7 @@ def docker_command(repository: Path, *, device: str, tag: str = TRITON_TAG) -> t
     ports = [word for port in (8000, 8001, 8002) for word in ("-p", f"127.0.0.1:{port}:{port}")]
     mount = ("-v", f"{repository.resolve()}:/models:ro")
     image = f"nvcr.io/nvidia/tritonserver:{tag}"
-    server = ("tritonserver", "--model-repository=/models", *SERVER_ARGUMENTS)
-    return ("docker", "run", "--rm", *gpus, *ports, *mount, image, *server)
+    return ("docker", "run", "--rm", *gpus, *ports, *mount, image, *tritonserver_command("/models"))
 
 
 def inference_service(name: str, storage_uri: str, *, device: str, tag: str = TRITON_TAG) -> str:
@@ -44,7 +51,7 @@ def inference_service(name: str, storage_uri: str, *, device: str, tag: str = TR
         "protocolVersion": "v2",
         "runtimeVersion": tag,
         "storageUri": storage_uri,
-        "args": list(SERVER_ARGUMENTS),
+        "args": list(_HARDENED_WORDS),
         "resources": {"requests": limits, "limits": limits},
         "readinessProbe": {"httpGet": {"path": "/v2/health/ready", "port": 8080}, "failureThreshold": 60},
     }
