@@ -16,6 +16,8 @@ from dat_deploy.export.quantize import quantize
 from dat_deploy.preprocess_check import check_preprocessing
 from dat_deploy.preprocess_check import preprocess_for_engine as preprocess
 from dat_deploy.runners import open_runner
+from dat_deploy.serving import serve
+from dat_deploy.serving.client import client
 from dat_deploy.serving.repository import package
 from dat_deploy.tune import tune
 from dat_deploy.validate import validate
@@ -29,6 +31,7 @@ __all__ = [
     "build",
     "check_preprocessing",
     "classify",
+    "client",
     "compare",
     "convert",
     "doctor",
@@ -40,6 +43,7 @@ __all__ = [
     "preprocess",
     "quantize",
     "relower",
+    "serve",
     "tune",
     "validate",
     "variants",

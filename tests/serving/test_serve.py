@@ -191,7 +191,7 @@ def test_a_replica_that_is_killed_costs_no_answer(start, demo_onnx):
 
 def test_a_server_on_a_cluster_leaves_others_alone(server, start, demo_onnx):
     """The cluster is the Ray that another server started."""
-    words = next(words for words in server.processes().values() if b"/gcs_server" in words)
+    words = next(words for words in server.processes().values() if b"/raylet/raylet" in words)
     port = re.search(rb"--gcs_server_port=(\d+)", words)
     assert port is not None
     cluster = ("--address", f"127.0.0.1:{port.group(1).decode()}", "--threads", 1)
