@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -107,6 +108,10 @@ def _ray(settings: ServeSettings, file: EngineFile, progress: Callable[[str], No
     """Ray, started or joined; the threads and the GPUs of each replica."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if (
+        settings.address is None and "RAY_AUTH_MODE" not in os.environ
+    ):  # its ports are open to the network, and run code
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
     from ray import serve as ray_serve
 
@@ -130,7 +135,7 @@ def _ray(settings: ServeSettings, file: EngineFile, progress: Callable[[str], No
         there = ray.cluster_resources().get("GPU", 0.0)
         if gpus * settings.replicas > there:
             raise UnsupportedError(
-                f"{settings.replicas} replicas of {settings.engine} need {gpus * settings.replicas:g} GPUs, and Ray "
+                f"{settings.engine} needs {gpus:g} GPU for each replica, {gpus * settings.replicas:g} in all, and Ray "
                 f"sees {there:g}. Serve an ONNX file on the CPU, or give each replica a share with --gpus."
             )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)

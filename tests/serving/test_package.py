@@ -24,7 +24,7 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from dat_deploy import api, cli
-from dat_deploy.engine.passport import Passport, Profile, Verdict, open_engine, passport_path, sha256, write_engine
+from dat_deploy.engine.passport import Profile, Verdict, open_engine, passport_path
 from dat_deploy.errors import (
     DatDeployError,
     EngineBuildError,
@@ -45,47 +45,7 @@ from dat_deploy.serving.tritonserver import TRITON_TAG, tritonserver_command
 from dat_deploy.variants import VARIANTS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "model_repository"
-GOOD = Verdict(True, "it agrees with PyTorch.", "2026-11-21T00:00:00+00:00", 18, (1, 8, 32), None)
-BAD = replace(GOOD, passed=False, sentence="it differs from PyTorch.")
 Engine = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def metadata(demo_onnx: Path) -> FileMetadata:
-    return read_metadata(demo_onnx)
-
-
-@pytest.fixture
-def engine(metadata: FileMetadata, tmp_path: Path) -> Engine:
-    """`engine("a.engine", "1-8-32", architectures=("sm_90",))` -> its path; the rest are fields of its passport."""
-
-    def make(name: str = "demo.engine", *profiles: str, **changes: Any) -> Path:
-        path = tmp_path / name
-        content = f"the engine {name}".encode()
-        passport = Passport(
-            engine_sha256=sha256(content),
-            engine_bytes=len(content),
-            backend="tensorrt",
-            backend_version="11.4.0.1",
-            versions={},
-            architectures=("sm_90",),
-            profiles=tuple(map(Profile.parse, profiles or ("1-8-32",))),
-            outputs=("logits",),
-            layers={},
-            kinds={},
-            engine_layers=None,
-            plugins={},
-            plugin_form=None,
-            metadata=replace(metadata, lowering="gather"),
-            source="demo.onnx",
-            source_sha256="0" * 64,
-            rebuild=("dat-deploy", "build", "demo.onnx"),
-            verdict=GOOD,
-        )
-        write_engine(path, content, replace(passport, **changes))
-        return path
-
-    return make
 
 
 def configs(report: PackageReport) -> dict[str, Any]:
@@ -649,8 +609,10 @@ def test_other_preprocessing_here_is_a_wrong_answer(demo_onnx: Path, tmp_path: P
     )
 
 
-def test_an_engine_that_failed_its_validation_is_a_wrong_answer(engine: Engine, tmp_path: Path) -> None:
-    path = engine(verdict=BAD)
+def test_an_engine_that_failed_its_validation_is_a_wrong_answer(
+    engine: Engine, bad_verdict: Verdict, tmp_path: Path
+) -> None:
+    path = engine(verdict=bad_verdict)
     assert refusal(VerificationError, [path], tmp_path / "m") == (
         f"{path} failed its last validation, of 2026-11-21T00:00:00+00:00: it differs from PyTorch. Look into it "
         f"with: dat-deploy validate --engine {path}"
@@ -753,9 +715,13 @@ def test_the_command_prints_what_it_wrote_and_how_to_serve_it(
 
 
 def test_a_failed_verdict_is_exit_code_2(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    engine: Engine,
+    bad_verdict: Verdict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert run_command(monkeypatch, "package", "--engine", engine(verdict=BAD), "-o", tmp_path / "m") == 2
+    assert run_command(monkeypatch, "package", "--engine", engine(verdict=bad_verdict), "-o", tmp_path / "m") == 2
     assert "failed its last validation" in capfd.readouterr().err
 
 

@@ -189,12 +189,15 @@ def test_a_replica_that_is_killed_costs_no_answer(start, demo_onnx):
     assert server.stop() == 0
 
 
-def test_a_server_on_a_cluster_leaves_others_alone(server, start, demo_onnx):
+def test_a_server_on_a_cluster_leaves_others_alone(server, start, demo_onnx, monkeypatch):
     """The cluster is the Ray that another server started."""
-    words = next(words for words in server.processes().values() if b"/raylet/raylet" in words)
-    port = re.search(rb"--gcs_server_port=(\d+)", words)
-    assert port is not None
-    cluster = ("--address", f"127.0.0.1:{port.group(1).decode()}", "--threads", 1)
+    pid, words = next((pid, words) for pid, words in server.processes().items() if b"/raylet/raylet" in words)
+    address = re.search(rb"\x00--gcs-address=(\S+?)\x00", words)
+    assert address is not None
+    for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+        if entry.startswith("RAY_AUTH_"):
+            monkeypatch.setenv(*entry.split("="))
+    cluster = ("--address", address.group(1).decode(), "--threads", 1)
     same = command("serve", "--engine", demo_onnx, "--port", 0, *cluster)
     assert same.stderr == "error: the Ray cluster has a server of a model 'demo' already; choose another --name.\n"
     other = start("--engine", demo_onnx, "--name", "other", *cluster)
@@ -292,6 +295,46 @@ def test_a_port_that_is_taken_is_said_at_once(server, demo_onnx):
 def test_bad_input_is_one_sentence(tmp_path, words, code, sentence):
     done = command("serve", *words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (code, f"error: {sentence}\n")
+
+
+def test_an_engine_needs_a_gpu(engine):
+    path = engine()
+    done = command("serve", "--engine", path, "--port", 0)
+    assert (done.returncode, done.stderr) == (
+        3,
+        f"error: {path} needs 1 GPU for each replica, 1 in all, and Ray sees 0. Serve an ONNX file on the CPU, or give "
+        f"each replica a share with --gpus.\n",
+    )
+
+
+def test_an_engine_that_is_not_what_its_passport_says_is_refused(engine):
+    path = engine()
+    path.write_bytes(b"another engine")
+    done = command("serve", "--engine", path, "--port", 0)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: {path} is not the engine that demo.engine.json describes (its SHA-256 differs): it was replaced or is "
+        f"damaged. Build it again with: dat-deploy build demo.onnx\n",
+    )
+
+
+def test_an_engine_that_failed_its_validation_is_refused(engine, bad_verdict):
+    path = engine(verdict=bad_verdict)
+    done = command("serve", "--engine", path, "--port", 0)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {path} failed its last validation, of 2026-11-21T00:00:00+00:00: it differs from PyTorch. Look into "
+        f"it with: dat-deploy validate --engine {path}\n",
+    )
+
+
+def test_a_name_that_no_address_can_hold_is_refused(demo_onnx):
+    done = command("serve", "--engine", demo_onnx, "--name", "a/b")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: 'a/b' cannot be a model's name; it takes up to 63 letters, digits, '_', '.' and '-', and begins with a "
+        "letter or digit, for URLs have it. Give another: --name NAME\n",
+    )
 
 
 def test_a_config_file_may_say_it_all(tmp_path):
