@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A machine with a GPU may have torch for it, and nothing to make .venv from.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-all fashion-mnist lint format bench bench-accuracy bench-gpu clean
+.PHONY: demo test test-all fashion-mnist lint format bench bench-accuracy bench-serving bench-gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/dat-deploy demo
@@ -40,6 +40,9 @@ bench: $(VENV)/ready
 
 bench-accuracy: $(VENV)/ready fashion-mnist
 	$(BIN)/python benchmarks/accuracy.py
+
+bench-serving: $(VENV)/ready
+	$(BIN)/python benchmarks/serving.py
 
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGUMENTS)
