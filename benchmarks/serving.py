@@ -161,8 +161,12 @@ async def measure(server: ServerProcess, seconds: float) -> dict[str, object]:
             "memory_mib": [{name: round(value, 1) for name, value in row.items()} for row in memory],
         }
         say(f"steady: {found['steady']}")
-        found["overload"] = summary(await load.at_rate(3 * most, 60)) | {"rate": round(3 * most, 1)}
-        found["overload"] |= {"recovered_s": await recovered(load, found["steady"]["p99_ms"] / 1000)}
+        overload = await load.at_rate(3 * most, 60)
+        usual_s = found["steady"]["p99_ms"] / 1000
+        found["overload"] = summary(overload) | {
+            "rate": round(3 * most, 1),
+            "recovered_s": round(await good_again(load, usual_s) - overload[-1].due, 2),
+        }
         say(f"overload: {found['overload']}")
         found["killed"] = await killed(server, load, 0.5 * most)
         say(f"killed: {found['killed']}")
@@ -174,17 +178,16 @@ async def measure(server: ServerProcess, seconds: float) -> dict[str, object]:
     return found
 
 
-async def recovered(load: Load, usual_s: float) -> float:
-    """After how long ten requests in a row are answered, none of them slower than the slowest hundredth usually is."""
-    started, row = time.monotonic(), 0
-    first = started
-    while row < 10 and time.monotonic() < started + 60:
+async def good_again(load: Load, usual_s: float) -> float:
+    """When ten requests in a row began to be answered, none slower than the slowest hundredth usually is."""
+    row, first = 0, 0.0
+    while row < 10:
         result = await load.ask(time.monotonic())
         good = result.outcome == "200" and result.seconds <= usual_s
         first = first if row and good else result.due
         row = row + 1 if good else 0
         await asyncio.sleep(0.05)
-    return round(first - started, 2) if row == 10 else float("inf")
+    return first
 
 
 async def killed(server: ServerProcess, load: Load, rate: float) -> dict[str, object]:
