@@ -38,7 +38,8 @@ HOMES = {
     "onnxruntime": ("onnxruntime_runner.py", "runners/__init__.py", "quantize.py"),
     "openvino": ("openvino_runner.py", "runners/__init__.py"),
     "matplotlib": ("plotting.py",),
-    "tritonclient": ("serving/model_config.py",),
+    "ray": ("server.py",),
+    "tritonclient": ("model_config.py", "client.py"),
 }
 
 

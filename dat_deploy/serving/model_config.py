@@ -1,4 +1,4 @@
-"""Triton's description of a model, `config.pbtxt`; the one module that imports tritonclient, for its protobuf alone.
+"""Triton's description of a model, `config.pbtxt`, written with the protobuf that tritonclient has.
 
 Every field is one of triton-inference-server/common's model_config.proto; what each does is in the server's
 docs/user_guide/model_configuration.md, batcher.md and ensemble_models.md.
