@@ -13,7 +13,7 @@ from pathlib import Path
 class ServerProcess:
     """A server that takes requests on `port` of the loopback; its log goes to the file `log`."""
 
-    def __init__(self, *arguments: object, log: Path) -> None:
+    def __init__(self, *arguments: object, log: Path, own_group: bool = False) -> None:
         self.log = log
         with log.open("w") as stderr:
             self.process = subprocess.Popen(  # noqa: S603  # our own command
@@ -24,6 +24,7 @@ class ServerProcess:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
+                process_group=0 if own_group else None,
             )
         self.port = self._port()
 

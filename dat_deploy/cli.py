@@ -1000,7 +1000,8 @@ def serve(
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="Of each copy's CPU. Default: a fair share.")] = None,
     max_batch: Annotated[
-        int | None, typer.Option("--max-batch", help="Images in one call and in one request. Default: 16.")
+        int | None,
+        typer.Option("--max-batch", help="Images in one call and in one request. Default: the engine's, or 16."),
     ] = None,
     max_wait_ms: Annotated[
         float | None, typer.Option("--max-wait-ms", help="That a request waits for others. Default: 2.")
@@ -1013,12 +1014,15 @@ def serve(
     timeout_s: Annotated[
         float | None, typer.Option("--timeout-s", help="For an answer; later it is 503. Default: 10.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Take the place of a server of the same name on the cluster.")
+    ] = False,
     drain_s: Annotated[
         float | None, typer.Option("--drain-s", help="For what is being answered after SIGTERM. Default: 30.")
     ] = None,
 ) -> None:
     """Serve an engine over HTTP: the Open Inference Protocol, POST /v1/classify, and a page at /."""
-    options = {key: value for key, value in locals().items() if key != "config"}
+    options = {key: value for key, value in locals().items() if key != "config"} | {"force": force or None}
     from dat_deploy import serving as library
 
     with err.status("starting") as status:

@@ -41,6 +41,7 @@ __all__ = [
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # PIL's other readers see no untrusted file
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MAX_JPEG_SCANS = 100  # of a progressive picture; usual are 10, and each costs a pass over all pixels
 MAX_IMAGE_PIXELS = 89_478_485  # PIL's default, a quarter of a GiB in RGB; a lower Image.MAX_IMAGE_PIXELS is kept
 
 _TRANSPOSE_OF_ORIENTATION = {
@@ -276,6 +277,14 @@ def _decode(file: BinaryIO, path: str, most_pixels: int = MAX_IMAGE_PIXELS) -> I
         ) from error
     if image.width * image.height > limit:
         raise _too_large(path, str(image.width * image.height), limit)
+    if image.format == "JPEG":
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")
+        if scans > MAX_JPEG_SCANS:
+            raise ImageError(
+                f"image '{path}' has {scans} scans; accepted are at most {MAX_JPEG_SCANS}, so that a small file cannot "
+                f"take minutes. Save it again."
+            )
     try:
         image.load()
     except Exception as error:  # as above

@@ -51,6 +51,11 @@ class Batcher(Generic[Work, Result]):
         self._arrived = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
 
+    @property
+    def broken(self) -> bool:
+        """Whether nothing is run any more, for a bug."""
+        return self._loop_task is not None and self._loop_task.done()
+
     async def submit(self, work: Work, *, images: int, key: Hashable, deadline: float) -> Result:
         """The result of `run` for this work.
 
@@ -109,12 +114,10 @@ class Batcher(Generic[Work, Result]):
 
     async def _finish(self, jobs: Sequence[Job[Work, Result]]) -> None:
         try:
-            results = await self._run(jobs)
+            for job, result in zip(jobs, await self._run(jobs), strict=True):
+                if not job.future.done():
+                    job.future.set_result(result)
         except Exception as error:
             for job in jobs:
                 if not job.future.done():
                     job.future.set_exception(error)
-            return
-        for job, result in zip(jobs, results, strict=True):
-            if not job.future.done():
-                job.future.set_result(result)

@@ -44,6 +44,8 @@ def client(images: Sequence[Path], url: str, *, name: str | None = None, top: in
         from tritonclient.utils import InferenceServerException
     except ImportError as error:
         raise UnsupportedError("the client needs tritonclient: pip install 'dat-deploy[package]'") from error
+    if top < 1:
+        raise ServingError(f"--top got {top}; it takes 1 or more.")
     scheme, _, rest = url.rpartition("://")
     if scheme not in ("", "http", "https"):
         raise ServingError(f"--url got '{url}'; it takes HOST:PORT, http://HOST:PORT or https://HOST:PORT.")

@@ -80,5 +80,5 @@ def check_model_name(name: str, option: str = "--name") -> None:
     if not _NAME.fullmatch(name):
         raise ServingError(
             f"'{name}' cannot be a model's name; it takes up to 63 letters, digits, '_', '.' and '-', and begins with "
-            f"a letter or digit, for URLs have it. Give another: {option} NAME"
+            f"a letter or digit, for URLs have it. Give another with {option}."
         )

@@ -37,6 +37,7 @@ __all__ = ["Settings", "Steps", "Wanted", "check_arguments", "main", "prepare"]
 REFUSED = (
     *HARDENED,
     *("model-repository", "model-store", "load-model", "repository-poll-secs", "strict-model-config"),
+    *("allow-client-shm", "model-config-name"),
     *("backend-directory", "backend-config", "repoagent-directory", "cache-directory"),
 )
 DEVICES = ("gpu", "cpu")
@@ -312,7 +313,7 @@ def prepare(settings: Settings, steps: Steps) -> list[str]:
     source_sha256 = sha256(settings.model.read_bytes())
     wanted = Wanted(trt.__version__, architecture, source_sha256, settings.profiles, tool_version())
     name = settings.name or metadata.variant
-    engine = settings.cache / f"{name}-sm_{architecture}.engine"
+    engine = settings.cache / f"{name}-{source_sha256[:12]}-sm_{architecture}.engine"
     with locked(engine.with_name(engine.name + ".lock")):
         reasons = reasons_to_build(engine, wanted)
         if reasons:
@@ -362,6 +363,12 @@ def _write_repository(engine: Path, metadata: FileMetadata, settings: Settings, 
     name = settings.name or metadata.variant
     sizes = {size for profile in settings.profiles for size in (profile.best, profile.most)}
     batches = sorted(sizes) if metadata.batch is None else [metadata.batch]
+    others = {path.name for path in settings.repository.glob("*")} - {name}
+    if others:
+        raise OutputError(
+            f"{settings.repository} holds {', '.join(sorted(others))}, which were not validated here; give "
+            f"DAT_DEPLOY_REPOSITORY a folder of its own."
+        )
     log("package", model=name, repository=settings.repository)
     steps.package(engine, settings.repository, name=name, batches=batches, device=settings.device)
 

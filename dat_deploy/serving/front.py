@@ -4,8 +4,11 @@ It holds no engine, opens no body and imports no Ray, so that what a request hol
 """
 
 import asyncio
+import base64
+import hashlib
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -30,9 +33,12 @@ __all__ = ["Front", "Replicas"]
 _log = logging.getLogger("dat_deploy.serving")
 
 _RETRY = {"retry-after": "1"}
+_PROBES = ("live", "ready", "model ready", "metrics")
 _TOP_LIMIT = 1000
+_DISCARDED_BYTES = 64_000_000
+_BODIES_LIMIT = 16  # of the largest size, in memory at a time
 _PAGE_POLICY = (
-    "default-src 'none'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "default-src 'none'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'sha256-{}'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
@@ -66,6 +72,7 @@ class Front:
         self._replicas, self._metrics = replicas, metrics
         self._page = resources.files("dat_deploy").joinpath("data/serve.html").read_bytes()
         self.ready, self.draining, self.in_progress = False, False, 0
+        self._bytes = 0  # of the bodies that replicas work on
         model_paths = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
         self.app = Starlette(
             routes=[
@@ -92,7 +99,6 @@ class Front:
 
         async def counted(request: Request) -> Response:
             started = time.monotonic()
-            identity = uuid.uuid4().hex[:16]
             try:
                 self._check_names(request)
                 response = await answer(request)
@@ -100,20 +106,24 @@ class Front:
                 response = _error(error.status, str(error))
             except ClientDisconnect:
                 response = _error(400, "the connection ended before the request did.")  # nobody reads it
-            response.headers["x-request-id"] = identity
-            if self.draining or response.status_code in (408, 413):  # of these the body may not have ended
-                response.headers["connection"] = "close"
-            seconds = time.monotonic() - started
-            self._metrics.count(endpoint, response.status_code, seconds)
-            level = logging.WARNING if response.status_code >= 500 else logging.INFO
-            _log.log(
-                level,
-                endpoint,
-                extra={"request": identity, "code": response.status_code, "ms": round(1000 * seconds, 1)},
-            )
-            return response
+            return self._told(request, endpoint, response, time.monotonic() - started)
 
         return Route(path, counted, methods=[method])
+
+    def _told(self, request: Request, endpoint: str, response: Response, seconds: float) -> Response:
+        """Count the answer, and write it into the log unless it is a probe's that went well."""
+        identity = response.headers["x-request-id"] = uuid.uuid4().hex[:16]
+        if self.draining or response.status_code in (408, 413):  # of these the body may not have ended
+            response.headers["connection"] = "close"
+        self._metrics.count(endpoint, response.status_code, seconds)
+        entry: dict[str, object] = {"endpoint": endpoint, "request": identity, "code": response.status_code}
+        entry |= {"ms": round(1000 * seconds, 1), "client": request.client.host if request.client else ""}
+        if response.status_code >= 400:
+            entry["answer"] = bytes(response.body[:300]).decode(errors="replace")
+        level = logging.WARNING if response.status_code >= 500 else logging.INFO
+        if endpoint not in _PROBES or response.status_code >= 400:
+            _log.log(level, "request", extra=entry)
+        return response
 
     def _check_names(self, request: Request) -> None:
         name, version = request.path_params.get("model"), request.path_params.get("version", MODEL_VERSION)
@@ -123,7 +133,10 @@ class Front:
             raise RequestError(404, f"there is no version {version[:20]!r} of {name}; there is {MODEL_VERSION}.")
 
     async def _get_page(self, _: Request) -> Response:
-        headers = {"content-security-policy": _PAGE_POLICY, "x-content-type-options": "nosniff"}
+        script = re.search(rb"<script>(.*)</script>", self._page, re.DOTALL)
+        assert script is not None
+        digest = base64.b64encode(hashlib.sha256(script.group(1)).digest()).decode()
+        headers = {"content-security-policy": _PAGE_POLICY.format(digest), "x-content-type-options": "nosniff"}
         return Response(self._page, media_type="text/html", headers=headers)
 
     async def _get_metrics(self, _: Request) -> Response:
@@ -201,8 +214,14 @@ class Front:
             body = await self._body(request, keep=encoding == "identity")
             if encoding != "identity":
                 raise RequestError(415, f"the body has content encoding {encoding[:20]!r}; send it as it is.")
-            async with asyncio.timeout(self._settings.timeout_s):
-                reply = await call(body)
+            if self._bytes + len(body) > _BODIES_LIMIT * self._settings.max_body_mb * 1e6:
+                raise RequestError(429, f"{self._bytes} bytes are waiting, which is all this server takes; try again.")
+            self._bytes += len(body)
+            try:
+                async with asyncio.timeout(self._settings.timeout_s):
+                    reply = await call(body)
+            finally:
+                self._bytes -= len(body)
         except TimeoutError:
             raise RequestError(
                 503, f"no answer within {self._settings.timeout_s:g} s, which is this server's limit; try again later."
@@ -221,43 +240,46 @@ class Front:
             RequestError: 413 if it is too large; 408 if it stops coming.
         """
         limit = int(self._settings.max_body_mb * 1e6)
+        told, large = request.headers.get("content-length", ""), f"the body is larger than the {limit} bytes"
+        if told.isdigit() and int(told) > limit and "expect" in request.headers:  # it has not been sent yet
+            raise RequestError(413, f"{large} that this server takes; send less at once.")
         parts: list[bytes] = []
         size = 0
         stream = request.stream().__aiter__()
+        pause_s, rate = self._settings.read_timeout_s, 1000 * self._settings.min_body_kb_per_s
+        started = time.monotonic()
         while True:
+            late_s = pause_s + size / rate - (time.monotonic() - started) if rate else pause_s
             try:
-                async with asyncio.timeout(self._settings.read_timeout_s):
+                async with asyncio.timeout(min(pause_s, late_s)):
                     part = await anext(stream, None)
             except TimeoutError:
                 raise RequestError(
-                    408, f"the body stopped for {self._settings.read_timeout_s:g} s after {size} bytes; send it again."
+                    408, f"the body stopped, or came too slowly, after {size} bytes; send it again, faster."
                 ) from None
             if part is None:
                 break
             size += len(part)
-            if size > 4 * limit:
+            if size > 4 * limit + _DISCARDED_BYTES:
                 break  # whoever sends so much may lose the answer
             if keep and size <= limit:
                 parts.append(part)
             else:
                 parts.clear()
         if size > limit:
-            raise RequestError(
-                413, f"the body is larger than the {limit} bytes that this server takes; send less at once."
-            )
+            raise RequestError(413, f"{large} that this server takes; send less at once.")
         return b"".join(parts)
 
-    async def _refuse(self, _: Request, error: Exception) -> Response:
+    async def _refuse(self, request: Request, error: Exception) -> Response:
         """Addresses and methods that there are not."""
         assert isinstance(error, HTTPException)
-        self._metrics.count("none", error.status_code, 0.0)
         text = {404: "there is nothing at this address", 405: "this address takes another method"}
-        return _error(error.status_code, f"{text.get(error.status_code, error.detail)}; see /v2.")
+        refusal = _error(error.status_code, f"{text.get(error.status_code, error.detail)}; see /v2.")
+        return self._told(request, "none", refusal, 0.0)
 
-    async def _fail(self, _: Request, error: Exception) -> Response:
+    async def _fail(self, request: Request, error: Exception) -> Response:
         """A bug of ours; the server's own log has the trace."""
-        self._metrics.count("none", 500, 0.0)
-        return _error(500, "an error inside the server; its log says which.")
+        return self._told(request, "none", _error(500, "an error inside the server; its log says which."), 0.0)
 
 
 def _number(request: Request, name: str, default: int, *, least: int = 1, most: int) -> int:

@@ -9,8 +9,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dat_deploy.serving.protocol import error_body
 
-__all__ = ["HEADER_LIMIT_BYTES", "protocol_class"]
+__all__ = ["CONNECTION_LIMIT", "HEADER_LIMIT_BYTES", "protocol_class"]
 
+CONNECTION_LIMIT = 1000  # one more is closed at once
 HEADER_LIMIT_BYTES = 65536
 
 
@@ -22,7 +23,10 @@ def protocol_class(header_timeout_s: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._watch()
+            if len(self.connections) > CONNECTION_LIMIT:
+                self.transport.abort()
+            else:
+                self._watch_if_waiting()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._unwatch()
@@ -34,15 +38,12 @@ def protocol_class(header_timeout_s: float) -> type[H11Protocol]:
             except Exception:  # of a header that h11 lets through and the address in it cannot be read
                 self.logger.exception("a header that could not be read")
                 self.transport.close()
-            if self.conn.their_state is h11.IDLE:
-                self._watch()  # part of a header, or nothing
-            else:
-                self._unwatch()
+            self._watch_if_waiting()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
-                self._watch()
+            if self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]:
+                self._watch_if_waiting()
 
         def shutdown(self) -> None:
             """What is on its way to an idle connection is still answered, for half a second."""
@@ -67,8 +68,18 @@ def protocol_class(header_timeout_s: float) -> type[H11Protocol]:
                     self.transport.write(self.conn.send(part) or b"")
             self.transport.close()
 
-        def _watch(self) -> None:
-            if self._timer is None:
+        def timeout_keep_alive_handler(self) -> None:
+            if self.transport.get_write_buffer_size():  # an answer that is not read
+                self.transport.abort()
+            else:
+                super().timeout_keep_alive_handler()
+
+        def _watch_if_waiting(self) -> None:
+            """For the rest of a header, or of a body that is answered already."""
+            theirs, answered = self.conn.their_state, self.conn.our_state is h11.DONE
+            if not (theirs is h11.IDLE or (theirs is h11.SEND_BODY and answered)):
+                self._unwatch()
+            elif self._timer is None:
                 self._timer = self.loop.call_later(header_timeout_s, self._expire)
 
         def _unwatch(self) -> None:
@@ -78,11 +89,10 @@ def protocol_class(header_timeout_s: float) -> type[H11Protocol]:
 
         def _expire(self) -> None:
             self._timer = None
-            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-                if self.conn.trailing_data[0]:
-                    self.send_400_response(f"its header is not whole after {header_timeout_s:g} s.")
-                else:
-                    self.timeout_keep_alive_handler()
+            if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+                self.send_400_response(f"its header is not whole after {header_timeout_s:g} s.")
+            else:
+                self.transport.close()
 
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     return Connection

@@ -221,10 +221,11 @@ def _config(
         if tensor.name == "logits" and metadata.class_names:
             tensor.label_filename = LABELS
     properties = metadata.to_properties()
-    config.parameters["dat_deploy.variant"].string_value = json.dumps(metadata.variant)
+    config.parameters["dat_deploy.variant"].string_value = metadata.variant
     for key in (f"dat_deploy.{field}" for field in _PROPERTIES):
         if key in properties:
-            config.parameters[key].string_value = properties[key]
+            value = json.loads(properties[key])
+            config.parameters[key].string_value = value if isinstance(value, str) else properties[key]
     return config
 
 

@@ -6,20 +6,25 @@ with it than this copy. Nothing here imports Ray.
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dat_deploy.errors import EngineRunError, ImageError, ShapeError, VerificationError
+from dat_deploy.engine.passport import sha256
+from dat_deploy.errors import EngineRunError, ImageError, PassportError, ShapeError, VerificationError
 from dat_deploy.labels import class_names, top_k
 from dat_deploy.locations import pixels_from_locations
 from dat_deploy.preprocess import image_from_bytes, preprocess
-from dat_deploy.runners import EngineDescription, open_runner
+from dat_deploy.runners import EngineDescription, open_runner, parse_engine
 from dat_deploy.serving.batcher import Batcher, Job
+from dat_deploy.serving.engine_file import read_engine_file
 from dat_deploy.serving.protocol import RequestError, error_body, infer_response, parse_infer
 from dat_deploy.serving.tensors import TensorSpec
 
@@ -27,18 +32,29 @@ __all__ = ["MODEL_VERSION", "Call", "Replica", "Reply", "ServedModel", "engine_b
 
 MODEL_VERSION = "1"
 Outputs = dict[str, NDArray[np.float32]]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a server says of its model: `name` in addresses, its tensors with a free batch, images in one request."""
+    """What is served.
+
+    Attributes:
+        name: in addresses; engine: as `open_runner` takes it, and the `sha256` of its file.
+        image, outputs: its tensors, with a free batch.
+        most_images: in one request and in one call of the engine.
+        most_pixels: of an image that is decoded.
+        most_call_pixels: in one call of the engine, if it takes images of any size.
+    """
 
     name: str
     engine: str
+    sha256: str
     image: TensorSpec
     outputs: tuple[TensorSpec, ...]
     most_images: int
     most_pixels: int
+    most_call_pixels: int
 
 
 @dataclass(frozen=True)
@@ -83,13 +99,19 @@ class Replica:
     Args:
         threads: of one call of the engine.
         wait_s: how long a request waits for others while the engine is free.
+        stuck_s: after which a call of the engine, or the reading of a request, is taken to never end.
 
     Raises:
-        DatDeployError: if the engine cannot be opened or run.
+        PassportError: if the engine's file is not the one that the server was started with.
+        DatDeployError: if the engine may not be served here, cannot be opened, or cannot be run.
     """
 
-    def __init__(self, model: ServedModel, *, threads: int | None, wait_s: float) -> None:
-        self._model = model
+    def __init__(self, model: ServedModel, *, threads: int | None, wait_s: float, stuck_s: float = 60) -> None:
+        path = Path(parse_engine(model.engine)[1])
+        if sha256(read_engine_file(path).content) != model.sha256:
+            raise PassportError(f"{path} is not the file that the server was started with; start the server again.")
+        self._model, self._stuck_s = model, stuck_s
+        self._started: dict[int, float] = {}  # of what the threads work on now
         self._runner = open_runner(model.engine, threads=threads)
         self._names = class_names(self.about.network)
         self._batcher: Batcher[NDArray[np.float32], _Answer] = Batcher(self._run, most=model.most_images, wait_s=wait_s)
@@ -119,21 +141,33 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray asks; what raises is replaced."""
-        if self._failure:
-            raise RuntimeError(self._failure)
+        oldest = min(self._started.copy().values(), default=time.monotonic())
+        if self._failure or self._batcher.broken or time.monotonic() - oldest > self._stuck_s:
+            raise RuntimeError(self._failure or f"a thread has worked on one thing for {self._stuck_s:g} s")
+
+    async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], Found]) -> Found:
+        """What `work` gives, called in one of the threads; `check_health` sees when it does not end."""
+
+        def watched() -> Found:
+            number = threading.get_ident()
+            self._started[number] = time.monotonic()
+            try:
+                return work()
+            finally:
+                del self._started[number]
+
+        return await asyncio.get_running_loop().run_in_executor(threads, watched)
 
     async def _infer(self, body: bytes, header_length: str | None, deadline: float) -> Reply:
         model, started = self._model, time.monotonic()
-        loop = asyncio.get_running_loop()
-        request = await loop.run_in_executor(
+        request = await self._in(
             self._readers,
             lambda: parse_infer(body, header_length, model.image, model.outputs, most=model.most_images),
         )
-        size = request.images_nchw.shape[2:]
-        self._check_size(size[0], size[1])
+        self._check_size(*request.images_nchw.shape)
         prepare_s = time.monotonic() - started
         answer = await self._submit(request.images_nchw, deadline)
-        content, headers = await loop.run_in_executor(
+        content, headers = await self._in(
             self._readers,
             lambda: infer_response(model.name, MODEL_VERSION, request, answer.outputs, self._names),
         )
@@ -150,7 +184,7 @@ class Replica:
             )
         started = time.monotonic()
         try:
-            image_nchw, size = await asyncio.get_running_loop().run_in_executor(self._readers, self._read, body)
+            image_nchw, size = await self._in(self._readers, lambda: self._read(body))
         except ImageError as error:
             raise RequestError(400, str(error)) from None
         prepare_s = time.monotonic() - started
@@ -198,12 +232,12 @@ class Replica:
             "attention": attention.reshape(groups, -1).round(6).tolist(),
         }
 
-    def _check_size(self, height: int, width: int) -> None:
-        if height * width > self._model.most_pixels:
+    def _check_size(self, images: int, _: int, height: int, width: int) -> None:
+        if self.about.dynamic_image_size and images * height * width > self._model.most_call_pixels:
             raise RequestError(
                 400,
-                f"input '{self._model.image.name}' has images of {height}x{width}; they may have "
-                f"{self._model.most_pixels} pixels. Scale them down first.",
+                f"input '{self._model.image.name}' has {images} images of {height}x{width}; all of a request may have "
+                f"{self._model.most_call_pixels} pixels. Send smaller ones, or fewer at once.",
             )
         try:
             self.about.at_image_size(height, width)
@@ -226,7 +260,7 @@ class Replica:
     async def _run(self, jobs: Sequence[Job[NDArray[np.float32], _Answer]]) -> list[_Answer]:
         started = time.monotonic()
         images = jobs[0].work if len(jobs) == 1 else np.concatenate([job.work for job in jobs])
-        outputs, calls = await asyncio.get_running_loop().run_in_executor(self._engine, self._call, images)
+        outputs, calls = await self._in(self._engine, lambda: self._call(images))
         ends = np.cumsum([job.images for job in jobs])
         return [
             _Answer(
@@ -240,10 +274,11 @@ class Replica:
     def _call(self, images_nchw: NDArray[np.float32]) -> tuple[Outputs, tuple[Call, ...]]:
         """The outputs for any number of images, in batches that the engine takes."""
         parts, calls = [], []
-        first = 0
+        first, most = 0, len(images_nchw)
+        if self.about.dynamic_image_size:
+            most = max(1, self._model.most_call_pixels // (images_nchw.shape[2] * images_nchw.shape[3]))
         while first < len(images_nchw):
-            rest = len(images_nchw) - first
-            size = engine_batch(self.about, rest)
+            size = engine_batch(self.about, min(most, len(images_nchw) - first))
             part = images_nchw[first : first + size]
             padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
             started = time.monotonic()

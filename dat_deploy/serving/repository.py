@@ -202,7 +202,7 @@ def _open(path: Path, settings: Settings) -> EngineFile:
             f"{path} is an AOTInductor package, which Triton has no backend for. Serve it with: dat-deploy serve "
             f"--engine {quoted}"
         )
-    if path.suffix not in (".onnx", ".engine", ".plan"):
+    if path.suffix not in (".onnx", ".engine", ".plan") or (":" in str(path) and not path.exists()):
         raise EngineBuildError(f"--engine got '{path}'; Triton serves FILE.onnx and TensorRT's FILE.engine.")
     engine = read_engine_file(path)
     passport, metadata = engine.passport, engine.metadata

@@ -6,6 +6,7 @@ The front is not one of Ray's proxies: those answer in their own words when a re
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -13,12 +14,14 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dat_deploy.engine.passport import sha256
 from dat_deploy.errors import DatDeployError, ServingError, UnsupportedError
 from dat_deploy.runners import parse_engine
 from dat_deploy.runners.base import available_cores
@@ -26,12 +29,12 @@ from dat_deploy.serving.engine_file import EngineFile, check_model_name, read_en
 from dat_deploy.serving.replica import Replica, Reply, ServedModel
 from dat_deploy.serving.settings import ServeSettings
 from dat_deploy.serving.tensors import TensorSpec, input_spec, output_specs
+from dat_deploy.system import tool_version
 from dat_deploy.typed_json import plain
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
-    from dat_deploy.serving.front import Front
     from dat_deploy.serving.metrics import Metrics
 
 __all__ = ["serve"]
@@ -40,9 +43,11 @@ _log = logging.getLogger("dat_deploy.serving")
 
 _DEPLOYMENT = "Replica"
 _WATCH_S = 0.5  # between two looks at the replicas
-_RAY_GONE_S = 30.0
+_RAY_LATE_S = 5.0  # without an answer, after which replicas count as lost
+_RAY_GONE_S = 30.0  # after which the server ends; Ray itself would end it, undrained, after 60
 _ENDING_S = 10.0  # of each of Ray's parts
-_CLOSING_S = 1.0  # in which connections learn that they are to close, before no more are taken
+_START_S = 900.0  # of one replica, nodes that are added for it included
+_USUAL_BATCH = 16  # of an engine without a limit
 
 
 def serve(settings: ServeSettings, *, progress: Callable[[str], None], note: Callable[[str], None]) -> None:
@@ -52,7 +57,7 @@ def serve(settings: ServeSettings, *, progress: Callable[[str], None], note: Cal
         address = "http://{}:{}".format(*listener.getsockname()[:2])
         if file.note is not None:
             note(file.note)
-        with _ray(settings, file, progress) as (threads, gpus), _own_application(model) as application:
+        with _ray(settings, file, progress) as (threads, gpus), _own_application(settings, model) as application:
             progress("opening the engine")
             _try_out(model, threads, gpus)
             handle = _deployed(settings, model, application, threads, gpus)
@@ -76,14 +81,16 @@ def _served_model(settings: ServeSettings) -> tuple[EngineFile, ServedModel]:
     check_model_name(name)
     image, *outputs = (input_spec(file.metadata), *output_specs(file.metadata, file.outputs))
     free = [TensorSpec(spec.name, spec.datatype, (-1, *spec.shape[1:])) for spec in (image, *outputs)]
-    most = settings.max_batch if file.profiles == () and file.metadata.batch is None else file.most_images or 1
-    return file, ServedModel(
+    limits = [limit for limit in (settings.max_batch, file.most_images) if limit is not None]
+    return dataclasses.replace(file, content=b""), ServedModel(
         name=name,
         engine=f"{runtime.name}:{Path(target).absolute()}",
+        sha256=sha256(file.content),
         image=free[0],
         outputs=tuple(free[1:]),
-        most_images=max(most, 1),
+        most_images=min(limits, default=_USUAL_BATCH),
         most_pixels=settings.max_pixels,
+        most_call_pixels=settings.max_call_pixels,
     )
 
 
@@ -108,9 +115,8 @@ def _ray(settings: ServeSettings, file: EngineFile, progress: Callable[[str], No
     """Ray, started or joined; the threads and the GPUs of each replica."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if (
-        settings.address is None and "RAY_AUTH_MODE" not in os.environ
-    ):  # its ports are open to the network, and run code
+    ours = settings.address is None
+    if ours and "RAY_AUTH_MODE" not in os.environ:  # Ray's ports run code, and the network reaches them
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
     from ray import serve as ray_serve
@@ -119,19 +125,22 @@ def _ray(settings: ServeSettings, file: EngineFile, progress: Callable[[str], No
     most = settings.max_replicas or settings.replicas
     threads = settings.threads or max(1, available_cores() // most)
     gpus = (1.0 if _runs_on_cuda(settings, file) else 0.0) if settings.gpus is None else settings.gpus
-    place: dict[str, Any] = {"address": settings.address}
-    if settings.address is None:  # the cores are shared, not counted: replicas are never left waiting for one
-        place = {"address": "local", "num_cpus": most * threads + 1, "include_dashboard": False}
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    folder = tempfile.TemporaryDirectory(prefix="dat-deploy-", ignore_cleanup_errors=True)  # of Ray's logs and sockets
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with _own_process_group():
-            ray.init(**place, **quiet, namespace="serve")
-    except (OSError, RuntimeError, ValueError) as error:
-        where = settings.address or "this machine"
-        raise ServingError(
-            f"Ray does not start on {where}: {_line(error)} Look at its logs with: ray status"
-        ) from error
-    try:
+        if settings.address is not None:
+            _check_reachable(settings.address)
+            place: dict[str, Any] = {"address": settings.address}
+        else:  # the cores are shared, not counted: replicas are never left waiting for one
+            place = {"address": "local", "num_cpus": most * threads + 1, "_temp_dir": folder.name}
+            place["include_dashboard"] = False
+        try:
+            ray.init(**place, namespace="serve", log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError) as error:
+            where = "starts on this machine" if ours else f"answers at {settings.address}"
+            raise ServingError(f"no Ray {where}: {_line(error)}") from error
+        for number, handler in handlers.items():  # Ray has set its own
+            signal.signal(number, handler)
         there = ray.cluster_resources().get("GPU", 0.0)
         if gpus * settings.replicas > there:
             raise UnsupportedError(
@@ -143,20 +152,42 @@ def _ray(settings: ServeSettings, file: EngineFile, progress: Callable[[str], No
         yield threads, gpus
     finally:
         _within(_ENDING_S, ray.shutdown)
+        folder.cleanup()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ServingError where Ray itself would wait for minutes."""
+    host, colon, port = address.rpartition(":")
+    if address == "auto":
+        return
+    try:
+        if not (colon and port.isdigit()):
+            raise OSError("it takes HOST:PORT, or auto for this machine's")
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise ServingError(
+            f"no Ray cluster at --address {address}: {error}. Start one with: ray start --head"
+        ) from error
 
 
 @contextlib.contextmanager
-def _own_application(model: ServedModel) -> Iterator[str]:
+def _own_application(settings: ServeSettings, model: ServedModel) -> Iterator[str]:
     """The name of this server's application on Ray; it is removed in the end.
 
     Raises:
-        ServingError: if there is one already, of another server on the cluster.
+        ServingError: if there is one already, of another server on the cluster, and it is not to be replaced.
     """
     from ray import serve as ray_serve
 
     name = f"dat-deploy-{model.name}"
     if name in ray_serve.status().applications:
-        raise ServingError(f"the Ray cluster has a server of a model '{model.name}' already; choose another --name.")
+        if settings.force:
+            ray_serve.delete(name)  # first, for the place that its replicas take
+        else:
+            raise ServingError(
+                f"the Ray cluster has a server of a model '{model.name}' already; choose another --name, or pass "
+                f"--force to take its place, such as after it was killed."
+            )
     try:
         yield name
     finally:
@@ -175,21 +206,6 @@ def _within(seconds: float, ending: Callable[[], object]) -> None:
     thread.join(seconds)
 
 
-@contextlib.contextmanager
-def _own_process_group() -> Iterator[None]:
-    """What is started meanwhile gets none of the signals to this process's group: it is to outlive the last request."""
-    group = os.getpgrp()
-    try:
-        os.setpgid(0, 0)
-    except PermissionError:  # the leader of a session, such as a container's first process
-        yield
-        return
-    try:
-        yield
-    finally:
-        os.setpgid(0, group)
-
-
 def _runs_on_cuda(settings: ServeSettings, file: EngineFile) -> bool:
     runtime, _ = parse_engine(settings.engine)
     if file.passport is not None:
@@ -206,7 +222,15 @@ def _try_out(model: ServedModel, threads: int, gpus: float) -> None:
 
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_calls=1, max_retries=0)(open_once)
     try:
-        ray.get(task.remote())
+        ray.get(task.remote(), timeout=_START_S)
+    except ray.exceptions.GetTimeoutError as error:
+        free = ", ".join(
+            f"{count:g} {name}" for name, count in ray.available_resources().items() if name in ("CPU", "GPU")
+        )
+        raise ServingError(
+            f"no replica started within {_START_S:g} s; each needs {threads} CPU and {gpus:g} GPU, and Ray has "
+            f"{free or 'none'} free. Give it less with --threads and --gpus, or free some."
+        ) from error
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, DatDeployError):
             raise error.cause from None
@@ -237,7 +261,8 @@ def _deployed(
             "target_ongoing_requests": settings.target_requests,
         }
     deployment = ray_serve.deployment(**options)(Replica)
-    bound = deployment.bind(model, threads=threads, wait_s=settings.max_wait_ms / 1000)
+    stuck_s = 6 * settings.timeout_s
+    bound = deployment.bind(model, threads=threads, wait_s=settings.max_wait_ms / 1000, stuck_s=stuck_s)
     try:
         return ray_serve.run(bound, name=application, route_prefix=None)
     except RuntimeError as error:
@@ -251,24 +276,25 @@ class _RayReplicas:
         self._handle, self._metrics = handle, metrics
 
     async def infer(self, body: bytes, header_length: str | None, seconds: float) -> Reply:
-        return await self._ask("infer", body, header_length, seconds)
+        return await self._ask("infer", seconds, body, header_length)
 
     async def classify(self, body: bytes, top: int, *, points: bool, seconds: float) -> Reply:
-        return await self._ask("classify", body, top, points=points, seconds=seconds)
+        return await self._ask("classify", seconds, body, top, points=points)
 
-    async def _ask(self, method: str, *arguments: object, **named: object) -> Reply:
+    async def _ask(self, method: str, seconds: float, *arguments: object, **named: object) -> Reply:
         """One replica's reply; if it dies meanwhile, that of another.
 
         Raises:
             RequestError: 503, if the second one dies too, or none can be reached.
         """
-        from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+        from ray.exceptions import RayError, RayTaskError
         from ray.serve.exceptions import RayServeException
 
         from dat_deploy.serving.protocol import RequestError
 
+        end = time.monotonic() + seconds
         for another in (True, False):
-            response = getattr(self._handle, method).remote(*arguments, **named)
+            response = getattr(self._handle, method).remote(*arguments, **named, seconds=end - time.monotonic())
             try:
                 reply: Reply = await response
                 return reply
@@ -277,11 +303,29 @@ class _RayReplicas:
                 raise
             except RayTaskError:  # a bug of ours
                 raise
-            except (RayActorError, RayServeException, TaskCancelledError) as error:
-                _log.warning("a replica died", extra={"reason": type(error).__name__})
+            except (RayError, RayServeException) as error:
+                _log.warning("a replica was lost", extra={"reason": type(error).__name__})
                 if another:
                     self._metrics.retries.inc()
         raise RequestError(503, "the engine's process died and is started anew; try again.")
+
+
+class _Watch(threading.Thread):
+    """How many replicas run, looked up again and again; in a thread of its own, since Ray may never answer."""
+
+    def __init__(self, application: str) -> None:
+        super().__init__(daemon=True)
+        self._application = application
+        self.replicas, self.seen = 0, time.monotonic()
+
+    def run(self) -> None:
+        from ray import serve as ray_serve
+
+        while True:
+            with contextlib.suppress(Exception):  # whatever Ray's parts raise when one of them is away
+                states = ray_serve.status().applications[self._application].deployments[_DEPLOYMENT].replica_states
+                self.replicas, self.seen = states.get("RUNNING", 0), time.monotonic()
+            time.sleep(_WATCH_S)
 
 
 async def _answer(
@@ -293,6 +337,11 @@ async def _answer(
     listener: socket.socket,
     ready: Callable[[], None],
 ) -> None:
+    """Until a signal, or until Ray is gone; `ready` is called when requests are taken.
+
+    Raises:
+        ServingError: if Ray is gone.
+    """
     import uvicorn
 
     from dat_deploy.serving.front import Front
@@ -315,65 +364,40 @@ async def _answer(
             timeout_graceful_shutdown=max(1, round(settings.drain_s)),
         )
     )
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]  # it would close the port at once
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     _log_json_lines()
-    watching = asyncio.create_task(_watch(front, metrics, application, stop, ready))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_own_signals(server))
-        answering = asyncio.create_task(server.serve(sockets=[listener]))
-        await asyncio.wait([asyncio.create_task(stop.wait()), answering], return_when=asyncio.FIRST_COMPLETED)
-        _log.info("stopping", extra={"in_progress": front.in_progress})
-        front.draining = True
-        await asyncio.sleep(_CLOSING_S)
-        server.should_exit = True
-        await answering
-    gone = watching.done() and watching.exception()
-    watching.cancel()
-    _log.info("stopped", extra={"in_progress": front.in_progress})
-    if gone:
-        raise gone
-
-
-@contextlib.contextmanager
-def _own_signals(server: Any) -> Iterator[None]:
-    """Uvicorn takes no signals: it would close at once."""
-    server.capture_signals = contextlib.nullcontext
-    yield
-
-
-async def _watch(
-    front: "Front", metrics: "Metrics", application: str, stop: asyncio.Event, ready: Callable[[], None]
-) -> None:
-    """Keep the front's readiness, and call `ready` the first time; stop the server when Ray is gone for good.
-
-    Raises:
-        ServingError: then.
-    """
-    from ray import serve as ray_serve
-
-    seen, told = time.monotonic(), False
-    while True:
-        running = 0
-        try:
-            status = await asyncio.to_thread(ray_serve.status)
-            states = status.applications[application].deployments[_DEPLOYMENT].replica_states
-            running, seen = states.get("RUNNING", 0), time.monotonic()
-        except Exception as error:  # whatever Ray's parts raise when one of them is away
-            _log.warning("Ray does not answer", extra={"reason": type(error).__name__})
-            if time.monotonic() - seen > _RAY_GONE_S:
-                stop.set()
-                raise ServingError(f"Ray has not answered for {_RAY_GONE_S:g} s; start the server again.") from error
-        if front.ready != (running > 0):
-            _log.info("ready" if running else "not ready", extra={"replicas": running})
-        front.ready = running > 0
-        if running and not told:
+    started = {"model": model.name, "engine": model.engine, "sha256": model.sha256, "version": tool_version()}
+    _log.info("starting", extra=started | {"settings": settings.model_dump()})
+    watch = _Watch(application)
+    watch.start()
+    answering = asyncio.create_task(server.serve(sockets=[listener]))
+    told, known, age_s = False, 0, 0.0
+    while not stop.is_set() and not answering.done() and age_s < _RAY_GONE_S:
+        age_s = time.monotonic() - watch.seen
+        running = watch.replicas if age_s < _RAY_LATE_S else 0
+        if running != known:
+            event = "replica started" if running > known else "replica ended"
+            _log.info(event, extra={"replicas": running, "ray_silent_s": round(age_s)})
+        known, front.ready = running, running > 0
+        metrics.ready.set(front.ready)
+        metrics.replicas.set(running)
+        if front.ready and not told:
             ready()
             told = True
-        metrics.ready.set(front.ready and not front.draining)
-        metrics.replicas.set(running)
-        await asyncio.sleep(_WATCH_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), _WATCH_S)
+    _log.info("stopping", extra={"in_progress": front.in_progress})
+    front.draining = True
+    metrics.ready.set(False)
+    await asyncio.sleep(settings.closing_s)
+    server.should_exit = True
+    await answering
+    _log.info("stopped", extra={"in_progress": front.in_progress})
+    if age_s >= _RAY_GONE_S:
+        raise ServingError(f"Ray has not answered for {_RAY_GONE_S:g} s; start the server again.")
 
 
 def _config(model: ServedModel, file: EngineFile) -> dict[str, object]:
@@ -395,9 +419,11 @@ def _config_tensor(spec: TensorSpec) -> dict[str, object]:
 class _JsonLines(logging.Formatter):
     _usual = frozenset({*vars(logging.makeLogRecord({})), "message", "taskName", "_ray_timestamp_ns"})
 
+    converter = staticmethod(time.gmtime)
+
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, object] = {
-            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}",
+            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "event": record.getMessage(),
         }

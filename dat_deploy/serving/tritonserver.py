@@ -67,7 +67,7 @@ def inference_service(name: str, storage_uri: str, *, device: str, tag: str = TR
 def _service_name(name: str) -> str:
     """A DNS label, as Kubernetes wants it."""
     label = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")
-    return label if label[:1].isalpha() else f"model-{label}".strip("-")
+    return (label if label[:1].isalpha() else f"model-{label}")[:50].strip("-")  # KServe appends to it
 
 
 class _Dumper(yaml.SafeDumper):

@@ -35,8 +35,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., An
     servers: list[Any] = []
     folder = tmp_path_factory.mktemp("servers")
 
-    def one(*arguments: object) -> Any:
-        servers.append(module.ServerProcess(*arguments, log=folder / f"{len(servers)}.log"))
+    def one(*arguments: object, own_group: bool = False) -> Any:
+        log = folder / f"{len(servers)}.log"
+        servers.append(module.ServerProcess(*arguments, log=log, own_group=own_group))
         return servers[-1]
 
     yield one

@@ -344,6 +344,16 @@ def image_garbage(rng: random.Random) -> Case:
     return Case("image of noise", http("/v1/classify", start + rng.randbytes(rng.randint(0, 3000))))
 
 
+def image_of_scans(rng: random.Random) -> Case:
+    """A progressive picture of endless empty passes."""
+    out = io.BytesIO()
+    side = rng.choice([100, 2000, 4992])
+    Image.new("L", (side, side)).save(out, "JPEG", progressive=True)
+    scan = bytes.fromhex("ffda 0008 01 01 00 01 01 00")
+    count = rng.choice([200, 5000, 50_000])
+    return Case("endless scans", http("/v1/classify", out.getvalue()[:-2] + count * scan + b"\xff\xd9"), refused=True)
+
+
 def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -415,7 +425,7 @@ KINDS: tuple[Callable[[random.Random], Case], ...] = (
         encoded_body,
         query,
     ),
-    *(image_truncated, image_flipped, image_garbage, bomb, pipelined, valid),
+    *(image_truncated, image_flipped, image_garbage, image_of_scans, bomb, pipelined, valid),
 )
 
 

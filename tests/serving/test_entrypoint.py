@@ -1,6 +1,7 @@
 """The server image's entry point: nothing is served that was not built for this GPU and found right."""
 
 import fcntl
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -128,11 +129,16 @@ def settings(demo_onnx: Path, tmp_path: Path) -> Settings:
     return Settings(model=demo_onnx, cache=tmp_path / "cache", repository=tmp_path / "models")
 
 
+def engine_path(settings: Settings, architecture: int = 90) -> Path:
+    source = hashlib.sha256(settings.model.read_bytes()).hexdigest()
+    return settings.cache / f"demo-{source[:12]}-sm_{architecture}.engine"
+
+
 @pytest.fixture
 def engine(settings: Settings) -> Path:
     """Built and validated by an earlier start."""
     prepare(settings, Machine().steps())
-    return settings.cache / "demo-sm_90.engine"
+    return engine_path(settings)
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +154,7 @@ def test_the_first_start_builds_validates_and_packages_in_that_order(settings: S
     machine = Machine()
     command = prepare(settings, machine.steps())
     assert machine.done == ["build", "validate", "package"]
-    engine = settings.cache / "demo-sm_90.engine"
+    engine = engine_path(settings)
     assert machine.built == {"source": settings.model, "output": engine, "batches": ["1-8-32"], "force": True}
     assert machine.packaged == {
         "engine": engine,
@@ -213,7 +219,7 @@ def test_another_gpu_has_an_engine_of_its_own_beside_the_first(settings: Setting
     prepare(settings, machine.steps())
     assert machine.done == ["build", "validate", "package"]
     assert engine.is_file()
-    assert (settings.cache / "demo-sm_89.engine").is_file()
+    assert engine_path(settings, 89).is_file()
 
 
 def test_another_tensorrt_builds_anew_and_says_why(
@@ -373,6 +379,8 @@ def test_a_file_of_one_batch_is_packaged_for_that_batch(settings: Settings, monk
         "--load-model=*",
         "--backend-directory=/elsewhere",
         "--backend-config=tensorrt,plugins=/elsewhere.so",
+        "--allow-client-shm=true",
+        "--model-config-name=other",
         "--",
     ],
 )
@@ -428,9 +436,20 @@ def test_wrong_settings_are_refused(
     assert str(caught.value).startswith(sentence)
 
 
+def test_a_repository_with_other_models_is_refused(settings: Settings) -> None:
+    (settings.repository / "stranger").mkdir(parents=True)
+    machine = Machine()
+    with pytest.raises(OutputError) as caught:
+        prepare(settings, machine.steps())
+    assert str(caught.value) == (
+        f"{settings.repository} holds stranger, which were not validated here; give DAT_DEPLOY_REPOSITORY a folder of "
+        f"its own."
+    )
+
+
 def test_two_containers_on_one_volume_build_one_engine(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = Machine(), Machine()
-    lock = settings.cache / "demo-sm_90.engine.lock"
+    lock = Path(f"{engine_path(settings)}.lock")
     lock.parent.mkdir()
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -442,7 +461,7 @@ def test_two_containers_on_one_volume_build_one_engine(settings: Settings, capsy
         assert f"event=wait lock={lock}" in said
         assert second.done == []
         content = b"an engine of the first"
-        engine = settings.cache / "demo-sm_90.engine"
+        engine = engine_path(settings)
         passport = first.passport(settings.model, content, ["1-8-32"])
         write_engine(engine, content, replace(passport, verdict=PASSED))
     thread.join(10)
@@ -461,7 +480,7 @@ def test_a_cache_that_is_a_file_is_named(settings: Settings) -> None:
     with pytest.raises(OutputError) as caught:
         prepare(settings, Machine().steps())
     assert str(caught.value) == (
-        f"cannot write {settings.cache / 'demo-sm_90.engine.lock'}: File exists; mount a volume there that user "
+        f"cannot write {engine_path(settings)}.lock: File exists; mount a volume there that user "
         f"{os.getuid()} may write."
     )
 
@@ -473,28 +492,6 @@ def test_a_line_of_the_log_is_one_line_whatever_is_in_it(capsys: pytest.CaptureF
 
 
 # The module as the image runs it: programs of its own on the PATH, validation for real.
-
-STUB = """
-import importlib.util, sys, types
-from pathlib import Path
-
-def find():
-    try:
-        return importlib.util.find_spec("dat_deploy.serving.repository")
-    except ModuleNotFoundError:
-        return None
-
-if find() is None:
-    def package(engines, output, *, name, batches, device, force):
-        folder = Path(output, name, "1")
-        folder.mkdir(parents=True)
-        folder.parent.joinpath("config.pbtxt").write_text(f"{device} {batches}")
-        folder.joinpath("model.onnx").write_bytes(Path(engines[0]).read_bytes())
-
-    module = types.ModuleType("dat_deploy.serving.repository")
-    module.package = package
-    sys.modules[module.__name__] = module
-"""
 
 
 @pytest.fixture
@@ -510,7 +507,6 @@ def container(demo_onnx: Path, tmp_path: Path) -> Callable[..., subprocess.Popen
 
     program("tritonserver", f'echo "$$ $*" > {shlex.quote(str(tmp_path / "tritonserver.words"))}')
     program("nvidia-smi", "exit 9")
-    (tmp_path / "sitecustomize.py").write_text(STUB)
 
     def start(*arguments: str, nvidia_smi: str | None = None, **settings: str) -> subprocess.Popen[str]:
         if nvidia_smi is not None:

@@ -21,9 +21,8 @@ from dat_deploy.serving.replica import Call, Reply, ServedModel
 from dat_deploy.serving.settings import ServeSettings
 from dat_deploy.serving.tensors import TensorSpec
 
-MODEL = ServedModel(
-    "mini", "mini.onnx", TensorSpec("image", "FP32", (-1, 3, 2, 2)), (TensorSpec("logits", "FP32", (-1, 4)),), 4, 100
-)
+IMAGE, LOGITS = TensorSpec("image", "FP32", (-1, 3, 2, 2)), TensorSpec("logits", "FP32", (-1, 4))
+MODEL = ServedModel("mini", "mini.onnx", "", IMAGE, (LOGITS,), most_images=4, most_pixels=100, most_call_pixels=100)
 
 
 class Stub:
@@ -153,14 +152,18 @@ def test_forms_and_compressed_bodies_are_refused(mini):
 def test_a_body_that_is_too_large_is_413_and_reaches_no_replica():
     with running(max_body_mb=0.001) as mini:
         assert mini.ask("/v1/classify", bytes(1000))[0] == 200
-        for size in (1001, 3000, 3_000_000):
-            with contextlib.suppress(ConnectionError):  # whoever sends that much more may lose the answer
-                status, body, _ = mini.ask("/v1/classify", bytes(size))
-                sentence = "the body is larger than the 1000 bytes that this server takes; send less at once."
-                assert (status, body) == (413, {"error": sentence})
-                continue
-            assert size > 4000
+        for size in (1001, 3000, 30_000_000):
+            status, body, _ = mini.ask("/v1/classify", bytes(size))
+            sentence = "the body is larger than the 1000 bytes that this server takes; send less at once."
+            assert (status, body) == (413, {"error": sentence})
         assert len(mini.stub.bodies) == 1
+
+
+def test_a_large_body_that_is_announced_need_not_be_sent():
+    with running(max_body_mb=0.001) as mini:
+        head = b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 9000000\r\n\r\n"
+        received, _ = raw(mini.port, head)
+        assert received.startswith(b"HTTP/1.1 413 ")
 
 
 def test_one_request_too_many_is_429_and_tells_to_try_again():
@@ -220,7 +223,8 @@ def test_bodies_and_headers_that_stop_coming_are_given_up():
     with running(read_timeout_s=0.3) as mini:
         body, seconds = raw(mini.port, b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nabc")
         assert body.startswith(b"HTTP/1.1 408 ")
-        assert body.endswith(b'{"error": "the body stopped for 0.3 s after 3 bytes; send it again."}')
+        sentence = b"the body stopped, or came too slowly, after 3 bytes; send it again, faster."
+        assert body.endswith(b'{"error": "' + sentence + b'"}')
         assert 0.2 < seconds < 3
         header, seconds = raw(mini.port, b"GET /v2 HTTP/1.1\r\nHos")
         assert header.startswith(b"HTTP/1.1 400 ")
@@ -229,6 +233,61 @@ def test_bodies_and_headers_that_stop_coming_are_given_up():
         nothing, seconds = raw(mini.port, b"")
         assert nothing == b""
         assert seconds < 3
+
+
+def test_a_body_that_drips_is_given_up():
+    with running(read_timeout_s=0.3, min_body_kb_per_s=1) as mini:
+        started = time.monotonic()
+        with socket.create_connection(("127.0.0.1", mini.port), timeout=8) as connection:
+            connection.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Length: 99999\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < started + 8:
+                    connection.sendall(b"x")
+                    time.sleep(0.1)
+        assert time.monotonic() - started < 4
+        assert mini.front.in_progress == 0
+
+
+def test_a_body_that_nobody_reads_does_not_keep_its_connection():
+    with running(read_timeout_s=0.3) as mini:
+        head = b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", mini.port), timeout=8) as connection:
+            connection.sendall(head)
+            received = b""
+            while not received.endswith(b'see /v2."}'):
+                received += connection.recv(65536)
+            assert received.startswith(b"HTTP/1.1 404")
+            connection.sendall(b"x")
+            started = time.monotonic()
+            assert connection.recv(65536) == b""
+        assert time.monotonic() - started < 3
+
+
+def test_more_connections_than_the_limit_are_closed(monkeypatch):
+    monkeypatch.setattr("dat_deploy.serving.http.CONNECTION_LIMIT", 2)
+    with running() as mini, contextlib.ExitStack() as stack:
+        waiting = [socket.create_connection(("127.0.0.1", mini.port), timeout=8) for _ in range(3)]
+        for connection in waiting:
+            stack.enter_context(connection)
+        with pytest.raises(ConnectionError):
+            mini.ask("/v2/health/live")
+
+
+def test_bodies_that_wait_have_a_limit_together():
+    with running(max_body_mb=0.001) as mini:
+        mini.stub.go.clear()
+        asking = [threading.Thread(target=mini.ask, args=("/v1/classify", bytes(1000))) for _ in range(16)]
+        for thread in asking:
+            thread.start()
+        end = time.monotonic() + 5
+        while len(mini.stub.bodies) < 16 and time.monotonic() < end:
+            time.sleep(0.01)
+        status, body, _ = mini.ask("/v1/classify", bytes(10))
+        sentence = "16000 bytes are waiting, which is all this server takes; try again."
+        assert (status, body) == (429, {"error": sentence})
+        mini.stub.go.set()
+        for thread in asking:
+            thread.join()
 
 
 def test_a_second_header_on_a_connection_is_given_up_too():
@@ -283,5 +342,6 @@ def test_the_page_takes_nothing_from_elsewhere(mini):
     assert status == 200
     assert page.startswith("<!doctype html>")
     assert "default-src 'none'" in headers["content-security-policy"]
+    assert "script-src 'sha256-" in headers["content-security-policy"]
     assert "http://" not in page.replace("http://www.w3.org/", "")
     assert "https://" not in page

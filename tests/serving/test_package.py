@@ -478,7 +478,7 @@ def test_a_name_that_no_url_takes_is_told(name: str, demo_onnx: Path, tmp_path: 
         package([demo_onnx], tmp_path / "m", name=name)
     assert str(caught.value) == (
         f"'{name}' cannot be a model's name; it takes up to 63 letters, digits, '_', '.' and '-', and begins with a "
-        f"letter or digit, for URLs have it. Give another: --name NAME"
+        f"letter or digit, for URLs have it. Give another with --name."
     )
 
 

@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ import uvicorn
 from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
+from dat_deploy.engine.passport import sha256
 from dat_deploy.preprocess import Preprocessing, preprocess, read_image
 from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.serving import replica as replica_module
@@ -44,10 +46,12 @@ PATIENCE_S = 20.0  # a loaded machine is slow; nothing waits for long where all 
 MODEL = ServedModel(
     "demo",
     "pytorch:demo",
+    sha256(b""),
     TensorSpec("image", "FP32", (-1, 3, 64, 64)),
     (TensorSpec("logits", "FP32", (-1, 10)),),
     most_images=1,
     most_pixels=1_000_000,
+    most_call_pixels=1_000_000,
 )
 
 Canned = Reply | Exception | threading.Event
@@ -233,6 +237,7 @@ def _replica(*, sampled_points: bool) -> Replica:
     runner = PytorchRunner("demo", "pytorch:demo", sampled_points=sampled_points)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replica_module, "open_runner", lambda *_, **__: runner)
+        patch.setattr(replica_module, "read_engine_file", lambda _: SimpleNamespace(content=b""))
         return Replica(MODEL, threads=1, wait_s=0)
 
 

@@ -2,15 +2,19 @@
 
 import asyncio
 import dataclasses
+import io
 import json
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dat_deploy.classify import classify
 from dat_deploy.engine.passport import Profile
-from dat_deploy.errors import EngineRunError
+from dat_deploy.errors import EngineRunError, PassportError
 from dat_deploy.export import export
 from dat_deploy.runners import open_runner
 from dat_deploy.serving.replica import Replica, Reply, ServedModel, engine_batch
@@ -78,6 +82,16 @@ def test_a_fixed_batch_is_filled_up_and_the_filling_is_not_answered(tmp_path, im
     with open_runner(str(path)) as runner:
         np.testing.assert_allclose(logits(reply), runner(images[:3])[:2], atol=1e-5)
     assert infer(one, images[:4]).status == 400
+
+
+def test_a_smaller_limit_than_the_engines_holds(tmp_path, demo_onnx, images):
+    fixed = tmp_path / "demo.onnx"
+    export("demo", fixed, batch=3)
+    for path in (fixed, demo_onnx):
+        one, model = replica(path, max_batch=2)
+        assert model.most_images == 2
+        assert infer(one, images[:2]).status == 200
+        assert infer(one, images[:3]).status == 400
 
 
 @pytest.mark.parametrize(
@@ -149,6 +163,60 @@ def test_an_image_of_too_many_pixels_is_refused(demo_onnx):
     assert "has 784 pixels; accepted are at most 700" in json.loads(reply.body)["error"]
 
 
+def test_a_picture_of_endless_scans_is_refused_at_once(demo_onnx):
+    one, _ = replica(demo_onnx)
+    out = io.BytesIO()
+    Image.new("RGB", (2000, 2000)).save(out, "JPEG", progressive=True)
+    scan = bytes.fromhex("ffda 0008 01 01 00 01 01 00")  # of nothing: a pass over all pixels each
+    started = time.monotonic()
+    bomb = out.getvalue()[:-2] + 20_000 * scan + b"\xff\xd9"
+    reply = asyncio.run(one.classify(bomb, 1, points=False, seconds=30))
+    assert reply.status == 400
+    assert "scans; accepted are at most 100" in json.loads(reply.body)["error"]
+    assert time.monotonic() - started < 5
+    assert asyncio.run(one.classify(out.getvalue(), 1, points=False, seconds=30)).status == 200
+
+
+@pytest.mark.parametrize("item", [b"[]", b"{}", b'""'])
+def test_json_of_millions_of_objects_is_refused_before_they_are_made(demo_onnx, item):
+    one, _ = replica(demo_onnx)
+    body = b'{"inputs": [{"name": "image", "datatype": "FP32", "shape": [1], "data": [' + b",".join([item] * 5_000_000)
+    started = time.monotonic()
+    reply = asyncio.run(one.infer(body + b"]}]}", None, 30))
+    sentence = "the request's JSON has more than 200000 brackets and quotes; send flat 'data'."
+    assert (reply.status, json.loads(reply.body)) == (400, {"error": sentence})
+    assert time.monotonic() - started < 1
+
+
+def test_a_call_that_never_ends_is_seen(demo_onnx, images, monkeypatch):
+    one, model = replica(demo_onnx)
+    stuck = Replica(model, threads=1, wait_s=0, stuck_s=0.2)
+    go = threading.Event()
+
+    def wait(_: np.ndarray) -> None:
+        go.wait(20)
+        raise EngineRunError("let go")
+
+    monkeypatch.setattr(stuck._runner, "outputs", wait)
+    asking = threading.Thread(target=infer, args=(stuck, images[:1]))
+    asking.start()
+    time.sleep(0.6)
+    with pytest.raises(RuntimeError, match=r"a thread has worked on one thing for 0\.2 s"):
+        stuck.check_health()
+    go.set()
+    asking.join()
+    one.check_health()
+
+
+def test_a_file_that_was_exchanged_is_refused(demo_onnx, tmp_path):
+    path = tmp_path / "demo.onnx"
+    path.write_bytes(demo_onnx.read_bytes())
+    _, model = replica(path)
+    export("demo", path, batch=1, force=True)
+    with pytest.raises(PassportError, match="is not the file that the server was started with; start the server again"):
+        Replica(model, threads=1, wait_s=0)
+
+
 def test_a_dynamic_file_takes_sizes_that_its_network_takes(pp_tiny_onnx):
     one, model = replica(pp_tiny_onnx["function"], max_batch=1)
     assert model.image.shape == (-1, 3, -1, -1)
@@ -156,6 +224,11 @@ def test_a_dynamic_file_takes_sizes_that_its_network_takes(pp_tiny_onnx):
     reply = infer(one, np.zeros((1, 3, 65, 96), np.float32))
     assert reply.status == 400
     assert "65x96" in json.loads(reply.body)["error"]
+    reply = infer(one, np.zeros((1, 3, 1024, 1088), np.float32))
+    assert json.loads(reply.body)["error"] == (
+        "input 'image' has 1 images of 1024x1088; all of a request may have 1075200 pixels. Send smaller ones, or "
+        "fewer at once."
+    )
 
 
 def test_an_engine_that_fails_is_reported_and_replaced(demo_onnx, images, monkeypatch):
