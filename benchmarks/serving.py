@@ -174,6 +174,7 @@ async def measure(server: ServerProcess, seconds: float) -> dict[str, object]:
         await asyncio.sleep(5)
         server.process.send_signal(signal.SIGTERM)
         found["stopped"] = summary(await asking) | {"rate": round(0.5 * most, 1)}
+        await asyncio.to_thread(server.process.communicate, timeout=60)
         say(f"stopped: {found['stopped']}")
     return found
 

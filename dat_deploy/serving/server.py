@@ -366,7 +366,8 @@ async def _answer(
     )
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]  # it would close the port at once
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in handlers:
         loop.add_signal_handler(number, stop.set)
     _log_json_lines()
     started = {"model": model.name, "engine": model.engine, "sha256": model.sha256, "version": tool_version()}
@@ -395,6 +396,9 @@ async def _answer(
     await asyncio.sleep(settings.closing_s)
     server.should_exit = True
     await answering
+    for number, handler in handlers.items():  # asyncio would leave those of the system
+        loop.remove_signal_handler(number)
+        signal.signal(number, handler)
     _log.info("stopped", extra={"in_progress": front.in_progress})
     if age_s >= _RAY_GONE_S:
         raise ServingError(f"Ray has not answered for {_RAY_GONE_S:g} s; start the server again.")
