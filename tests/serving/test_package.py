@@ -161,11 +161,11 @@ def test_a_client_reads_from_the_configuration_what_the_network_expects(
 ) -> None:
     report = package([demo_onnx], tmp_path / "models", images=True)
     for config in configs(report).values():
-        said = {k: json.loads(v.string_value) for k, v in config.parameters.items() if k.startswith("dat_deploy.")}
+        said = {k: v.string_value for k, v in config.parameters.items() if k.startswith("dat_deploy.")}
         assert said["dat_deploy.variant"] == "demo"
         assert said["dat_deploy.weights_sha256"] == metadata.weights_sha256
         assert said["dat_deploy.golden_sha256"] == metadata.golden_sha256
-        assert said["dat_deploy.preprocessing"]["resize_size"] == [64, 64]
+        assert json.loads(said["dat_deploy.preprocessing"])["resize_size"] == [64, 64]
         assert said["dat_deploy.precision"] == "fp32"
 
 
