@@ -250,7 +250,7 @@ def test_a_signal_while_it_starts_ends_it(demo_onnx, seconds):
     assert process.returncode in (143, -15, 15), said  # the latter from within Ray's own start
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_stopping_loses_no_request_that_was_taken(start, demo_onnx, number):
     server = start("--engine", demo_onnx)
     lost: list[str] = []
