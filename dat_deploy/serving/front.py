@@ -71,6 +71,9 @@ class Front:
         self._settings, self._model, self._config = settings, model, config
         self._replicas, self._metrics = replicas, metrics
         self._page = resources.files("dat_deploy").joinpath("data/serve.html").read_bytes()
+        script = re.search(rb"<script>(.*)</script>", self._page, re.DOTALL)
+        assert script is not None
+        self._page_policy = _PAGE_POLICY.format(base64.b64encode(hashlib.sha256(script.group(1)).digest()).decode())
         self.ready, self.draining, self.in_progress = False, False, 0
         self._bytes = 0  # of the bodies that replicas work on
         model_paths = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
@@ -133,10 +136,7 @@ class Front:
             raise RequestError(404, f"there is no version {version[:20]!r} of {name}; there is {MODEL_VERSION}.")
 
     async def _get_page(self, _: Request) -> Response:
-        script = re.search(rb"<script>(.*)</script>", self._page, re.DOTALL)
-        assert script is not None
-        digest = base64.b64encode(hashlib.sha256(script.group(1)).digest()).decode()
-        headers = {"content-security-policy": _PAGE_POLICY.format(digest), "x-content-type-options": "nosniff"}
+        headers = {"content-security-policy": self._page_policy, "x-content-type-options": "nosniff"}
         return Response(self._page, media_type="text/html", headers=headers)
 
     async def _get_metrics(self, _: Request) -> Response:
