@@ -8,6 +8,7 @@ import torch
 
 from dat_deploy.checkpoint import load_model
 from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError
+from dat_deploy.model import half_network
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration, Problem
 from dat_deploy.plugins.tuning import measured, store
@@ -68,11 +69,14 @@ def tune(
             f"run this where one is."
         )
     dtype = DTYPES[precision]
-    model = load_model(name_or_variant, image_size=image_size, fused=True).to(DEVICE, dtype)
+    model = load_model(name_or_variant, image_size=image_size, fused=True)
+    if dtype != torch.float32:
+        model = half_network(model, dtype)  # what ships: a table in float32 makes another problem of a launch
+    model = model.to(DEVICE)
     jobs: dict[tuple[str, tuple[tuple[str, int], ...]], Job] = {}
     for batch in batches:
         with recorded_jobs() as launched, torch.inference_mode():
-            model(torch.randn(batch, 3, *model.variant.image_size, device=DEVICE, dtype=dtype))
+            model(torch.randn(batch, 3, *model.variant.image_size, device=DEVICE))
         jobs |= {(job.operator, tuple(job.problem.items())): job for job in launched}
     tuned = []
     for done, job in enumerate(jobs.values()):

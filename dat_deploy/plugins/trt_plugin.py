@@ -215,7 +215,12 @@ def _problem(operator: str, attributes: tuple[int, ...], shapes: Shapes, dtypes:
             raise ShapeError(f"{operator} got {elements} elements of {name} an image; it takes up to {LARGEST_IMAGE}.")
     by_name = dict(zip(specified.inputs, shapes, strict=True))
     sizes = (by_name[name] for name in specified.sized_by)
-    problem: Problem = specified.kernel.problem(*sizes, *attributes, dtypes[0].itemsize)
+    table_bytes = [
+        dtype.itemsize
+        for name, dtype in zip(specified.inputs, dtypes, strict=True)
+        if name == "relative_position_bias_table"
+    ]
+    problem: Problem = specified.kernel.problem(*sizes, *attributes, dtypes[0].itemsize, *table_bytes)
     if problem.get("head_dim", 1) > LARGEST_HEAD_DIM:
         raise UnsupportedError(
             f"{operator} got heads of {problem['head_dim']} channels; its kernel takes up to {LARGEST_HEAD_DIM}. "

@@ -85,15 +85,19 @@ def between_nans(tensor: Tensor) -> Tensor:
 def problem_of(operator: str, inputs: Inputs, attributes: dict[str, int]) -> Problem:
     kernel = import_module(f"dat_deploy.plugins.{operator}.kernel")
     shapes = [tensor.shape for tensor in inputs.values()]
-    element_bytes = next(iter(inputs.values())).element_size()
+    element_bytes = [
+        x.element_size()
+        for x in (next(iter(inputs.values())), inputs.get("relative_position_bias_table"))
+        if x is not None
+    ]
     match operator:
         case "deformable_sample":
-            return kernel.problem(*shapes, element_bytes)
+            return kernel.problem(*shapes, *element_bytes)
         case "deformable_attention":
             query, key, _, points, table = shapes
-            return kernel.problem(query, key, points, table, *attributes.values(), element_bytes)
+            return kernel.problem(query, key, points, table, *attributes.values(), *element_bytes)
         case _:
-            return kernel.problem(shapes[0], *attributes.values(), element_bytes)
+            return kernel.problem(shapes[0], *attributes.values(), *element_bytes)
 
 
 def interpret(
@@ -385,7 +389,10 @@ def test_tune_keeps_the_fastest_configuration_and_the_operators_then_take_it(mon
     monkeypatch.setattr(
         tune_module, "measured", lambda candidates, run: {c: abs(i - 2) + 1.0 for i, c in enumerate(candidates)}
     )
-    tuning = tune_module.tune(mini_pp.with_image_size(64, 64), batches=[1], precision="fp32")
+    tuning = tune_module.tune(mini_pp.with_image_size(64, 64), batches=[1], precision="fp16")
+    tables = {row.problem.get("table_bytes") for row in tuning.launches}
+    assert tables == {4, None}  # in float32, as `half_network` has them
+    assert {row.problem["element_bytes"] for row in tuning.launches} == {2}
     assert {row.operator for row in tuning.launches} == {
         "deformable_sample",
         "deformable_attention",
@@ -398,7 +405,7 @@ def test_tune_keeps_the_fastest_configuration_and_the_operators_then_take_it(mon
 
     launched = []
     monkeypatch.setattr(Job, "run", lambda job, configuration, _: launched.append((job.operator, configuration)))
-    value = torch.randn(1, sample.problem["height"], sample.problem["width"], sample.problem["channels"])
+    value = torch.randn(1, sample.problem["height"], sample.problem["width"], sample.problem["channels"]).half()
     points = sample.problem["points"]
     plugins.deformable_sample(value, torch.zeros(1, sample.problem["offset_groups"], 1, points, 2))
     assert launched == [("deformable_sample", sample.configuration)]

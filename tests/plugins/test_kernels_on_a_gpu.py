@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dat_deploy import plugins
 from dat_deploy.checkpoint import load_model
-from dat_deploy.model import REFERENCE, reference_points
+from dat_deploy.model import REFERENCE, half_network, reference_points
 from dat_deploy.plugins.dispatch import recorded_jobs
 from dat_deploy.tune import tune
 from dat_deploy.variants import VARIANTS
@@ -25,8 +25,9 @@ SLACK = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6}
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of convolutions whose results are compared
 
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -140,13 +141,14 @@ def test_a_network_of_kernels_agrees_with_the_reference_network(name):
     blocks = "".join(stage.blocks for stage in VARIANTS[name].stages)
     assert len(jobs) == len(blocks) + blocks.count("D")
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
-    half = load_model(name, fused=True).cuda().half()(image.half())
-    assert (half.float() - expected).abs().max() < 0.05 * expected.std()
+    half = half_network(load_model(name, fused=True), torch.float16).cuda()(image)
+    assert isinstance(half, Tensor)
+    assert (half - expected).abs().max() < 0.05 * expected.std()
 
 
 def test_a_network_of_kernels_is_captured_by_a_cuda_graph():
-    model = load_model("tiny", fused=True).cuda().half()
-    image = torch.randn(2, 3, 224, 224, device="cuda", dtype=torch.float16)
+    model = half_network(load_model("tiny", fused=True), torch.float16).cuda()
+    image = torch.randn(2, 3, 224, 224, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream), torch.inference_mode():
         model(image)
@@ -165,7 +167,7 @@ def test_tune_keeps_a_choice_that_the_operators_take(monkeypatch, tmp_path):
     tuning = tune("tiny", batches=[2])
     assert all(row.microseconds > 0 for row in tuning.launches)
     with recorded_jobs() as jobs:
-        load_model("tiny", fused=True).cuda().half()(torch.randn(2, 3, 224, 224, device="cuda").half())
+        half_network(load_model("tiny", fused=True), torch.float16).cuda()(torch.randn(2, 3, 224, 224, device="cuda"))
     from dat_deploy.plugins.tuning import tuned_configuration
 
     taken = {tuned_configuration(job.operator, job.problem, job.output) for job in jobs}

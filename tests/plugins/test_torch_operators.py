@@ -410,6 +410,12 @@ def test_measured_configurations_are_kept_by_gpu_and_taken_at_the_nearest_batch(
     assert tuned_configuration("deformable_sample", problem(1, height=7), inputs["value"]) is None
     assert tuned_configuration("window_attention", problem(1), inputs["value"]) is None
 
+    window = import_module("dat_deploy.plugins.window_attention.kernel")
+    half_table, full_table = (window.problem((1, 56, 56, 288), 3, 7, 0, 2, table_bytes) for table_bytes in (2, 4))
+    store("Some GPU", [("window_attention", half_table, large, 2.0)])
+    assert tuned_configuration("window_attention", half_table, inputs["value"]) == large
+    assert tuned_configuration("window_attention", full_table, inputs["value"]) is None
+
     store("Some GPU", [("deformable_sample", problem(1), large, 2.0)])
     assert tuned_configuration("deformable_sample", problem(1), inputs["value"]) == large
     path.write_text('{"Some GPU": {"deformable_sample": []}}')

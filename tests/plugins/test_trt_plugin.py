@@ -445,8 +445,7 @@ def test_enqueue_launches_what_the_torch_operator_launches(operator, dtype, reco
     specified, node = specification(operator), node_of(operator)
     shapes, types = SHAPES[operator], types_of(operator, dtype)
     addresses = [4096 * (i + 1) for i in range(len(shapes))]
-    sized = [shape for name, shape in zip(specified.inputs, shapes, strict=True) if name in specified.sized_by]
-    problem = specified.kernel.problem(*sized, *node.attributes, dtype.itemsize)
+    problem = node.problem(shapes, types)
     configurations = specified.kernel.configurations(problem)
     numbered = sorted(configurations, key=lambda each: (each.tiles, each.num_warps, each.num_stages))
     choices = {0: configurations[0], 1000: configurations[0], **dict(enumerate(numbered, start=1))}
@@ -525,7 +524,7 @@ def test_the_number_of_a_tactic_does_not_depend_on_the_batch():
     specified = specification("window_attention")
     orders, numbers = set(), set()
     for batch in (1, 8, 64, 512):
-        problem = specified.kernel.problem((batch, 56, 56, 288), 3, 7, 4, 2)
+        problem = specified.kernel.problem((batch, 56, 56, 288), 3, 7, 4, 2, 2)
         configurations: list[Configuration] = specified.kernel.configurations(problem)
         orders.add(tuple(configurations))
         numbers.add(tuple(trt_plugin._numbered(configurations).items()))

@@ -377,6 +377,7 @@ def problem(
     num_heads: int,
     half_pixel_queries: bool,
     element_bytes: int,
+    table_bytes: int,
 ) -> Problem:
     """What the speed of a launch depends on, from the shapes of reference.deformable_attention."""
     batch, height, width, channels = query
@@ -392,6 +393,7 @@ def problem(
         "table_width": int(table[2]),
         "half_pixel": half_pixel_queries,
         "element_bytes": element_bytes,
+        "table_bytes": table_bytes,
     }
 
 

@@ -103,6 +103,7 @@ def deformable_attention(
         num_heads,
         half_pixel_queries,
         query.element_size(),
+        table.element_size(),
     )
     inputs = {
         "query": query,

@@ -115,7 +115,9 @@ def neighborhood_attention_kernel(
     tl.store(end, attended.to(output.dtype.element_ty), mask=query_mask)
 
 
-def problem(qkv: Shape, num_heads: int, kernel_size: int, dilation: int, element_bytes: int) -> Problem:
+def problem(
+    qkv: Shape, num_heads: int, kernel_size: int, dilation: int, element_bytes: int, table_bytes: int
+) -> Problem:
     """What the speed of a launch depends on, from the shapes of reference.neighborhood_attention."""
     batch, height, width, channels3 = qkv
     return {
@@ -127,6 +129,7 @@ def problem(qkv: Shape, num_heads: int, kernel_size: int, dilation: int, element
         "kernel_size": int(kernel_size),
         "dilation": int(dilation),
         "element_bytes": element_bytes,
+        "table_bytes": table_bytes,
     }
 
 

@@ -64,7 +64,8 @@ def neighborhood_attention(
     from dat_deploy.plugins.neighborhood_attention import kernel
 
     output = qkv.new_empty(batch, height, width, channels3 // 3)
-    problem = kernel.problem(qkv.shape, num_heads, kernel_size, dilation, qkv.element_size())
+    element_bytes = qkv.element_size(), table.element_size()
+    problem = kernel.problem(qkv.shape, num_heads, kernel_size, dilation, *element_bytes)
     inputs = {"qkv": qkv, "padding_qkv": padding_qkv, "relative_position_bias_table": table}
     launch_kernel(name, kernel, problem, inputs, output)
     return output

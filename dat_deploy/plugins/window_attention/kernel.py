@@ -201,7 +201,9 @@ def window_attention_kernel(
         )
 
 
-def problem(qkv: Shape, num_heads: int, window_size: int, shift_size: int, element_bytes: int) -> Problem:
+def problem(
+    qkv: Shape, num_heads: int, window_size: int, shift_size: int, element_bytes: int, table_bytes: int
+) -> Problem:
     """What the speed of a launch depends on, from the shapes of reference.window_attention."""
     batch, height, width, channels3 = qkv
     return {
@@ -213,6 +215,7 @@ def problem(qkv: Shape, num_heads: int, window_size: int, shift_size: int, eleme
         "window_size": int(window_size),
         "shift_size": int(shift_size),
         "element_bytes": element_bytes,
+        "table_bytes": table_bytes,
     }
 
 

@@ -59,6 +59,6 @@ def window_attention(
     from dat_deploy.plugins.window_attention import kernel
 
     output = qkv.new_empty(batch, height, width, channels3 // 3)
-    problem = kernel.problem(qkv.shape, num_heads, window_size, shift_size, qkv.element_size())
+    problem = kernel.problem(qkv.shape, num_heads, window_size, shift_size, qkv.element_size(), table.element_size())
     launch_kernel(name, kernel, problem, {"qkv": qkv, "relative_position_bias_table": table}, output)
     return output
