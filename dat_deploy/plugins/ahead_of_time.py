@@ -3,8 +3,8 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from dat_deploy.plugins.launch import Launch
 __all__ = ["ARCHITECTURES", "CompiledLaunch", "compile_launch", "newest_ptx_version"]
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities, times ten
-_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class CompiledLaunch:
         name: of the entry point.
         shared_memory_bytes: dynamic, of one program.
         registers: of one thread; spilled_bytes: of its registers, that go to memory.
+        cubin: the machine code that Triton's assembler makes of the PTX; it takes the same arguments.
     """
 
     ptx: str
@@ -38,6 +39,7 @@ class CompiledLaunch:
     shared_memory_bytes: int
     registers: int
     spilled_bytes: int
+    cubin: bytes = field(default=b"", repr=False)
 
 
 def newest_ptx_version(architecture: int, cuda_version: int) -> int:
@@ -51,7 +53,12 @@ def newest_ptx_version(architecture: int, cuda_version: int) -> int:
 
 
 def compile_launch(
-    launch: Launch, dtypes: Mapping[str, torch.dtype], architecture: int, *, ptx_version: int | None = None
+    launch: Launch,
+    dtypes: Mapping[str, torch.dtype],
+    architecture: int,
+    *,
+    ptx_version: int | None = None,
+    unaligned: Collection[str] = (),
 ) -> CompiledLaunch:
     """Compile for a GPU of this compute capability. No GPU is needed.
 
@@ -60,6 +67,7 @@ def compile_launch(
         architecture: 90 for sm_90, and so on.
         ptx_version: 88 for PTX 8.8, which a driver of that CUDA version or a later one takes; None for the newest that
             Triton's assembler knows.
+        unaligned: those of the inputs and "output" that may begin anywhere; the others at multiples of 16 bytes.
 
     Raises:
         UnsupportedError: if the kernel needs scratch memory that a launch by hand does not give it.
@@ -73,7 +81,8 @@ def compile_launch(
             signature[name] = "i32"
         else:
             signature[name] = _TYPES[dtypes[name]]
-            attributes[(index,)] = [["tt.divisibility", 16]]  # of addresses; without it loads are not vectors
+            if name not in unaligned:
+                attributes[(index,)] = [["tt.divisibility", 16]]  # of addresses; without it loads are not vectors
     source = ASTSource(launch.kernel, signature, dict(launch.constants), attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     if ptx_version is not None:
@@ -88,8 +97,8 @@ def compile_launch(
             )
     arguments = len(launch.inputs) + len(launch.scalars) + 1
     ptx = _without_hidden_parameters(compiled.asm["ptx"], arguments)
-    registers, spilled = _assembler_report(ptx, architecture)
-    return CompiledLaunch(ptx, metadata.name, metadata.shared, registers, spilled)
+    cubin, registers, spilled = _assembled(ptx, architecture)
+    return CompiledLaunch(ptx, metadata.name, metadata.shared, registers, spilled, cubin)
 
 
 def _without_hidden_parameters(ptx: str, arguments: int) -> str:
@@ -108,16 +117,17 @@ def _without_hidden_parameters(ptx: str, arguments: int) -> str:
     return f"{ptx[: entry.start(1)]}{kept.lstrip()}{ptx[entry.end(1) :]}"
 
 
-def _assembler_report(ptx: str, architecture: int) -> tuple[int, int]:
-    """Registers of a thread and bytes of them that are spilled, as ptxas reports."""
+def _assembled(ptx: str, architecture: int) -> tuple[bytes, int, int]:
+    """The machine code, and as ptxas reports: registers of a thread and bytes of them that are spilled."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx, encoding="utf-8")
-        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={sm_arch_from_capability(architecture)}"]
-        command += [str(source), "-o", str(source.with_suffix(".cubin"))]
+        command = [get_ptxas(architecture).path, "-v", "-lineinfo"]
+        command += [f"--gpu-name={sm_arch_from_capability(architecture)}", str(source), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  # Triton's own tool
+        code = cubin.read_bytes()
     report = done.stderr + done.stdout
     registers, spilled = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
     assert registers is not None
     assert spilled is not None
-    return int(registers[1]), int(spilled[1])
+    return code, int(registers[1]), int(spilled[1])

@@ -16,13 +16,14 @@ import torch.compiler.config
 from torch import Tensor
 
 from dat_deploy.errors import ShapeError, UnsupportedError
-from dat_deploy.plugins.launch import Configuration, Problem
+from dat_deploy.plugins.launch import Configuration, Launch, Problem
 from dat_deploy.plugins.tuning import configurations_path, tuned_configuration
 
 __all__ = [
     "Job",
     "kernel_computes",
     "launch_kernel",
+    "launched_by",
     "operator",
     "recorded_jobs",
     "require",
@@ -192,6 +193,9 @@ class Job:
     def run(self, configuration: Configuration, wrap: Callable[[Any], Any] = lambda kernel: kernel) -> None:
         """Launch; an operator wraps the kernel for torch's tracing, which costs a millisecond outside of one."""
         launch = self.kernel.launch(self.problem, configuration)
+        is_traced = type(self.output) is not Tensor or torch.compiler.is_compiling()
+        if _launcher is not None and not is_traced and _launcher(launch, self.inputs, self.output):
+            return
         on_gpu = self.output.is_cuda and torch.cuda.is_available()  # else torch only traces
         with torch.cuda.device(self.output.device) if on_gpu else contextlib.nullcontext():
             wrap(launch.kernel)[launch.grid](
@@ -205,6 +209,24 @@ class Job:
 
 
 _jobs: list[Job] | None = None
+Launcher = Callable[[Launch, dict[str, Tensor], Tensor], bool]
+_launcher: Launcher | None = None
+
+
+@contextlib.contextmanager
+def launched_by(launcher: Launcher) -> Iterator[None]:
+    """While the block runs, kernels are launched by this, not by Triton, which would compile them first.
+
+    Args:
+        launcher: takes the launch, its inputs by name and its output, and says whether it has launched; where it has
+            not, and where torch only traces, Triton does.
+    """
+    global _launcher
+    _launcher = launcher
+    try:
+        yield
+    finally:
+        _launcher = None
 
 
 @contextlib.contextmanager
