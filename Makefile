@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A machine with a GPU may have torch for it, and nothing to make .venv from.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-all fashion-mnist lint format bench bench-accuracy bench-serving bench-gpu clean
+.PHONY: demo test test-all fashion-mnist lint format bench bench-accuracy bench-serving gpu-kit bench-gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/dat-deploy demo
@@ -44,6 +44,10 @@ bench-accuracy: $(VENV)/ready fashion-mnist
 bench-serving: $(VENV)/ready
 	$(BIN)/python benchmarks/serving.py
 
+# Machine code for `make bench-gpu` on another machine, and packages that one may lack.
+gpu-kit: $(VENV)/ready
+	$(BIN)/python benchmarks/gpu_kit.py $(ARGUMENTS)
+
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGUMENTS)
 
@@ -55,4 +59,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo data .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .gpu-kit demo data .mypy_cache .ruff_cache .pytest_cache

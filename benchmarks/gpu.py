@@ -1,308 +1,360 @@
-"""Everything that a CUDA device says of operators, networks and engines, in a few minutes: `make bench-gpu`.
+"""What a CUDA device says of the kernels and networks, in seven minutes: `make bench-gpu`.
 
-    python benchmarks/gpu.py [--part tests,ceilings,...] [--variant tiny,...] [--minutes 8] [--output DIR] [--fresh]
+    python benchmarks/gpu.py [--plan] [--second] [--minutes 7] [--kit FOLDER] [--output DIR] [--report]
 
-Writes DIR/GPU/DATE.json, row by row, then prints the README's tables and draws DATE.png. Called again, it goes on where
-it stopped, as long as the measured code and the GPU are the same; what there was no time for is listed. A row is
-measured in a process that does not survive it if it breaks the GPU's context, hangs or crashes: then the next row gets
-a new one. `--part report` needs no GPU.
+Writes DIR/GPU/DATE.json, row by row, then its tables and a plot. Whatever cuts it off, what was measured is on disk. A
+row that breaks the GPU's context, hangs or crashes costs itself alone, for rows are measured in a process that is
+replaced then. Called again it goes on where it stopped, and tries again what failed, as long as the measured code and
+the GPU are the same.
 """
 
 import argparse
 import contextlib
+import ctypes
 import datetime
-import json
+import importlib
+import inspect
+import math
 import os
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a machine with a GPU may have this checkout, but no installation of it
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # a machine with a GPU may have no installation of this
 
-# In order, with their shares of the time; what a part does not need, the others get in the end.
-SHARES = {
-    "ceilings": 0.02,
-    "memory": 0.04,
-    "tune": 0.14,
-    "operators": 0.15,
-    "ptx": 0.04,
-    "tests": 0.13,
-    "networks": 0.28,
-    "engines": 0.17,
-    "profile": 0.03,
-}
-PARTS = (*SHARES, "report")
-RESERVE_SECONDS = 12.0  # for the report
-START_SECONDS = 20.0  # less is left: no further process is started
-MOST_PROCESSES = 25
-NO_CUDA, BROKEN = 3, 75  # exit codes
+from gpu_plan import REPORT_SECONDS, START_SECONDS, Job, bar, chosen, first, second  # noqa: E402
+from gpu_record import Found, Machine, Record, Row, new_path, newest, slug, source_hash  # noqa: E402
+
+from dat_deploy.errors import DatDeployError, OutputError, UnsupportedError  # noqa: E402
+from dat_deploy.system import command_output  # noqa: E402
+
+KIT = ROOT / ".gpu-kit"
+OPENER = "gpu:open_gpu"
+START_LIMIT_SECONDS, LEAST_LIMIT_SECONDS = 90.0, 20.0
+OUT_OF_TIME = "out of time"
+CLOCKS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from dat_deploy.errors import RecordError, VariantError
-    from dat_deploy.variants import get_variant
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default=",".join(PARTS), help=f"one or several of {','.join(PARTS)}")
-    parser.add_argument("--variant", help="networks to measure; without it tiny, small, base and pp-tiny")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it")
+    parser.add_argument("--plan", action="store_true", help="print the parts with their seconds, and measure nothing")
+    parser.add_argument("--second", action="store_true", help="what a first call leaves: more batches, tests, engines")
+    parser.add_argument("--minutes", type=float, default=7.0, help="for all of it")
+    parser.add_argument("--kit", help=f"the folder that make gpu-kit wrote, or none; by default {KIT.name}, if there")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--fresh", action="store_true", help="resume nothing")
-    parser.add_argument("--retry", action="store_true", help="measure again what ended in an error")
     parser.add_argument("--commit", help="what the record calls the code, where this is no checkout of git")
+    parser.add_argument("--report", action="store_true", help="make the tables again, those in README and docs, too")
     parser.add_argument("--record", type=Path, help="the record to report; without it the newest")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--continued", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--ncu-target", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.parts = options.part.split(",")
-    unknown = [part for part in options.parts if part not in PARTS]
-    if unknown:
-        parser.error(f"no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
+    if not 1 <= options.minutes < math.inf:
+        parser.error(f"--minutes is {options.minutes:g}; give at least 1")
     try:
-        for name in options.variant.split(",") if options.variant else ():
-            get_variant(name)
-    except VariantError as error:
-        parser.error(str(error))
-    if options.ncu_target:
-        return ncu_target()
-    if options.worker:
-        return work(options)
-    if options.parts == ["report"]:
-        try:
-            return report(options.output, options.record)
-        except RecordError as error:
-            print(error, file=sys.stderr)
-            return error.exit_code
-    code, path = supervise(options)
-    if path and "report" in options.parts:
-        return max(code, report(options.output, path))
-    return code
+        options.kit = kit_folder(options.kit)
+        jobs = second() if options.second else first()
+        if options.plan:
+            print(plan_text(jobs, 60 * options.minutes))
+            return 0
+        if options.ncu_target:
+            return ncu_target(options.kit)
+        if options.report:
+            return report(options.output, options.record, documents=True)
+        return report(options.output, run(jobs, options))
+    except DatDeployError as error:
+        print(f"benchmarks/gpu.py: {error}", file=sys.stderr)
+        return error.exit_code
 
 
-def supervise(options: argparse.Namespace) -> tuple[int, Path | None]:
-    """Run processes that measure until all is done or time is up. Returns an exit code and the record's path."""
-    from gpu_record import STOPPED, Record, Row
-
-    deadline = time.time() + 60 * options.minutes - RESERVE_SECONDS
-    parts = ",".join(part for part in options.parts if part != "report")
-    command = [sys.executable, str(Path(__file__).resolve()), "--part", parts, "--deadline", str(deadline)]
-    command += ["--output", str(options.output.resolve())]
-    command += ["--variant", options.variant] if options.variant else []
-    command += ["--commit", options.commit] if options.commit else []
-    path = None
-    with tempfile.TemporaryDirectory() as folder:
-        state_path = Path(folder, "state.json")
-        for count in range(MOST_PROCESSES):
-            state_path.unlink(missing_ok=True)
-            flags = {"--fresh": options.fresh and not count, "--retry": options.retry and not count}
-            more = [flag for flag, is_set in (flags | {"--continued": count > 0}).items() if is_set]
-            code, late = watch([*command, "--worker", str(state_path), *more], state_path, deadline)
-            state = read_state(state_path)
-            path = Path(state["record"]) if state.get("record") else path
-            if code in (0, NO_CUDA) or path is None:
-                return code, path
-            record, key = Record.read(path), state.get("key")
-            if key and key not in record.rows:
-                spent = round(time.time() - state["began"], 1)
-                if late:
-                    record.not_measured[key] = f"{STOPPED} {spent:.0f} s"
-                else:
-                    error = f"the process ended with {_ending(code)} while it measured this"
-                    record.add(key, Row(state["part"], state["kind"], state["labels"], {}, (), error, spent))
-                record.write(path)
-            elif not key and not late:  # before its first row, so another would fare no better
-                return 1, path
-            if deadline - time.time() < START_SECONDS:
-                break
-    return 0, path
+def kit_folder(named: str | None) -> Path | None:
+    """Raises UnsupportedError if the one that was named is not there."""
+    folder = None if named == "none" else Path(named) if named else KIT
+    if folder is None or (folder / "index.json").is_file():
+        return folder
+    if named:
+        raise UnsupportedError(f"{folder} holds no kit; make one with make gpu-kit, or compile here: --kit none.")
+    return None
 
 
-def _ending(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+def plan_text(jobs: Sequence[Job], seconds: float) -> str:
+    """The parts in order, with their rows and seconds, as far as the guesses go."""
+    planned = chosen(jobs, seconds)
+    lines = [f"{'start':<12}           {START_SECONDS:5.0f} s"]
+    for part in dict.fromkeys(job.part for job in planned):
+        mine = [job for job in planned if job.part == part]
+        optional = sum(job.optional for job in mine)
+        more = f", {optional} of them as time is left" if optional else ""
+        lines.append(f"{part:<12} {len(mine):4d} rows {sum(job.seconds for job in mine):5.0f} s{more}")
+    total = START_SECONDS + REPORT_SECONDS + sum(job.seconds for job in planned)
+    lines += [f"{'report':<12}           {REPORT_SECONDS:5.0f} s", f"{'all':<12} {len(planned):4d} rows {total:5.0f} s"]
+    left = len(jobs) - len(planned)
+    return "\n".join([*lines, f"{left} more rows if that goes faster than guessed, or in another call"])
 
 
-def watch(command: list[str], state_path: Path, deadline: float) -> tuple[int, bool]:
-    """Run a process until it ends, its row takes too long or time is up; it has a session of its own, to end as one.
+class Worker:
+    """A process that measures, in a session of its own, so that all that it started ends with it."""
 
-    Returns its exit code, and whether it was ended.
-    """
-    process = subprocess.Popen(command, start_new_session=True)  # noqa: S603  # this file
+    def __init__(self, kit: Path | None) -> None:
+        self.kit, self.process = kit, None
+
+    def start(self, seconds: float) -> Machine:
+        """Raises UnsupportedError as `open_gpu`, else as `ask`."""
+        context = get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, OPENER, self.kit))
+        self.process.start()
+        theirs.close()
+        answer = self._answer(seconds)
+        if isinstance(answer, UnsupportedError):
+            raise answer
+        return answer
+
+    def ask(self, job: Job, context: dict[str, Any], seconds: float) -> tuple[Found, bool]:
+        """What was found, and whether the GPU can be used on. Raises TimeoutError, and EOFError or ConnectionError if
+        the process is gone."""
+        self.connection.send((job, context))
+        return self._answer(seconds)
+
+    def _answer(self, seconds: float) -> Any:
+        if not self.connection.poll(max(0.0, seconds)):
+            raise TimeoutError
+        return self.connection.recv()
+
+    def end(self) -> str:
+        """How the process ended, or that it was ended, in words."""
+        process, self.process = self.process, None
+        if process is None:
+            return "nothing"
+        process.join(0.5)  # if it has crashed, it says how
+        code = process.exitcode
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        self.connection.close()
+        return "SIGKILL" if code is None else signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def serve(connection: Connection, opener: str, kit: Path | None) -> None:
+    """The worker: say what GPU this is, then answer each job and its context with what was found."""
+    os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent, however that ends
+    module, _, name = opener.partition(":")
     try:
-        while process.poll() is None:
-            until = read_state(state_path).get("until", deadline)
-            if time.time() > min(until, deadline) + 2:
-                return _end(process), True
-            time.sleep(0.2)
-    except BaseException:
-        _end(process)
-        raise
-    return process.returncode, False
+        gpu = getattr(importlib.import_module(module), name)(kit)
+    except UnsupportedError as error:
+        connection.send(error)
+        return
+    connection.send(gpu.machine)
+    with gpu.kit.launching() if gpu.kit is not None else contextlib.nullcontext(), contextlib.suppress(EOFError):
+        while True:
+            job, context = connection.recv()
+            gpu.release()
+            found = attempt(job, context | {"gpu": gpu})
+            if gpu.kit is not None and gpu.kit.missed:
+                note = f"compiled here, for the kit lacks it: {', '.join(sorted(gpu.kit.missed))}"
+                found = Found(found.numbers, (*found.notes, note), found.error)
+                gpu.kit.missed.clear()
+            connection.send((found, gpu.healthy()))
 
 
-def _end(process: "subprocess.Popen[bytes]") -> int:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """What the measuring process is at: the record's path, and the row's key, labels, beginning and latest end."""
+def attempt(job: Job, context: dict[str, Any]) -> Found:
+    """What the job's function finds; if it raises, the error's sentence."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
+        module, _, name = job.call.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        wanted = inspect.signature(function).parameters.keys() - job.arguments.keys()
+        found: Found = function(**job.arguments, **{name: context[name] for name in wanted & context.keys()})
+        return found
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+        return Found({}, error=f"{type(error).__name__}: {' '.join(lines[:3])[:600]}")
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(state), encoding="utf-8")
-    temporary.replace(path)
-
-
-def work(options: argparse.Namespace) -> int:
-    """The process that measures."""
+def open_gpu(kit: Path | None) -> Any:
+    """Raises UnsupportedError if there is no torch, no CUDA device, or another GPU than the kit is for."""
     try:
         import torch
     except ImportError:
-        print(
-            f"benchmarks/gpu.py needs torch, which {sys.executable} lacks; "
-            "name a Python that has it: make bench-gpu GPU_PYTHON=python3.12",
-            file=sys.stderr,
-        )
-        return NO_CUDA
-
+        raise UnsupportedError(
+            f"{sys.executable} has no torch; name a Python that has it: make bench-gpu GPU_PYTHON=python3.12"
+        ) from None
     if not torch.cuda.is_available():
-        print(
-            f"benchmarks/gpu.py needs a CUDA device, and torch {torch.__version__} sees none here. "
-            "Elsewhere, --part report makes the tables of an existing record.",
-            file=sys.stderr,
+        raise UnsupportedError(
+            f"torch {torch.__version__} sees no CUDA device here; --plan and --report need none, "
+            f"the rest runs where one is."
         )
-        return NO_CUDA
-    import gpu_record
     from gpu_timing import CudaGpu
 
     torch.set_grad_enabled(False)
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # of the float32 that answers are compared with
-    gpu, source = CudaGpu(), gpu_record.source(ROOT)
-    folder = options.output / gpu_record.slug(gpu.name)
-    path = None if options.fresh else gpu_record.newest(folder, source=source)
-    now = datetime.datetime.now(datetime.UTC)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # of what answers are compared with
+    gpu = CudaGpu()
+    if kit is not None:
+        from dat_deploy.plugins.precompiled import Precompiled
+
+        try:
+            gpu.kit = Precompiled(kit, gpu.capability)
+        except UnsupportedError as error:
+            again = f"make gpu-kit ARGUMENTS='--architecture {gpu.capability}', or --kit none"
+            raise UnsupportedError(f"{error} That is: {again}.") from None
+    return gpu
+
+
+def run(jobs: Sequence[Job], options: argparse.Namespace) -> Path:
+    """Measure what there is time for. Returns the record's path.
+
+    Raises:
+        UnsupportedError: as `open_gpu`. OutputError: if the disk is full; what was measured before is on it.
+    """
+    deadline = time.time() + 60 * options.minutes - REPORT_SECONDS
+    if options.kit is not None:  # with the packages that a machine with a GPU may lack
+        sys.path.insert(0, str(options.kit / "site"))
+        os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
+    worker = Worker(options.kit)
+    try:
+        machine = worker.start(START_LIMIT_SECONDS)
+        return recorded(jobs, options, worker, machine, deadline)
+    except (EOFError, TimeoutError):
+        raise UnsupportedError(f"the GPU could not be opened: the process ended with {worker.end()}.") from None
+    finally:
+        worker.end()
+
+
+def recorded(
+    jobs: Sequence[Job], options: argparse.Namespace, worker: Worker, machine: Machine, deadline: float
+) -> Path:
+    """Each row on disk before the next begins, in the record of this GPU and this code, or in a new one."""
+    folder, source, now = options.output / slug(machine.gpu), source_hash(ROOT), datetime.datetime.now(datetime.UTC)
+    path = newest(folder, source=source)
     if path is None:
-        path = gpu_record.new_path(folder, now.date())
-        commit = options.commit or _commit()
-        record = gpu_record.Record(now.isoformat(timespec="seconds"), commit, source, gpu.machine)
+        path = new_path(folder, now.date())
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = options.commit or command_output(git) or None
+        record = Record(now.isoformat(timespec="seconds"), commit, source, machine)
     else:
-        record = gpu_record.Record.read(path)
-    if options.retry:
-        record.rows = {key: row for key, row in record.rows.items() if row.error is None}
-    os.environ.setdefault("DAT_DEPLOY_CONFIGURATIONS", str(folder / "configurations.json"))
-    if not Path(os.environ["DAT_DEPLOY_CONFIGURATIONS"]).exists():  # the record came here alone
-        record.rows = {key: row for key, row in record.rows.items() if row.part != "tune"}
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {"record": str(path)}
-    write_state(options.worker, state)
-    every = all_jobs(options.parts, options.variant, options.worker.parent)
-    jobs = gpu_record.pending(every, record, continued=options.continued)
+        record = Record.read(path)
+    configurations = folder / "configurations.json"
+    for key, row in list(record.rows.items()):  # without the file that was tuned, the record came here alone
+        if row.error or (row.part == "tune" and not configurations.exists()):
+            del record.rows[key]
+    os.environ["DAT_DEPLOY_CONFIGURATIONS"] = str(configurations)
+    jobs = [job for job in jobs if job.key not in record.rows]
+    record.not_measured |= {job.key: OUT_OF_TIME for job in jobs}
     record.write(path)
     begin = time.time()
-
-    def starting(job: gpu_record.Job, until: float) -> None:
-        gpu.release()
-        more = {"key": job.key, "part": job.part, "kind": job.kind, "labels": job.labels}
-        write_state(options.worker, state | more | {"began": time.time(), "until": until})
-
-    def finished(job: gpu_record.Job, row: gpu_record.Row) -> None:
-        said = row.error or ", ".join(f"{name} {value:.4g}" for name, value in list(row.numbers.items())[:2])
-        print(f"[{time.time() - begin:4.0f} s] {job.key}: {said}", flush=True)
-
-    shares = {part: share for part, share in SHARES.items() if part in options.parts}
-    ended = gpu_record.run_jobs(
-        jobs,
-        record,
-        path,
-        gpu,
-        shares=shares,
-        deadline=options.deadline,
-        starting=starting,
-        finished=finished,
-    )
-    write_state(options.worker, state)
-    return 0 if ended else BROKEN
+    with logged_clocks(path, deadline):
+        for job, row in measured(jobs, record, worker, path, deadline):
+            record.add(job.key, row)
+            record.write(path)
+            said = row.error or ", ".join(f"{name} {value:.4g}" for name, value in list(row.numbers.items())[:2])
+            print(f"[{time.time() - begin:4.0f} s] {job.key}: {said}", flush=True)
+    return path
 
 
-def all_jobs(parts: Sequence[str], variants: str | None = None, folder: Path | None = None) -> list[Any]:
-    """Those of these parts, the most valuable of each part first; `folder` keeps what several rows need.
+@contextlib.contextmanager
+def logged_clocks(path: Path, deadline: float) -> Iterator[None]:
+    """A line a second beside the record: clocks, power, temperature, what holds the clock back."""
+    smi, limit = shutil.which("nvidia-smi"), shutil.which("timeout")
+    if smi is None or limit is None:
+        yield
+        return
+    command = [limit, f"{max(1.0, deadline - time.time()):.0f}", smi, f"--query-gpu={CLOCKS}", "--format=csv"]
+    with path.with_name(f"{path.stem}-clocks.csv").open("a") as file:
+        process = subprocess.Popen([*command, "--loop=1"], stdout=file, stderr=file)  # noqa: S603  # fixed
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait()
 
-    Raises VariantError for an unknown variant.
+
+def measured(
+    jobs: Sequence[Job],
+    record: Record,
+    worker: Worker,
+    path: Path,
+    deadline: float,
+    clock: Callable[[], float] = time.time,
+) -> Iterator[tuple[Job, Row]]:
+    """Rows in order, as there is time: one is left out where it would take the time of later parts, an optional one
+    also where it would take that of rows that are not. If there is too little for all, parts share it.
+
+    Args:
+        jobs: those of which the record has no row; it must have each row before the next is asked for.
     """
-    import gpu_engines
-    import gpu_networks
-    import gpu_operators
-    import gpu_ptx
 
-    from dat_deploy.variants import get_variant
+    def seconds(job: Job) -> float:
+        spent = [row.seconds for row in record.rows.values() if row.kind == job.kind and not row.error]
+        return statistics.median(spent) if spent else job.seconds
 
-    names = [get_variant(name).name for name in variants.split(",")] if variants else gpu_networks.VARIANTS_BY_DEFAULT
-    jobs = {
-        "ceilings": gpu_operators.ceilings_jobs,
-        "memory": gpu_networks.memory_jobs,
-        "tune": gpu_operators.tune_jobs,
-        "operators": gpu_operators.jobs,
-        "ptx": gpu_ptx.jobs,
-        "tests": gpu_networks.tests_jobs,
-        "networks": lambda: gpu_networks.jobs(names),
-        "engines": lambda: gpu_engines.jobs(names, folder),
-        "profile": gpu_networks.profile_jobs,
-    }
-    return [job for part, make in jobs.items() if part in parts for job in make()]
+    needed = sum(seconds(job) for job in jobs if not job.optional)
+    share, part = min(1.0, max(0.0, deadline - clock()) / needed) if needed else 1.0, None
+    for index, job in enumerate(jobs):
+        later = [each for each in jobs[index + 1 :] if not each.optional and (job.optional or each.part != job.part)]
+        is_first, part, now = job.part != part, job.part, clock()
+        if now + seconds(job) > (deadline if is_first else deadline - share * sum(map(seconds, later))):
+            continue
+        ceilings = record.rows.get("ceilings/ceilings")
+        context = {"path": path, "kit": worker.kit, "ceilings": ceilings.numbers if ceilings else {}}
+        limit, healthy = min(deadline - now, max(3 * seconds(job), LEAST_LIMIT_SECONDS)), False
+        try:
+            if worker.process is None:
+                worker.start(min(START_LIMIT_SECONDS, deadline - now))
+            found, healthy = worker.ask(job, context, limit)
+        except TimeoutError:
+            if clock() >= deadline:
+                record.not_measured[job.key] = f"{OUT_OF_TIME}: stopped after {clock() - now:.0f} s"
+                return
+            found = Found({}, error=f"no answer in {limit:.0f} s, so its process was ended")
+        except (EOFError, ConnectionError):
+            found = Found({}, error=f"its process ended with {worker.end()}")
+        if not healthy:
+            worker.end()
+        numbers = {name: float(value) for name, value in found.numbers.items() if math.isfinite(value)}
+        notes = (*found.notes, *(f"{name} is {found.numbers[name]}" for name in found.numbers.keys() - numbers))
+        yield job, Row(job.part, job.kind, job.labels, numbers, notes, found.error, round(clock() - now, 2))
 
 
-def _commit() -> str | None:
-    try:
-        from dat_deploy.benchmark.environment import commit
-    except ImportError:  # it needs packages that measuring does not
-        return None
-    return commit()
+def ncu_target(kit: Path | None) -> int:
+    """What Nsight Compute looks at: the operator at the shape of the targets, ours and the prototype."""
+    gpu = open_gpu(kit)
+    from gpu_operators import implementation, make_inputs
 
-
-def ncu_target() -> int:
-    """What Nsight Compute looks at: the operator at the shape of the targets, three times and once more."""
-    import torch
-    from gpu_operators import cases, implementation, is_bar, make_inputs
-
-    torch.set_grad_enabled(False)
-    case = next(case for case, users in cases().items() if is_bar(case, users))
-    call = implementation(case, "fused", torch.compile)(make_inputs(case, 0, torch.device("cuda")))
-    for _ in range(4):
-        call()
-    torch.cuda.synchronize()
+    inputs = make_inputs(bar(), 0, gpu.device)
+    with gpu.kit.launching() if gpu.kit is not None else contextlib.nullcontext():
+        implementation(bar(), "fused", gpu)(inputs)()
+        with contextlib.suppress(UnsupportedError):  # there may be no prototype
+            implementation(bar(), "prototype", gpu)(inputs)()
+    gpu.release()
     return 0
 
 
-def report(folder: Path, path: Path | None) -> int:
-    """Print the tables of a record and draw it."""
-    import gpu_record
+def report(folder: Path, path: Path | None, *, documents: bool = False) -> int:
+    """Print the tables of a record and draw it; those of README and docs are made from it, or say there is none."""
     import gpu_report
 
-    path = path or gpu_record.newest(folder)
-    if path is None:
-        print(f"{folder} holds no record of the GPU benchmark; make one on a CUDA machine first.", file=sys.stderr)
-        return 1
-    record = gpu_record.Record.read(path)
+    path = path or newest(folder)
+    record = Record.read(path) if path else None
+    if documents:
+        for document in gpu_report.write_documents(ROOT, record):
+            print(f"{document}: its tables are of {path or 'no record: not measured'}")
+    if path is None or record is None:
+        return 0
     text = gpu_report.markdown(record)
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    try:
+        path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path.with_suffix('.md')}: {error.strerror}.") from error
     problem = gpu_report.plot(record, path.with_suffix(".png"))
-    print(f"\n{text}\n\n{gpu_report.targets(record)}\n\n{path}; {problem or 'with a plot beside it'}")
+    print(f"\n{text}\n\n{path}; {problem or 'with a plot beside it'}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Whole networks in float16: images a second, latency and memory; where the time of one forward goes; the GPU tests."""
+"""Whole networks as they ship (`half_network`), engines, where the time of a forward goes, and the tests marked gpu."""
 
 import functools
 import importlib.util
@@ -9,45 +9,47 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_record import Found, Job
-from gpu_timing import times
+from gpu_operators import DTYPES, SLACK
+from gpu_record import Found
+from gpu_timing import Call
 from torch import Tensor
 
 from dat_deploy.checkpoint import Weights, load_weights, model_from_weights
 from dat_deploy.configuration import find_variant
 from dat_deploy.files import atomic_output
+from dat_deploy.model import half_network
+from dat_deploy.plugins.dispatch import recorded_jobs
+from dat_deploy.tune import tune as tune_network
 from dat_deploy.variants import VARIANTS, Variant
 
-__all__ = ["VARIANTS_BY_DEFAULT", "jobs", "memory_jobs", "profile_jobs", "tests_jobs"]
+__all__ = ["check", "engine", "measure", "memory", "ncu", "profile", "tests", "tune"]
 
-VARIANTS_BY_DEFAULT = ("tiny", "small", "base", "pp-tiny")
-BATCHES = (1, 8, 64, 128)
-# A row of another runtime is one more mode: what builds it takes a variant, its weights and the batch of images.
-MODES = ("fused", "eager", "fused+compile", "compile")
 COMPILE_MODE = "max-autotune-no-cudagraphs"  # the graph is captured by hand, alike for all modes
-SECONDS = {"fused": 8.0, "eager": 6.0, "fused+compile": 60.0, "compile": 80.0}  # guesses, until one was measured
-PROFILED = [("tiny", "fused"), ("base", "fused"), ("pp-tiny", "fused"), ("tiny", "fused+compile")]
-DETECTOR = ("pp-tiny", (800, 1344))
-TESTS_SECONDS = 300.0  # with TensorRT, each process builds its engines
-NCU_SECONDS = 90.0
-NOTE_LENGTH = 4000
-WRONG = 0.1  # of the largest logit; float16 is within a tenth of that
+CHUNK = 16  # images of what answers are compared with, at a time
+COLD = {"p50": "median", "p90": "p90", "p99": "p99"}
+NCU_SECTIONS = ("SpeedOfLight", "WarpStateStats", "InstructionStats", "MemoryWorkloadAnalysis")
 MIB = 2**20
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _weights(variant: Variant) -> Weights:
     return load_weights(variant)
 
 
-def network(variant: Variant, mode: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """The seeded network, as the mode calls it but not compiled."""
-    return model_from_weights(_weights(variant), variant, fused=mode.startswith("fused")).to(device, dtype)
+def network(variant: Variant, mode: str, device: torch.device, precision: str = "fp16") -> torch.nn.Module:
+    """The seeded network, as the mode calls it but not compiled.
+
+    Args:
+        precision: fp16 as it ships, fp32, or fp64 for what others are compared with.
+    """
+    model = model_from_weights(_weights(variant), variant, fused=mode.startswith("fused"))
+    if precision == "fp16":
+        return half_network(model, torch.float16).to(device)
+    return model.to(device, {"fp32": torch.float32, "fp64": torch.float64}[precision])
 
 
 def make_images(variant: Variant, batch: int, device: torch.device) -> Tensor:
@@ -55,144 +57,112 @@ def make_images(variant: Variant, batch: int, device: torch.device) -> Tensor:
     return torch.randn(batch, 3, *variant.image_size, generator=generator, device=device)
 
 
-def _compile(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    return torch.compile(model, mode=COMPILE_MODE, dynamic=False)
+@functools.lru_cache(maxsize=2)  # modes of one network and batch follow each other
+def answers(variant: Variant, batch: int, device: torch.device, precision: str) -> tuple[Tensor, Tensor]:
+    """Logits in float64 of the eager network in the next higher precision, and in this one."""
+    images, results = make_images(variant, batch, device), []
+    for kind in ("fp64", "fp32") if precision == "fp32" else ("fp32", precision):
+        model, given = network(variant, "eager", device, kind), images.double() if kind == "fp64" else images
+        results.append(torch.cat([model(part).double() for part in given.split(CHUNK)]))
+    return results[0], results[1]
 
 
-def measure(
-    variant: Variant, mode: str, batch: int, gpu: Any, *, compile_: Callable[..., Any] = _compile, dtype=torch.float16
-) -> Found:
-    """Logits against eager float32, then memory without a graph, then the time of a graph's replays."""
+def judged(variant: Variant, logits: Tensor, precision: str) -> tuple[dict[str, float], str | None]:
+    """Every slot beside `answers`: twice the error of the eager network is allowed, and SLACK of the largest logit."""
+    exact, eager = answers(variant, len(logits), logits.device, precision)
+    largest, error = exact.abs().max().item(), (logits.double() - exact).abs().amax(dim=1)
+    own = (eager - exact).abs().max().item()
+    allowed = 2 * own + SLACK[DTYPES[precision]] * largest
+    wrong = int((~(error <= allowed)).sum())  # a NaN is wrong, too
+    numbers = {"max_logit_error": error.max().item(), "allowed_error": allowed}
+    sentence = f"wrong in {wrong} of {len(logits)} slots: a logit is off by {numbers['max_logit_error']:.3g}"
+    sentence += f" where {allowed:.3g} is allowed"
+    return numbers | {"eager_error": own, "largest_logit": largest}, sentence if wrong else None
+
+
+def check(variant: str, precision: str, gpu: Any, *, batch: int = 3) -> Found:
+    """The fused network against the eager one."""
+    about = VARIANTS[variant]
+    with recorded_jobs() as jobs:
+        logits = network(about, "fused", gpu.device, precision)(make_images(about, batch, gpu.device))
+    blocks = "".join(stage.blocks for stage in about.stages)
+    numbers, error = judged(about, logits, precision)
+    if len(jobs) != len(blocks) + blocks.count("D"):
+        error = f"{len(jobs)} kernels were launched where {len(blocks) + blocks.count('D')} must be"
+    return Found(numbers, error=error)
+
+
+def _timed(call: Call, batch: int, gpu: Any) -> tuple[dict[str, float], str]:
+    """Latencies of a call that has run before."""
+    took, how = gpu.times(call, milliseconds=700)
+    numbers = {"images_per_s": batch / took["median"] * 1e6, "p50_ms": took["median"] / 1000}
+    numbers |= {f"cold_{name}_ms": took[f"cold_{of}"] / 1000 for name, of in COLD.items()}
+    return numbers | {"samples": took["samples"], "sm_mhz": took["sm_mhz"]}, how
+
+
+def measure(variant: str, mode: str, batch: int, gpu: Any) -> Found:
+    """Logits of every slot, then memory without a graph, then time."""
     torch.compiler.reset()
-    images = make_images(variant, batch, gpu.device)
-    slots = [0] if batch == 1 else [0, batch - 1]
-    exact = network(variant, "eager", gpu.device, torch.float32)(images[slots])
-    images = images.to(dtype)
-    model = network(variant, mode, gpu.device, dtype)
-    run = compile_(model) if mode.endswith("compile") else model
+    about = VARIANTS[variant]
+    images, model = make_images(about, batch, gpu.device), network(about, mode, gpu.device)
+    run = torch.compile(model, mode=COMPILE_MODE, dynamic=False) if mode.endswith("compile") else model
     begin = time.perf_counter()
     logits = run(images)
-    gpu.synchronize()
     first_s = time.perf_counter() - begin
-    error, largest = (logits[slots].float() - exact).abs().max().item(), exact.abs().max().item()
-    del logits, exact
+    right, error = judged(about, logits, "fp16")
     peak = gpu.peak_bytes(lambda: run(images))
-    notes = []
-    try:
-        call, how = gpu.capture(lambda: run(images)), "replays of a CUDA graph"
-    except Exception as error_of_capture:
-        gpu.synchronize()  # raises if more is broken than the capture
-        call, how = functools.partial(run, images), "calls, launches included"
-        notes.append(f"not captured in a CUDA graph: {str(error_of_capture).strip()[:300]}")
-    took = times(gpu.samples([call], seconds=1.0, least=100, most=1000), 1, how)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    numbers = {
-        "images_per_s": batch / took.median * 1e6,
-        "p50_ms": took.median / 1000,
-        "p90_ms": took.p90 / 1000,
-        "p99_ms": took.p99 / 1000,
-        "samples": took.samples,
-        "peak_mib": peak / MIB,
-        "weights_mib": weights / MIB,
-        "first_call_s": first_s,
-        "max_logit_error": error,
-        "largest_logit": largest,
-        "in_graph": float(not notes),
-    }
-    wrong = not error <= WRONG * largest  # a NaN is wrong, too
-    sentence = f"wrong: a logit is off by {error:.3g}, the largest is {largest:.3g}" if wrong else None
-    return Found(numbers, (f"{took.samples} {took.how}", *notes), sentence)
+    numbers, how = _timed(lambda: run(images), batch, gpu)
+    return Found(numbers | {"peak_mib": peak / MIB, "first_call_s": first_s} | right, (how,), error)
 
 
-def jobs(variants: Sequence[str] = VARIANTS_BY_DEFAULT) -> list[Job]:
-    """What the targets need comes first: the largest batch, ours and then all modes of a network after another."""
-    largest = max(BATCHES)
-    wanted = [(name, "fused", largest) for name in variants] + [(variants[0], "fused", 1)]
-    # What was tuned for one compiled mode serves the other, so they stand together.
-    wanted += [(name, mode, largest) for name in variants for mode in ("compile", "fused+compile", "eager")]
-    wanted += [(variants[0], mode, 1) for mode in ("fused+compile", "compile", "eager")]
-    wanted += [(name, mode, batch) for mode in MODES for batch in BATCHES for name in variants]
-
-    def job(name: str, mode: str, batch: int) -> Job:
-        size = "x".join(map(str, VARIANTS[name].image_size))
-        return Job(
-            f"networks/{name}/batch {batch}/{mode}",
-            "networks",
-            f"networks {mode}",
-            {"variant": name, "image": size, "batch": str(batch), "mode": mode, "precision": "fp16"},
-            SECONDS[mode],
-            lambda gpu, record, path: measure(VARIANTS[name], mode, batch, gpu),
-        )
-
-    return [job(*each) for each in dict.fromkeys(wanted)]
-
-
-def memory(mode: str, gpu: Any, *, variant: Variant | None = None, dtype=torch.float16) -> Found:
+def memory(variant: str, size: tuple[int, int], mode: str, gpu: Any) -> Found:
     """The most memory of one forward of a detector's backbone with its head, batch 1."""
-    variant = variant or find_variant(DETECTOR[0], image_size=DETECTOR[1])
-    images = make_images(variant, 1, gpu.device).to(dtype)
-    model = network(variant, mode, gpu.device, dtype)
-    logits = model(images).float()
+    about = find_variant(variant, image_size=size)
+    images, model = make_images(about, 1, gpu.device), network(about, mode, gpu.device)
+    right, error = judged(about, model(images), "fp16")
+    answers.cache_clear()
     peak = gpu.peak_bytes(lambda: model(images))
-    took = times(gpu.samples([lambda: model(images)], seconds=0.5, least=10, most=100), 1, "calls, launches included")
-    numbers = {"peak_mib": peak / MIB, "p50_ms": took.median / 1000}
-    exact = network(variant, "eager", gpu.device, torch.float32)(images.float())
-    error, largest = (logits - exact).abs().max().item(), exact.abs().max().item()
-    numbers |= {"max_logit_error": error, "largest_logit": largest}
-    wrong = not error <= WRONG * largest
-    return Found(numbers, (took.how,), f"wrong: a logit is off by {error:.3g}" if wrong else None)
+    numbers, how = _timed(lambda: model(images), 1, gpu)
+    return Found({"peak_mib": peak / MIB} | numbers | right, (how,), error)
 
 
-def memory_jobs() -> list[Job]:
-    name, size = DETECTOR
-    labels = {"variant": name, "image": f"{size[0]}x{size[1]}", "batch": "1", "precision": "fp16"}
-
-    def job(mode: str) -> Job:
-        key = f"memory/{name}/{size[0]}x{size[1]}/{mode}"
-        return Job(key, "memory", "memory", labels | {"mode": mode}, 10.0, lambda gpu, *_: memory(mode, gpu))
-
-    return [job(mode) for mode in ("fused", "eager")]
+def tune(variant: str, batches: list[int], gpu: Any) -> Found:
+    """The fastest configuration of every kernel that the network launches, kept for the operators."""
+    done = tune_network(variant, batches=batches, precision="fp16")
+    gains = [row.default_microseconds / row.microseconds for row in done.launches if row.default_microseconds]
+    numbers = {"launches": len(done.launches), "largest_gain": max(gains, default=1.0)}
+    changed = sum(gain > 1.02 for gain in gains)
+    return Found(numbers, (f"{changed} of {len(gains)} launches are 2 % faster or more than by rule",))
 
 
-def profile(name: str, batch: int, mode: str, gpu: Any, path: Path) -> Found:
-    """Kernels of one forward by their time, as text beside the record."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
+def engine(variant: str, backend: str, batches: list[int], gpu: Any, **building: Any) -> Found:
+    """Build and open an engine as users do; per batch the answers of every slot, then the time on the device, then
+    from NumPy to NumPy by `dat_deploy.benchmark`.
 
-    variant = VARIANTS[name]
-    images, model = make_images(variant, batch, gpu.device).half(), network(variant, mode, gpu.device, torch.float16)
-    model = _compile(model) if mode.endswith("compile") else model
-    for _ in range(3):
-        model(images)
-    gpu.synchronize()
-    with torch_profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        model(images)
-        gpu.synchronize()
-    averages = profiler.key_averages()
-    table = averages.table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=80)
-    _append(
-        path.with_name(f"{path.stem}-profile.txt"), f"{name}, batch {batch}, {mode}, one float16 forward\n{table}\n"
-    )
-    kernels = {event.key: event.self_device_time_total for event in averages if event.device_type == DeviceType.CUDA}
-    total = sum(kernels.values())
-    ours = sum(spent for kernel, spent in kernels.items() if re.search(r"_(attention|sample)_kernel", kernel))
-    return Found({"device_ms": total / 1000, "share_of_our_kernels": ours / total if total else 0.0})
+    Args:
+        building: what else `build` is told.
+    """
+    from dat_deploy import runners
+    from dat_deploy.benchmark import benchmark
+    from dat_deploy.engine.build import build
 
-
-def ncu(program: str, path: Path) -> Found:
-    """All that Nsight Compute says of one launch of the kernel at the shape of the targets."""
-    command = [program, "--set", "full", "--kernel-name", "regex:deformable_attention_kernel", "--launch-skip", "2"]
-    command += ["--launch-count", "1", sys.executable, str(Path(__file__).with_name("gpu.py")), "--ncu-target"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=NCU_SECONDS)  # noqa: S603  # fixed
-    except subprocess.TimeoutExpired:
-        return Found({}, error=f"ncu took more than {NCU_SECONDS:.0f} s")
-    _append(path.with_name(f"{path.stem}-ncu.txt"), done.stdout + done.stderr)
-    if done.returncode or "deformable_attention_kernel" not in done.stdout:
-        last = (done.stdout + done.stderr).strip().splitlines()[-3:]
-        return Found({}, error=f"ncu ended with {done.returncode}: {' '.join(last)[:400]}")
-    return Found({"exit_code": done.returncode})
+    about, errors, notes = VARIANTS[variant], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "engine.pt2" if backend == "aotinductor" else "engine.engine")
+        options = {"variant": about, "precision": "fp16"} if backend == "aotinductor" else {}
+        report = build(output=output, backend=backend, batches=batches, **options, **building)
+        numbers = {"build_s": report.seconds, "engine_mib": report.passport.engine_bytes / MIB}
+        with runners.open_runner(str(report.path)) as runner:
+            for batch in batches:
+                call = functools.partial(runner.outputs_on_device, make_images(about, batch, gpu.device))
+                right, error = judged(about, call()["logits"], "fp16")
+                errors += [f"batch {batch}: {error}"] if error else []
+                timed, how = _timed(call, batch, gpu)
+                notes.append(f"batch {batch}: {how}")
+                numbers |= {f"batch {batch} {name}": value for name, value in (timed | right).items()}
+        host = benchmark([str(report.path)], batches=batches, rounds=2, seconds=0.5)
+        numbers |= {f"batch {row.batch} host_p50_ms": row.p50_ms for row in host.rows}
+    return Found(numbers, (*report.notes, *notes), "; ".join(errors) or None)
 
 
 def _append(path: Path, text: str) -> None:
@@ -201,58 +171,81 @@ def _append(path: Path, text: str) -> None:
         temporary.write_text(before + text, encoding="utf-8")
 
 
-def profile_jobs() -> list[Job]:
-    batch = max(BATCHES)
+def profile(variant: str, batch: int, gpu: Any, path: Path) -> Found:
+    """Kernels of one fused forward by their time: the largest as numbers, all as text beside the record."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
 
-    def job(name: str, mode: str) -> Job:
-        return Job(
-            f"profile/{name}/batch {batch}/{mode}",
-            "profile",
-            f"profile {mode}",
-            {"variant": name, "batch": str(batch), "mode": mode},
-            SECONDS[mode],
-            lambda gpu, record, path: profile(name, batch, mode, gpu, path),
-        )
+    images = make_images(VARIANTS[variant], batch, gpu.device)
+    model = network(VARIANTS[variant], "fused", gpu.device)
+    for _ in range(3):
+        model(images)
+    gpu.release()
+    with torch_profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        model(images)
+        gpu.release()
+    averages = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
+    averages.sort(key=lambda event: -event.self_device_time_total)
+    lines = [f"{event.self_device_time_total:10.0f} us {event.count:5d} x {event.key}" for event in averages]
+    _append(path.with_name(f"{path.stem}-profile.txt"), "\n".join([f"{variant}, batch {batch}", *lines, "", ""]))
+    total = sum(event.self_device_time_total for event in averages)
+    ours = sum(e.self_device_time_total for e in averages if re.search(r"_(attention|sample)_kernel", e.key))
+    numbers = {"device_ms": total / 1000, "share_of_our_kernels": ours / total if total else 0.0}
+    numbers |= {"kernels": float(sum(event.count for event in averages))}
+    return Found(numbers | {f"us {event.key[:80]}": event.self_device_time_total for event in averages[:6]})
 
-    found, program = [job(*each) for each in PROFILED], shutil.which("ncu")
-    if program:
-        labels = {"kernel": "deformable_attention"}
-        found.append(Job("profile/ncu", "profile", "ncu", labels, 40.0, lambda gpu, record, path: ncu(program, path)))
-    return found
+
+def ncu(kit: Path | None, path: Path, *, seconds: float) -> Found:
+    """What Nsight Compute says of one launch at the shape of the targets, ours and the prototype's."""
+    program = shutil.which("ncu")
+    if program is None:
+        return Found({}, error="Nsight Compute's ncu is not on the PATH here")
+    command = [program, "--clock-control", "none", "--kernel-name", "regex:^(deformable_attention_kernel|proto)$"]
+    command += [part for section in NCU_SECTIONS for part in ("--section", section)]
+    command += [sys.executable, str(Path(__file__).with_name("gpu.py")), "--ncu-target", "--kit", str(kit or "none")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)  # noqa: S603  # fixed
+    except subprocess.TimeoutExpired:
+        return Found({}, error=f"ncu took more than {seconds:.0f} s")
+    _append(path.with_name(f"{path.stem}-ncu.txt"), done.stdout + done.stderr)
+    said = re.findall(r"^ +([A-Z][\w /()-]+?) {2,}(\S+) +([\d.,]+)$", done.stdout, re.MULTILINE)
+    wanted = ("Duration", "Compute (SM) Throughput", "Memory Throughput", "L1/TEX Hit Rate", "Executed Ipc Active")
+    numbers: dict[str, float] = {}
+    for name, unit, value in said:
+        if name in wanted:
+            key = f"{name} {unit}".strip()
+            numbers.setdefault(key if key not in numbers else f"prototype {key}", float(value.replace(",", "")))
+    if done.returncode or "deformable_attention_kernel" not in done.stdout:
+        last = (done.stdout + done.stderr).strip().splitlines()[-3:]
+        return Found(numbers, error=f"ncu ended with {done.returncode}: {' '.join(last)[:400]}")
+    return Found(numbers)
 
 
-def run_tests(root: Path, *, mark: str = "gpu", seconds: float = TESTS_SECONDS) -> Found:
-    """The tests of that mark, in a process of their own. Files without one are not even imported."""
-    files = [path for path in sorted(root.glob("tests/**/test_*.py")) if f"mark.{mark}" in path.read_text("utf-8")]
-    if not files:
-        return Found({}, error=f"no test is marked {mark}")
-    command = [sys.executable, "-m", "pytest", "-m", mark, *map(str, files), "-q", "-p", "no:cacheprovider"]
-    command += ["--continue-on-collection-errors", "--tb=line", "--no-header", "--maxfail=20"]
+def tests(path: Path, *, mark: str, seconds: float) -> Found:
+    """The tests of that mark, in a process of their own, whose output is a file beside the record: what was finished
+    when the time was up counts. Files without the mark are not even imported."""
+    root = Path(__file__).resolve().parents[1]
+    files = [found for found in sorted(root.glob("tests/**/test_*.py")) if f"mark.{mark}" in found.read_text("utf-8")]
+    command = [sys.executable, "-m", "pytest", "-m", mark, *map(str, files), "-v", "-p", "no:cacheprovider"]
+    command += ["-W", "default", "--continue-on-collection-errors", "--tb=line", "--no-header"]
     if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels, on one core each
         command += ["-n", str(min(12, os.cpu_count() or 1))]
-    begin = time.perf_counter()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            more = {"DAT_DEPLOY_CONFIGURATIONS": str(Path(folder, "configurations.json"))}  # what was tuned stays
-            more |= {"PYTHONPATH": str(root), "COLUMNS": "250"}  # room for the reasons behind the names
-            done = subprocess.run(  # noqa: S603  # fixed
-                command, capture_output=True, text=True, timeout=seconds, cwd=root, env=os.environ | more
-            )
-    except subprocess.TimeoutExpired as error:
-        tail = (error.stdout or b"").decode(errors="replace")[-NOTE_LENGTH:]
-        return Found({}, (tail,), f"the tests took more than {seconds:.0f} s")
-    return tests_found(done.stdout + done.stderr, done.returncode, time.perf_counter() - begin)
-
-
-def tests_found(output: str, code: int, seconds: float) -> Found:
-    """What pytest's last line counts."""
-    counted = {name: float(n) for n, name in re.findall(r"(\d+) (passed|failed|error|skipped|deselected)", output)}
-    numbers = {name: counted.get(name, 0.0) for name in ("passed", "failed", "error", "skipped")} | {"seconds": seconds}
-    wrong = code != 0 or not numbers["passed"]
-    error = f"pytest ended with {code}: {int(numbers['passed'])} passed, {int(numbers['failed'])} failed"
-    return Found(numbers, (output.strip()[-NOTE_LENGTH:],), error if wrong else None)
-
-
-def tests_jobs() -> list[Job]:
-    root = Path(__file__).resolve().parents[1]
-    return [Job("tests", "tests", "tests", {"marker": "gpu"}, 45.0, lambda *_: run_tests(root))]
+    with tempfile.TemporaryDirectory() as folder:
+        more = {"DAT_DEPLOY_CONFIGURATIONS": str(Path(folder, "configurations.json"))}  # what was tuned stays
+        more["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+        log = path.with_name(f"{path.stem}-tests.txt")
+        with log.open("w", encoding="utf-8") as file:
+            try:
+                done = subprocess.run(  # noqa: S603  # fixed
+                    command, stdout=file, stderr=file, timeout=seconds, cwd=root, env=os.environ | more
+                )
+                ended = f"pytest ended with {done.returncode}" if done.returncode else None
+            except subprocess.TimeoutExpired:
+                ended = f"the tests were stopped after {seconds:.0f} s"
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if "::" in line]
+    found = [word for line in lines for word in re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)[:1]]
+    numbers = {name.lower(): float(found.count(name)) for name in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    if not numbers["passed"]:
+        ended = ended or "no test passed"
+    return Found(numbers, (f"what each test said is in {log.name}",), ended)

@@ -1,42 +1,22 @@
-"""What the GPU benchmark found, as data, and which of its rows are still to be measured. Needs no torch and no CUDA."""
+"""What the GPU benchmark found, as data. Needs no torch and no CUDA."""
 
 import datetime
 import hashlib
 import json
-import math
 import re
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 from dat_deploy.errors import RecordError
 from dat_deploy.files import atomic_output
 from dat_deploy.typed_json import typed
 
-__all__ = [
-    "STOPPED",
-    "Found",
-    "Job",
-    "Machine",
-    "Record",
-    "Row",
-    "new_path",
-    "newest",
-    "pending",
-    "run_jobs",
-    "slug",
-    "source",
-]
+__all__ = ["Found", "Machine", "Record", "Row", "new_path", "newest", "slug", "source_hash"]
 
-SCHEMA_VERSION = 1
-OUT_OF_TIME = "out of time"
-STOPPED = "out of time: stopped after"
+SCHEMA_VERSION = 2
 # What a row depends on: rows of other sources are not resumed.
 SOURCES = ("dat_deploy/plugins/**/*.py", "dat_deploy/model.py", "dat_deploy/variants.py", "dat_deploy/checkpoint.py")
-SOURCES += ("dat_deploy/engine/*.py", "dat_deploy/export/*.py", "dat_deploy/runners/*.py")
-SOURCES += ("benchmarks/cuda_driver.py", "benchmarks/gpu_[!r]*.py")  # neither gpu_record nor gpu_report
+SOURCES += ("dat_deploy/engine/*.py", "dat_deploy/runners/*.py", "benchmarks/gpu_[!r]*.py")
 
 
 @dataclass(frozen=True)
@@ -54,7 +34,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Found:
-    """What a job found; the fields mean what they mean in `Row`."""
+    """What a row found; the fields mean what they mean in `Row`."""
 
     numbers: dict[str, float]
     notes: tuple[str, ...] = ()
@@ -105,6 +85,7 @@ class Record:
         self.not_measured.pop(key, None)
 
     def write(self, path: Path) -> None:
+        """Raises OutputError if the disk is full; the file is then what it was before."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_output(path, force=True) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -123,36 +104,14 @@ class Record:
         return record
 
 
-class Gpu(Protocol):
-    def healthy(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """A row to be measured.
-
-    Attributes:
-        kind: jobs of one kind take about as long as each other.
-        seconds: a guess of that, until one of the kind was measured.
-        run: takes the GPU, the record so far and the path of its file.
-    """
-
-    key: str
-    part: str
-    kind: str
-    labels: dict[str, str]
-    seconds: float
-    run: Callable[[Any, Record, Path], Found]
-
-
 def slug(gpu: str) -> str:
     """A folder's name: `nvidia-h200`."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
-def source(root: Path) -> str:
+def source_hash(root: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(found for pattern in SOURCES for found in root.glob(pattern)):
+    for path in sorted({found for pattern in SOURCES for found in root.glob(pattern)}):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -177,78 +136,3 @@ def new_path(folder: Path, date: datetime.date) -> Path:
         count += 1
         path = folder / f"{date}-{count}.json"
     return path
-
-
-def pending(jobs: Sequence[Job], record: Record, *, continued: bool = False) -> list[Job]:
-    """The jobs whose rows are missing; the record lists each as out of time until it is measured.
-
-    Args:
-        continued: within one call, where a row that had to be stopped is not tried twice.
-    """
-    missing = [job for job in jobs if job.key not in record.rows]
-    stopped = {key for key, why in record.not_measured.items() if continued and why.startswith(STOPPED)}
-    record.not_measured |= {job.key: OUT_OF_TIME for job in missing if job.key not in stopped}
-    return [job for job in missing if job.key not in stopped]
-
-
-def estimate(job: Job, record: Record) -> float:
-    """Seconds that the job will take: the most that one of its kind took, else the guess."""
-    return max((row.seconds for row in record.rows.values() if row.kind == job.kind), default=job.seconds)
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    record: Record,
-    path: Path,
-    gpu: Gpu,
-    *,
-    shares: dict[str, float],
-    deadline: float,
-    starting: Callable[[Job, float], None],
-    finished: Callable[[Job, Row], None] = lambda job, row: None,
-    clock: Callable[[], float] = time.time,
-) -> bool:
-    """Measure what there is time for: each part in its share and strictly in order, then whatever else fits.
-
-    Each row is written at once. A job that raises becomes a row with the error's sentence.
-
-    Args:
-        jobs: pending, the most valuable first within each part.
-        shares: of the time until the deadline, by part and in the order of the parts. What is left goes to the part
-            of the largest share first.
-        deadline: on the clock; no job is started that would not be done by then.
-        starting: told of each job, and of the time at which something must be wrong with it; finished: of its row.
-
-    Returns:
-        False if a row has left the GPU unusable for this process; whoever called starts another process.
-    """
-    begin, total = clock(), sum(shares.values())
-    for in_share in (True, False):
-        for part, share in shares.items() if in_share else sorted(shares.items(), key=lambda item: -item[1]):
-            mine = [job for job in jobs if job.part == part and job.key not in record.rows]
-            end = min(deadline, clock() + share / total * (deadline - begin)) if in_share else deadline
-            for index, job in enumerate(mine):
-                seconds, now = estimate(job, record), clock()
-                if now + seconds > (deadline if index == 0 else end):
-                    if in_share:
-                        break
-                    continue
-                starting(job, min(deadline, now + max(3 * seconds, 60.0)))
-                found = _attempt(job, gpu, record, path)
-                numbers = {name: float(value) for name, value in found.numbers.items() if math.isfinite(value)}
-                notes = (*found.notes, *(f"{name} is {found.numbers[name]}" for name in found.numbers.keys() - numbers))
-                row = Row(part, job.kind, job.labels, numbers, notes, found.error, round(clock() - now, 2))
-                record.add(job.key, row)
-                record.write(path)
-                finished(job, row)
-                if not gpu.healthy():
-                    return False
-    return True
-
-
-def _attempt(job: Job, gpu: Gpu, record: Record, path: Path) -> Found:
-    try:
-        return job.run(gpu, record, path)
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-        return Found({}, error=f"{type(error).__name__}: {' '.join(lines[:3])[:600]}")

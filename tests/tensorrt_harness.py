@@ -22,9 +22,11 @@ NAMES = {
     "libtensorrt_rtx.so": "libtensorrt_rtx.so.1",  # the parser opens it by this name, and aborts where it is not
     "libnvonnxparser.so.11": "libtensorrt_onnxparser_rtx.so.1",
 }
+BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
 STUB = "libnvinfer_plugin.so.11"
 BATCHES = (1, 2, 3, 7, 16, 33, 64)
 OPT, MAX = 8, 64  # batches of the profile
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # torch's names by those of trt.DataType
 
 
 def reason_against() -> str | None:
@@ -220,31 +222,18 @@ def value_of(readable: Any) -> int:
     return int(readable.expression.get_constant_value())
 
 
-def all_cases() -> dict[Any, list[str]]:
-    """The operators at the shapes of all variants, whatever the batch; benchmarks/gpu_operators.py."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    from gpu_operators import cases
+def all_cases() -> list[Any]:
+    """The operators at the shapes of all variants, whatever the batch; benchmarks/gpu_cases.py."""
+    sys.path.insert(0, BENCHMARKS)
+    from gpu_cases import cases
 
-    return {case: users for case, users in cases().items() if case.batch == 1}
+    return cases(batch=1)
 
 
 def inputs_of(case: Any, batch: int) -> dict[str, tuple[int, ...]]:
-    import math
     from dataclasses import replace
 
-    case, channels = replace(case, batch=batch), case.channels
-    pixels, points, side = (batch, case.height, case.width), math.prod(case.sampled), 2 * case.window_size - 1
-    if case.operator == "window_attention":
-        return {"qkv": (*pixels, 3 * channels), "table": (side**2, case.heads)}
-    if case.operator == "neighborhood_attention":
-        side = 2 * case.kernel_size - 1
-        return {"qkv": (*pixels, 3 * channels), "padding_qkv": (3 * channels,), "table": (case.heads, side, side)}
-    locations = (batch, case.groups, *case.sampled, 2)
-    if case.operator == "deformable_sample":
-        return {"value": (*pixels, channels), "sampling_locations": locations}
-    keys = (batch, points, channels)
-    table = (case.heads, *case.table)
-    return {"query": (*pixels, channels), "key": keys, "value": keys, "sampling_locations": locations, "table": table}
+    return replace(case, batch=batch).inputs
 
 
 def types_of(trt: Any, names: Sequence[str], kind: str) -> list[Any]:
@@ -253,19 +242,16 @@ def types_of(trt: Any, names: Sequence[str], kind: str) -> list[Any]:
     return [trt.DataType.FLOAT if name == "sampling_locations" else half for name in names] + [half]
 
 
-def expected_launch(case: Any, batch: int, element_bytes: int, tactic: int) -> Any:
+def expected_launch(case: Any, batch: int, dtype: Any, tactic: int) -> Any:
+    import torch
+
     from dat_deploy.plugins import trt_plugin
 
     specified = trt_plugin.specification(case.operator)
-    problem = specified.kernel.problem(
-        *(
-            shape
-            for name, shape in zip(specified.inputs, inputs_of(case, batch).values(), strict=True)
-            if name in specified.sized_by
-        ),
-        *case.attributes.values(),
-        element_bytes,
-    )
+    shapes = inputs_of(case, batch)
+    dtypes = (torch.float32 if name == "sampling_locations" else getattr(torch, dtype) for name in shapes)
+    node = trt_plugin.Node(case.operator, tuple(case.attributes.values()))
+    problem = node.problem(tuple(shapes.values()), tuple(dtypes))
     ordered = sorted(specified.kernel.configurations(problem), key=lambda c: (c.tiles, c.num_warps, c.num_stages))
     return specified.kernel.launch(problem, ordered[tactic - 1])
 
@@ -292,20 +278,20 @@ def arithmetic() -> dict[str, Any]:
                 output = planned.describe(list(inputs_of(case, batch).values()), types[:-1])
                 output_shape = (case.output_shape, *(each.get_constant_value() for each in output))
                 if tuple(output_shape[0][1:]) != tuple(output_shape[2:]) or output_shape[1] != batch:
-                    wrong.append(f"{case.key}: output {output_shape}")
+                    wrong.append(f"{case}: output {output_shape}")
                 shapes, largest = (
                     [*inputs_of(case, size).values(), (size, *case.output_shape[1:])] for size in (OPT, MAX)
                 )
                 for tactic in planned.tactics(shapes, largest, types):
                     parameters, scalars = planned.launch(tactic)
-                    launch = expected_launch(case, batch, 4 if kind == "FLOAT" else 2, tactic)
+                    launch = expected_launch(case, batch, DTYPES[kind], tactic)
                     found = {name: value_of(expression) for name, expression in vars(parameters).items()}
                     grid = [found[f"grid_{axis}"] for axis in "xyz"]
                     block = [found[f"block_{axis}"] for axis in "xyz"]
                     got = (grid, block, found["shared_mem"], [value_of(each) for each in scalars])
                     wants = ([*launch.grid], [*launch.block], 1234, [*launch.scalars.values()])
                     if got != wants:
-                        wrong.append(f"{case.key} at batch {batch}, tactic {tactic}: {got} is not {wants}")
+                        wrong.append(f"{case} at batch {batch}, tactic {tactic}: {got} is not {wants}")
                     compared += 1
                     operators.add(case.operator)
 
@@ -321,13 +307,16 @@ def sample_kernel() -> list[dict[str, Any]]:
 def kernels(*operators: str) -> list[dict[str, Any]]:
     """The real kernels of one shape an operator, for two GPUs and a dynamic batch, as TensorRT would be given them."""
     trt = load_tensorrt()
+    sys.path.insert(0, BENCHMARKS)
+    from gpu_cases import of_stage
+
     from dat_deploy.plugins import trt_plugin
+    from dat_deploy.variants import VARIANTS
 
     shown: list[dict[str, Any]] = []
 
     def job(builder: Any, dynamic: Any) -> None:
-        wanted = {case.operator: case for case, users in all_cases().items() if "tiny 224x224 stage 3" in users}
-        wanted |= {case.operator: case for case, users in all_cases().items() if "pp-tiny 224x224 stage 3" in users}
+        wanted = {case.operator: case for name in ("tiny", "pp-tiny") for case in of_stage(VARIANTS[name], 2, 1)}
         for architecture, ptx_version in ((90, None), (80, 85)):
             trt_plugin.register_ahead_of_time(trt, architecture, ptx_version)
             for case in (case for operator, case in wanted.items() if operator in (operators or wanted)):
@@ -335,7 +324,7 @@ def kernels(*operators: str) -> list[dict[str, Any]]:
                 types = types_of(trt, names, "HALF")
                 planned = Planned(trt, builder, case.operator, case.attributes)
                 shapes = [
-                    shape if name in ("table", "padding_qkv") else (dynamic, *shape[1:])
+                    shape if name in ("relative_position_bias_table", "padding_qkv") else (dynamic, *shape[1:])
                     for name, shape in inputs_of(case, 1).items()
                 ]
                 output = planned.describe(shapes, types[:-1])

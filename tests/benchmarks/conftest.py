@@ -1,55 +1,51 @@
-"""What the tests of the benchmark share: its modules, and a GPU that is none."""
+"""What the tests of the GPU benchmark share: its modules, and a GPU that is none."""
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+for folder in ("tests/benchmarks", "benchmarks"):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
 
-from gpu_record import Machine, Record  # noqa: E402  # the path comes first
-from gpu_timing import Times  # noqa: E402
+import fake_gpu  # noqa: E402  # the path comes first
+from gpu_cases import Case  # noqa: E402
+from gpu_record import Record  # noqa: E402
+
+from dat_deploy.model import REFERENCE  # noqa: E402
+from dat_deploy.plugins import dispatch  # noqa: E402
+
+ATTRIBUTES = {
+    "deformable_attention": ("heads", "half_pixel"),
+    "window_attention": ("heads", "window_size", "shift_size"),
+    "neighborhood_attention": ("heads", "kernel_size", "dilation"),
+    "deformable_sample": (),
+}
 
 
-class FakeGpu:
-    """Runs on the CPU what a GPU would run; every call takes 10 µs."""
+class CpuGpu(fake_gpu.FakeGpu):
+    """Runs on the CPU what a GPU would run; every call takes 10 µs, and 12 where the L2 cache is cold."""
 
-    name = "NVIDIA H200"
     device = torch.device("cpu")
     capability = 90
-    ceilings = (989.0, 4.8)
-    l2_bytes = 1000
 
-    def __init__(self) -> None:
-        self.is_healthy = True
-        self.captures = True
-
-    def synchronize(self) -> None: ...
-
-    def release(self) -> None: ...
-
-    def healthy(self) -> bool:
-        return self.is_healthy
+    def exponentials_per_us(self, mhz: float) -> float:
+        return 16 * 132 * mhz
 
     def capture(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        if not self.captures:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        """As a CUDA graph, a replay writes where the call has written."""
+        captured = call()
+        return lambda: captured.copy_(call())
+
+    def times(self, call: Callable[[], Any], *, milliseconds: int = 200) -> tuple[dict[str, float], str]:
         call()
-        return call
-
-    def samples(self, calls: Sequence[Callable[[], Any]], **_: Any) -> list[float]:
-        for call in calls:
-            call()
-        return [10.0] * 100
-
-    def time_calls(self, calls: Sequence[Callable[[], Any]]) -> Times:
-        for call in calls:
-            call()
-        return Times(10.0, 11.0, 12.0, 10.0, 20, len(calls), "a fake clock")
+        cold = {"cold_median": 12.0, "cold_p90": 13.0, "cold_p99": 14.0}
+        return {"median": 10.0, **cold, "samples": 20.0, "sm_mhz": 1755.0}, "a fake clock"
 
     def peak_bytes(self, call: Callable[[], Any]) -> int:
         call()
@@ -57,11 +53,44 @@ class FakeGpu:
 
 
 @pytest.fixture
-def gpu() -> FakeGpu:
-    return FakeGpu()
+def gpu() -> CpuGpu:
+    return CpuGpu()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[dispatch.Job]:
+    """The operators launch kernels as on a GPU; each launch is computed by the reference, and listed."""
+    launched: list[dispatch.Job] = []
+
+    def run(job: dispatch.Job, configuration: Any, wrap: Any = None) -> None:
+        assert configuration in job.kernel.configurations(job.problem)
+        job.kernel.launch(job.problem, configuration)
+        attributes = [job.problem[name] for name in ATTRIBUTES[job.operator]]
+        job.output.copy_(getattr(REFERENCE, job.operator)(*job.inputs.values(), *attributes))
+        launched.append(job)
+
+    monkeypatch.setattr(dispatch.Job, "run", run)
+    for operator in ATTRIBUTES:
+        module = importlib.import_module(f"dat_deploy.plugins.{operator}.torch_op")
+        monkeypatch.setattr(module, "kernel_computes", lambda *_: True)
+    return launched
 
 
 @pytest.fixture
 def record() -> Record:
-    machine = Machine("NVIDIA H200", 141, 132, 60, {"torch": "2.11.0", "triton": "3.6.0"})
-    return Record("2026-11-21T12:00:00+00:00", "abc", "0123456789abcdef", machine)
+    return Record("2026-11-21T12:00:00+00:00", "abc", "0123456789abcdef", fake_gpu.MACHINE)
+
+
+SMALL = {
+    "deformable_attention, DAT": Case("deformable_attention", 3, 6, 5, 32, 4, (6, 5), 2, (11, 9), True),
+    "deformable_attention, DAT++": Case("deformable_attention", 2, 8, 8, 48, 3, (4, 4), 1, (13, 13), False),
+    "deformable_sample": Case("deformable_sample", 2, 7, 5, 24, 0, (3, 4), 2),
+    "window_attention": Case("window_attention", 2, 8, 12, 32, 2, window_size=4),
+    "window_attention, shifted": Case("window_attention", 2, 8, 12, 32, 2, window_size=4, shift_size=2),
+    "neighborhood_attention": Case("neighborhood_attention", 2, 9, 7, 32, 2, kernel_size=5),
+}
+
+
+@pytest.fixture(params=SMALL.values(), ids=SMALL.keys())
+def case(request: pytest.FixtureRequest) -> Case:
+    return replace(request.param)

@@ -1,0 +1,191 @@
+"""Which rows are measured, in which order, with a guess of their seconds. Needs no torch.
+
+What a row needs is imported when its turn comes: a row is a function of another module and its arguments.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gpu_cases import BAR, Case, of_network, of_stage
+
+from dat_deploy.variants import VARIANTS, Variant
+
+__all__ = ["NETWORKS", "Job", "bar", "chosen", "first", "launches_of", "second"]
+
+NETWORKS = ("tiny", "base-384", "pp-tiny")
+DETECTOR = ("pp-tiny", (800, 1344))
+START_SECONDS, REPORT_SECONDS = 20.0, 15.0  # of a process with its imports; of the tables and the picture
+PEERS = {
+    "deformable_attention": ("fused", "eager", "sdpa", "prototype", "compile", "flex", "flex+bias"),
+    "window_attention": ("fused", "eager", "sdpa", "compile", "flex"),
+    "neighborhood_attention": ("fused", "eager", "compile", "flex"),
+    "deformable_sample": ("fused", "eager", "compile"),
+}
+# Guesses, until one of the kind was measured; what is compiled is measured as time is left.
+SECONDS = {"fused": 0.7, "eager": 0.9, "sdpa": 0.8, "prototype": 0.8, "compile": 7.0, "flex": 9.0, "flex+bias": 7.0}
+COMPILED = ("compile", "flex", "flex+bias")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to be measured.
+
+    Attributes:
+        call: MODULE:FUNCTION; it takes `arguments`, and of gpu, record, path and kit what it names.
+        kind: jobs of one kind take about as long as each other.
+        seconds: a guess of that, until one of the kind was measured.
+        optional: as time is left.
+    """
+
+    part: str
+    name: str
+    call: str
+    arguments: dict[str, Any]
+    seconds: float
+    kind: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+    optional: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.part}/{self.name}"
+
+
+def stages() -> Iterator[tuple[Variant, int, int]]:
+    """(network, stage, batch) of the shapes that matter, the targets' first."""
+    yield VARIANTS[BAR[0]], *BAR[1:]
+    yield VARIANTS[BAR[0]], BAR[1] + 1, BAR[2]
+    yield VARIANTS["tiny"], 2, 64
+    for batch, variant in ((64, VARIANTS["pp-tiny"]), (1, VARIANTS[DETECTOR[0]].with_image_size(*DETECTOR[1]))):
+        for index in range(len(variant.stages)):
+            yield variant, index, batch
+
+
+def bar() -> Case:
+    """`deformable_attention` at the shape of the project's targets."""
+    return next(of_stage(VARIANTS[BAR[0]], *BAR[1:]))
+
+
+def _checks() -> Iterator[Job]:
+    """Every operator in the ways that it is launched, at shapes of each form that its kernel has; batch 3."""
+    tiny, base, pp = (VARIANTS[name] for name in NETWORKS)
+    large = VARIANTS[DETECTOR[0]].with_image_size(*DETECTOR[1])
+    at = {
+        "deformable_attention": ((base, 2), (tiny, 3), (pp, 0), (pp, 2), (large, 2)),
+        "deformable_sample": ((base, 2), (tiny, 3), (pp, 0), (large, 1)),
+        "window_attention": ((base, 0), (tiny, 0), (tiny, 3)),
+        "neighborhood_attention": ((pp, 0), (pp, 2), (large, 2)),
+    }
+    for operator, shapes in at.items():
+        found = [case for variant, i in shapes for case in of_stage(variant, i, 3) if case.operator == operator]
+        if operator == "neighborhood_attention":
+            found.append(replace(found[0], height=5, width=9))  # smaller than a neighborhood: padded
+        yield from (_check(case, "default", "fp16") for case in found)
+        others = [("default", "bf16"), ("default", "fp32"), ("configurations", "fp16"), ("unaligned", "fp16")]
+        yield from (_check(found[0], *other) for other in [*others, ("graph", "fp16")])
+
+
+def _check(case: Case, what: str, dtype: str) -> Job:
+    labels = {"operator": case.operator, "shape": case.shape, "what": what, "precision": dtype}
+    arguments = {"case": case, "what": what, "dtype": dtype}
+    name = f"{case.operator} {case.shape} {what} {dtype}"
+    return Job("correctness", name, "gpu_operators:check", arguments, 1.5 if what == "configurations" else 0.6,
+               f"check {what}", labels)  # fmt: skip
+
+
+def _network_checks() -> Iterator[Job]:
+    for name in (NETWORKS[0], NETWORKS[2]):
+        for precision in ("fp32", "fp16"):
+            labels = {"variant": name, "what": "network", "precision": precision}
+            arguments = {"variant": name, "precision": precision}
+            key = f"network {name} {precision}"
+            yield Job("correctness", key, "gpu_networks:check", arguments, 4.0, "check network", labels)
+
+
+def _operators(variant: Variant, index: int, batch: int) -> Iterator[Job]:
+    user = f"{variant.name} {variant.image_size[0]}x{variant.image_size[1]} stage {index + 1}"
+    for case in of_stage(variant, index, batch):
+        for peer in PEERS[case.operator]:
+            fits = case.half_pixel or case.table == (2 * case.height - 1, 2 * case.width - 1)
+            if peer == "prototype" and not (fits and case.channels == 32 * case.heads):
+                continue
+            labels = {"operator": case.operator, "shape": case.shape, "batch": str(batch), "for": user}
+            labels |= {"implementation": peer} | ({"bar": "yes"} if case == bar() else {})
+            key, arguments = f"{case.operator} {user} batch {batch} {peer}", {"case": case, "name": peer}
+            if case.shift_size:
+                key = f"shifted {key}"
+            yield Job("operators", key, "gpu_operators:measure", arguments, SECONDS[peer], peer, labels,
+                      peer in COMPILED)  # fmt: skip
+
+
+def _networks(modes: Iterable[str], batches: Iterable[int], names: Iterable[str] = NETWORKS) -> Iterator[Job]:
+    for mode in modes:
+        for batch in batches:
+            for name in names:
+                labels = {"variant": name, "batch": str(batch), "mode": mode, "precision": "fp16"}
+                arguments = {"variant": name, "mode": mode, "batch": batch}
+                compiled = mode.endswith("compile")
+                seconds, kind = 75.0 if compiled else 3.5, f"network {mode} {name}"
+                yield Job("networks", f"{name} batch {batch} {mode}", "gpu_networks:measure", arguments, seconds, kind,
+                          labels, compiled)  # fmt: skip
+
+
+def first() -> list[Job]:
+    """What one call of seven minutes has, in order; of the optional rows, those of most value first."""
+    jobs = [Job("ceilings", "ceilings", "gpu_operators:ceilings", {}, 8.0, "ceilings")]
+    jobs += [*_checks(), *_network_checks()]
+    rows = [row for stage in stages() for row in _operators(*stage)]
+    # What needs no compiler first, then the compiled peers of the operator that this project is about.
+    rows.sort(key=lambda row: row.optional * (1 + (row.labels["operator"] != "deformable_attention")))
+    jobs += [*rows, *_networks(("fused", "eager"), (1, 128)), *_networks(("compile", "fused+compile"), (128,))]
+    for name in NETWORKS:
+        labels = {"variant": name, "batch": "128"}
+        arguments = {"variant": name, "batch": 128}
+        jobs.append(Job("profile", name, "gpu_networks:profile", arguments, 4.0, "profile", labels))
+    return [*jobs, Job("ncu", "bar", "gpu_networks:ncu", {"seconds": 60.0}, 30.0, "ncu")]
+
+
+def second() -> list[Job]:
+    """What a second call has: what others depend on, if it is not on record; what the first has not; its leftovers."""
+    earlier = first()
+    jobs = [job for job in earlier if job.part in ("ceilings", "correctness")]
+    for mode in ("fused", "eager"):
+        arguments = {"variant": DETECTOR[0], "size": DETECTOR[1], "mode": mode}
+        labels = {"variant": DETECTOR[0], "mode": mode}
+        jobs.append(Job("memory", mode, "gpu_networks:memory", arguments, 6.0, "memory", labels))
+    for name in NETWORKS:
+        arguments = {"variant": name, "batches": [1, 128]}
+        jobs.append(Job("tune", name, "gpu_networks:tune", arguments, 12.0, "tune", {"variant": name}))
+    jobs += [*_networks(("fused", "eager"), (8, 64)), *_networks(("fused",), (128,), ("small", "base"))]
+    jobs.append(Job("tests", "gpu", "gpu_networks:tests", {"mark": "gpu", "seconds": 110.0}, 110.0, "tests"))
+    arguments = {"variant": "tiny", "backend": "aotinductor", "batches": [1, 128], "device": "cuda"}
+    labels = {"variant": "tiny", "engine": "aotinductor"}
+    jobs.append(Job("engines", "tiny aotinductor", "gpu_networks:engine", arguments, 110.0, "aotinductor", labels))
+    jobs += _networks(("compile", "fused+compile"), (1,))
+    return [*jobs, *(replace(job, optional=True) for job in earlier if job not in jobs)]
+
+
+def chosen(jobs: Iterable[Job], seconds: float) -> list[Job]:
+    """Those that there is time for if every guess is right: what is not optional, then the rest in order."""
+    jobs = list(jobs)
+    left = seconds - START_SECONDS - REPORT_SECONDS - sum(job.seconds for job in jobs if not job.optional)
+    found = []
+    for job in jobs:
+        if job.optional and job.seconds > left:
+            continue
+        left -= job.seconds * job.optional
+        found.append(job)
+    return found
+
+
+def launches_of() -> Iterator[tuple[Case, str, str]]:
+    """(case, precision, what) of every kernel that the rows launch: `what` as in `gpu_operators.check`."""
+    for job in first():
+        if "case" in job.arguments and job.arguments.get("name", "fused") in ("fused", "prototype"):
+            what = "prototype" if job.arguments.get("name") == "prototype" else job.arguments.get("what", "default")
+            yield job.arguments["case"], job.arguments.get("dtype", "fp16"), what
+    networks = [VARIANTS[name] for name in (*NETWORKS, "small", "base")]
+    for variant in [*networks, VARIANTS[DETECTOR[0]].with_image_size(*DETECTOR[1])]:
+        for case in of_network(variant, 1):
+            yield from ((case, "fp16", "configurations"), (case, "fp32", "default"))

@@ -1,0 +1,308 @@
+"""Rows of the GPU benchmark as far as a CPU goes: shapes, counts by hand, every peer, every kind of row."""
+
+import importlib
+import importlib.util
+from dataclasses import replace
+
+import gpu as entry
+import gpu_kit
+import gpu_networks
+import gpu_operators
+import gpu_plan
+import gpu_timing
+import pytest
+import torch
+from gpu_cases import BAR, Case, of_network, of_stage
+from gpu_record import Found
+from torch._subclasses import FakeTensorMode
+
+from dat_deploy.model import DAT, REFERENCE, half_network
+from dat_deploy.plugins import dispatch
+from dat_deploy.plugins.ahead_of_time import compile_launch
+from dat_deploy.plugins.precompiled import key
+from dat_deploy.variants import RELEASED, VARIANTS, StageConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+CEILINGS = {"tflop_per_s": 790.0, "tb_per_s": 4.3, "product_mhz": 1500.0}
+
+
+@pytest.fixture
+def _uncompiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_block_of_a_network_has_its_case(name):
+    operators = {"L": {"window_attention"}, "S": {"window_attention"}, "N": {"neighborhood_attention"}}
+    operators |= {"D": {"deformable_attention", "deformable_sample"}}
+    for i, stage in enumerate(VARIANTS[name].stages):
+        mine = list(of_stage(VARIANTS[name], i, 64))
+        assert {case.operator for case in mine} == set().union(*(operators[letter] for letter in stage.blocks))
+        assert all((case.height, case.width) == VARIANTS[name].feature_map(i) for case in mine)
+        assert {case.shift_size > 0 for case in mine if case.window_size} == {
+            x == "S" for x in stage.blocks if x in "LS"
+        }
+
+
+def test_the_shape_of_the_targets_is_the_one_of_the_project():
+    assert BAR == ("base-384", 2, 64)
+    assert gpu_plan.bar() == Case("deformable_attention", 64, 24, 24, 512, 16, (24, 24), 4, (47, 47), True)
+
+
+# Counts, by hand
+
+
+def test_work_of_each_operator():
+    deformable = Case("deformable_attention", 2, 3, 5, 8, 2, (2, 2), 1, (5, 9), True)
+    assert deformable.flops == 2 * 2 * (
+        2 * 2 * 15 * 4 * 4
+    )  # products, multiply-add, batch x heads x queries x keys x D
+    assert deformable.exponentials == 2 * 2 * 15 * 4
+    maps, table, locations = 2 * (2 * 15 * 8) + 2 * (2 * 4 * 8), 2 * 5 * 9, 2 * 4 * 2
+    assert deformable.bytes_moved == 2 * maps + 4 * (table + locations)
+    window = Case("window_attention", 2, 4, 6, 8, 2, window_size=2)
+    assert window.flops == 4 * (2 * 6) * 2 * 4 * 4 * 4  # of 6 windows an image, 2 heads, 4 x 4 pixels, 4 channels
+    assert window.bytes_moved == 2 * (2 * 24 * 24 + 2 * 24 * 8) + 4 * 9 * 2
+    neighborhood = Case("neighborhood_attention", 2, 4, 6, 8, 2, kernel_size=3)
+    assert neighborhood.flops == 4 * 2 * 2 * 24 * 9 * 4
+    assert neighborhood.bytes_moved == 2 * (2 * 24 * 24 + 2 * 24 * 8 + 24) + 4 * 2 * 25
+
+
+def test_work_of_deformable_sample_counts_no_pixel_that_no_point_can_need():
+    few = Case("deformable_sample", 2, 10, 10, 8, 0, (2, 2), 2)
+    many = Case("deformable_sample", 2, 10, 10, 8, 0, (10, 10), 2)
+    assert few.bytes_moved == 2 * (2 * 4 * 4 * 8) + 2 * (2 * 4 * 8) + 4 * (2 * 2 * 4 * 2)
+    assert many.bytes_moved == 2 * (2 * 100 * 8) + 2 * (2 * 100 * 8) + 4 * (2 * 2 * 100 * 2)
+    assert (few.flops, few.exponentials) == (8 * 2 * 4 * 8, 0)
+
+
+def test_the_floor_of_the_targets_is_the_exponentials():
+    """64 · 16 · 576² scores; 16 exponentials a clock on each of 132 multiprocessors at 1755 MHz."""
+    floors = gpu_plan.bar().floors_us(989.0, 4.8, 16 * 132 * 1755.0)
+    assert list(floors) == ["exponentials", "products", "memory"]
+    assert list(floors.values()) == pytest.approx([91.7, 44.0, 31.6], rel=0.01)
+
+
+# Inputs and what is right
+
+
+def test_inputs_are_random_seeded_and_of_what_ships(case):
+    first, again, other = (gpu_operators.make_inputs(case, seed, torch.device("cpu")) for seed in (0, 0, 1))
+    assert {name: tuple(x.shape) for name, x in first.items()} == case.inputs
+    assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
+    assert all(x.std() > 0 for x in first.values())
+    in_float32 = {name for name, x in first.items() if x.dtype == torch.float32}
+    assert in_float32 == {"sampling_locations", "relative_position_bias_table"} & first.keys()
+
+
+def test_stressed_points_lie_on_pixels_between_them_on_the_border_and_outside():
+    case = Case("deformable_sample", 1, 9, 9, 8, 0, (10, 10), 1)
+    points = gpu_operators.make_inputs(case, 0, torch.device("cpu"), stress=True)["sampling_locations"]
+    pixels = (points.reshape(-1, 5, 2) + 1) / 2 * 8
+    assert torch.allclose(pixels[:, 1], pixels[:, 1].round(), atol=1e-5)
+    assert torch.allclose((pixels[:, 2] - 0.5), (pixels[:, 2] - 0.5).round(), atol=1e-5)
+    assert set(points.reshape(-1, 5, 2)[:, 3].abs().flatten().tolist()) == {1.0}
+    assert (points.reshape(-1, 5, 2)[:, 4].abs() > 1).any()
+
+
+@pytest.mark.parametrize("what", ["default", "configurations", "unaligned", "graph"])
+def test_a_right_kernel_passes_each_check(case, what, gpu, kernels):
+    found = gpu_operators.check(case, what, gpu)
+    assert found.error is None
+    assert 0 < found.numbers["max_error"] <= found.numbers["allowed_error"] < 0.02 * found.numbers["largest_output"]
+    expected = len(kernels[0].kernel.configurations(kernels[0].problem)) if what == "configurations" else 0
+    assert len(kernels) == {"default": 1, "unaligned": 1, "configurations": 1 + expected, "graph": 3}[what]
+    moved = [x.data_ptr() % 16 for x in kernels[0].inputs.values()]
+    assert all(moved) if what == "unaligned" else not any(moved)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("writes nothing", "wrong, as launched: off by nan where "),
+        ("scaled", "wrong, as launched: off by "),
+        ("one configuration", "wrong, BLOCK_QUERIES="),
+        ("no kernel", "0 kernels were launched where one must be: the reference computed this"),
+    ],
+)
+def test_a_wrong_kernel_fails(fault, said, gpu, kernels, monkeypatch):
+    right = dispatch.Job.run
+
+    def run(job, configuration, wrap=None):
+        right(job, configuration)
+        job.output.mul_({"writes nothing": float("nan"), "scaled": 1.01}.get(fault, 1.0))
+        if fault == "one configuration" and len(kernels) == 3:
+            job.output[-1, -1, -1, -1] += 0.1
+
+    monkeypatch.setattr(dispatch.Job, "run", run)
+    if fault == "no kernel":
+        module = importlib.import_module("dat_deploy.plugins.window_attention.torch_op")
+        monkeypatch.setattr(module, "kernel_computes", lambda *_: False)
+    case = Case("window_attention", 2, 8, 12, 32, 2, window_size=4)
+    assert gpu_operators.check(case, "configurations", gpu).error.startswith(said)
+
+
+# Peers
+
+
+@pytest.mark.parametrize("name", ["fused", "eager", "compile", "flex", "flex+bias", "sdpa"])
+@pytest.mark.usefixtures("kernels", "_uncompiled")
+def test_every_peer_computes_the_operator(case, name, gpu):
+    if name not in gpu_plan.PEERS[case.operator]:
+        return
+    found = gpu_operators.measure(case, name, gpu, CEILINGS)
+    assert found.error is None
+    assert (found.numbers["median_us"], found.numbers["cold_us"], found.numbers["sm_mhz"]) == (10.0, 12.0, 1755.0)
+    floors = case.floors_us(790.0, 4.3, 16 * 132 * 1755.0)
+    assert found.numbers["share_of_floor"] == pytest.approx(max(floors.values()) / 10)
+    assert any("not tuned" in note for note in found.notes) == (name == "fused")
+
+
+@pytest.mark.parametrize("location", [0.0, 1.0, -1.0, 1.7, -2.5])
+def test_flex_bias_is_zero_outside_of_its_table_as_the_reference_is(location):
+    case = Case("deformable_attention", 1, 6, 5, 32, 4, (6, 5), 2, (11, 9), True)
+    inputs = gpu_operators.make_inputs(case, 0, torch.device("cpu"), torch.float32)
+    inputs["sampling_locations"][..., 0] = location
+    got = gpu_operators.flex_deformable_attention(*inputs.values(), *case.attributes.values())
+    torch.testing.assert_close(got, REFERENCE.deformable_attention(**inputs, **case.attributes), rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrong_peer_says_so(monkeypatch, gpu):
+    case = Case("deformable_attention", 2, 8, 8, 48, 3, (4, 4), 1, (13, 13), False)
+    monkeypatch.setattr(gpu_operators, "sdpa", lambda query, key, value, *rest: query)
+    found = gpu_operators.measure(case, "sdpa", gpu, CEILINGS)
+    assert found.error.startswith("wrong, sdpa: off by ")
+    assert found.numbers["median_us"] == 10.0
+
+
+# Every kind of row, on networks that are small
+
+
+@pytest.fixture
+def _small_networks(monkeypatch, mini_pp):
+    stage = {"window_size": 2, "offset_kernel_size": 3, "offset_range_factor": 2.0}
+    mini = replace(
+        VARIANTS["tiny"],
+        image_size=(64, 64),
+        trained_size=64,
+        stages=tuple(
+            StageConfig(32 << i, blocks, 1 << i, **stage, offset_groups=1)
+            for i, blocks in enumerate(("LS", "L", "LD", "LD"))
+        ),
+    )
+    for name in (*gpu_plan.NETWORKS, "small", "base"):
+        monkeypatch.setitem(
+            VARIANTS, name, mini_pp.with_image_size(64, 64) if name == "pp-tiny" else replace(mini, name=name)
+        )
+    monkeypatch.setattr(gpu_plan, "DETECTOR", ("pp-tiny", (64, 96)))
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available, disabling CUDA profiling:UserWarning")
+@pytest.mark.usefixtures("kernels", "_small_networks", "_uncompiled")
+def test_every_kind_of_row_is_measured_on_small_networks(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        gpu_networks, "find_variant", lambda name, image_size: VARIANTS[name].with_image_size(*image_size)
+    )
+    monkeypatch.setattr(gpu_operators, "ceilings", lambda gpu: Found(CEILINGS))
+    context = {"gpu": gpu, "path": tmp_path / "2026-11-27.json", "kit": None, "ceilings": CEILINGS}
+    monkeypatch.setattr(gpu_networks.shutil, "which", lambda name: None)
+    errors, kinds = {}, set()
+    for job in gpu_plan.first() + gpu_plan.second():
+        kind = (job.call, job.kind.removesuffix("base-384"), job.labels.get("operator"))
+        if kind in kinds or job.part in ("tests", "engines", "tune") or job.kind == "prototype":
+            continue
+        kinds.add(kind)
+        smaller = {"case": replace(job.arguments["case"], batch=2)} if "case" in job.arguments else {}
+        smaller |= {"batch": min(job.arguments["batch"], 2)} if "batch" in job.arguments else {}
+        found = entry.attempt(replace(job, arguments=job.arguments | smaller), context)
+        if found.error is not None or not found.numbers:
+            errors[job.key] = found.error
+    assert errors == {"ncu/bar": "Nsight Compute's ncu is not on the PATH here"}
+    assert len(kinds) > 30
+    assert "batch 2" in (tmp_path / "2026-11-27-profile.txt").read_text()
+
+
+@pytest.mark.usefixtures("kernels", "_small_networks")
+def test_a_wrong_slot_of_a_network_is_an_error(gpu, monkeypatch):
+    forward = DAT.forward
+
+    def wrong(self, image):
+        logits = forward(self, image)
+        return torch.cat([logits[:1], logits[:1], logits[2:]]) if self.fused else logits
+
+    monkeypatch.setattr(DAT, "forward", wrong)
+    assert gpu_networks.check("tiny", "fp32", gpu).error.startswith("wrong in 1 of 3 slots: a logit is off by ")
+
+
+def test_the_tests_count_as_far_as_they_came(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_networks.importlib.util, "find_spec", lambda name: None)
+    said = (
+        "tests/a.py::test_one PASSED [ 10%]\n[gw1] [ 20%] PASSED tests/a.py::test_2[FAILED] \ntests/a.py::test_3 FAILED"
+    )
+
+    def run(command, stdout, timeout, **_):
+        assert command[command.index("-W") + 1] == "default"  # a warning of an untried version fails no test
+        stdout.write(said)
+        raise gpu_networks.subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu_networks.subprocess, "run", run)
+    found = gpu_networks.tests(tmp_path / "r.json", mark="gpu", seconds=3.0)
+    assert (found.numbers["passed"], found.numbers["failed"]) == (2.0, 1.0)
+    assert found.error == "the tests were stopped after 3 s"
+    assert (tmp_path / "r-tests.txt").read_text() == said
+
+
+def test_percentiles_are_of_single_calls():
+    assert [gpu_timing.percentile([float(i) for i in range(1, 101)], share) for share in (0.9, 0.99)] == [90.0, 99.0]
+
+
+# The kit
+
+
+def test_the_kit_has_every_launch_of_the_networks(monkeypatch, tmp_path):
+    """What each network launches on a GPU, at a batch of one and of many, in what ships and in float32."""
+    has = {key(*each) for each in gpu_kit.needed(tmp_path)}
+    assert len(has) > 200
+    missing, launched = [], set()
+
+    def run(job, configuration, wrap=None):
+        launched.add(job.operator)
+        launch = job.kernel.launch(job.problem, configuration)
+        tensors = {**job.inputs, "output": job.output}
+        if key(launch, {name: x.dtype for name, x in tensors.items()}, ()) not in has:
+            missing.append((job.operator, job.problem))
+
+    monkeypatch.setattr(dispatch.Job, "run", run)
+    for operator in REFERENCE._fields:
+        module = importlib.import_module(f"dat_deploy.plugins.{operator}.torch_op")
+        monkeypatch.setattr(module, "kernel_computes", lambda *_: True)
+    for name in gpu_plan.NETWORKS:
+        with FakeTensorMode(), torch.no_grad():
+            model = DAT(VARIANTS[name], fused=True)
+            shipped = half_network(model, torch.float16)
+            for network in (model, shipped) if name != "base-384" else (shipped,):
+                for batch in (1, 128):
+                    network(torch.randn(batch, 3, *VARIANTS[name].image_size))
+    assert not missing
+    assert launched == set(REFERENCE._fields)
+
+
+@pytest.mark.slow
+def test_what_the_networks_launch_by_default_spills_no_registers_on_sm_90(harness):
+    """At the shapes of all variants, 224 and 384; batches share what is compiled."""
+    compiled = {}
+    for case in harness.all_cases():
+        for each in gpu_kit.launches(case, "fp16", "default"):
+            if key(*each) not in compiled:
+                compiled[key(*each)] = compile_launch(*each[:2], 90)
+    assert len(compiled) > 50
+    assert not [key for key, result in compiled.items() if result.spilled_bytes]
+    assert max(result.shared_memory_bytes for result in compiled.values()) <= 48 * 1024
+
+
+def test_cases_of_a_network_are_listed_once():
+    found = of_network(VARIANTS["tiny"], 1)
+    assert len(found) == len(set(found)) == 10
