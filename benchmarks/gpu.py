@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # a machine with a GPU may
 from gpu_plan import REPORT_SECONDS, START_SECONDS, Job, bar, chosen, first, second  # noqa: E402
 from gpu_record import Found, Machine, Record, Row, new_path, newest, slug, source_hash  # noqa: E402
 
+from dat_deploy.benchmark.worker import WorkerProcess  # noqa: E402
 from dat_deploy.errors import DatDeployError, OutputError, UnsupportedError  # noqa: E402
 from dat_deploy.system import command_output  # noqa: E402
 
 KIT = ROOT / ".gpu-kit"
 OPENER = "gpu:open_gpu"
 START_LIMIT_SECONDS, LEAST_LIMIT_SECONDS = 90.0, 20.0
-OUT_OF_TIME = "out of time"
+OUT_OF_TIME, CONFIGURATIONS = "out of time", "configurations.json"
 CLOCKS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
 
 
@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DatDeployError as error:
         print(f"benchmarks/gpu.py: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130  # as shells have it; what was measured is on disk
 
 
 def kit_folder(named: str | None) -> Path | None:
@@ -99,63 +101,25 @@ def plan_text(jobs: Sequence[Job], seconds: float) -> str:
     return "\n".join([*lines, f"{left} more rows if that goes faster than guessed, or in another call"])
 
 
-class Worker:
-    """A process that measures, in a session of its own, so that all that it started ends with it."""
-
-    def __init__(self, kit: Path | None) -> None:
-        self.kit, self.process = kit, None
-
-    def start(self, seconds: float) -> Machine:
-        """Raises UnsupportedError as `open_gpu`, else as `ask`."""
-        context = get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, OPENER, self.kit))
-        self.process.start()
-        theirs.close()
-        answer = self._answer(seconds)
-        if isinstance(answer, UnsupportedError):
-            raise answer
-        return answer
-
-    def ask(self, job: Job, context: dict[str, Any], seconds: float) -> tuple[Found, bool]:
-        """What was found, and whether the GPU can be used on. Raises TimeoutError, and EOFError or ConnectionError if
-        the process is gone."""
-        self.connection.send((job, context))
-        return self._answer(seconds)
-
-    def _answer(self, seconds: float) -> Any:
-        if not self.connection.poll(max(0.0, seconds)):
-            raise TimeoutError
-        return self.connection.recv()
-
-    def end(self) -> str:
-        """How the process ended, or that it was ended, in words."""
-        process, self.process = self.process, None
-        if process is None:
-            return "nothing"
-        process.join(0.5)  # if it has crashed, it says how
-        code = process.exitcode
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.join()
-        self.connection.close()
-        return "SIGKILL" if code is None else signal.Signals(-code).name if code < 0 else f"exit code {code}"
-
-
-def serve(connection: Connection, opener: str, kit: Path | None) -> None:
-    """The worker: say what GPU this is, then answer each job and its context with what was found."""
-    os.setsid()
+def serve(handle: int, opener: str, kit: str) -> None:
+    """The worker: say what GPU this is, then answer each job and its context with what was found, and whether the GPU
+    can be used on."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent, however that ends
     module, _, name = opener.partition(":")
-    try:
-        gpu = getattr(importlib.import_module(module), name)(kit)
-    except UnsupportedError as error:
-        connection.send(error)
-        return
-    connection.send(gpu.machine)
-    with gpu.kit.launching() if gpu.kit is not None else contextlib.nullcontext(), contextlib.suppress(EOFError):
+    with Connection(handle) as connection, contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(EOFError, ConnectionError))
+        try:
+            gpu = getattr(importlib.import_module(module), name)(Path(kit) if kit else None)
+        except UnsupportedError as error:
+            connection.send(error)
+            return
+        connection.recv()  # the question what GPU this is
+        connection.send(gpu.machine)
+        if gpu.kit is not None:
+            stack.enter_context(gpu.kit.launching())
         while True:
             job, context = connection.recv()
+            os.environ["DAT_DEPLOY_CONFIGURATIONS"] = str(context["path"].with_name(CONFIGURATIONS))
             gpu.release()
             found = attempt(job, context | {"gpu": gpu})
             if gpu.kit is not None and gpu.kit.missed:
@@ -208,55 +172,74 @@ def open_gpu(kit: Path | None) -> Any:
     return gpu
 
 
+class Workers:
+    """One process that measures after another."""
+
+    def __init__(self, kit: Path | None) -> None:
+        self.kit = kit
+        self.process: WorkerProcess | None = None
+
+    def start(self, seconds: float) -> Machine:
+        """Raises UnsupportedError as `open_gpu`, DatDeployError if the process dies or hangs."""
+        self.process = WorkerProcess("the process that measures", "gpu:serve", OPENER, str(self.kit or ""))
+        answer = self.process.ask(None, "opening the GPU", seconds)
+        if isinstance(answer, UnsupportedError):
+            raise answer
+        return answer
+
+    def ask(self, job: Job, context: dict[str, Any], seconds: float) -> tuple[Found, bool]:
+        """What was found, and whether the GPU can be used on. Raises as `start`."""
+        if self.process is None:
+            self.start(seconds)
+        return self.process.ask((job, context), "measuring this", seconds)
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.end(0.0)
+        self.process = None
+
+
 def run(jobs: Sequence[Job], options: argparse.Namespace) -> Path:
-    """Measure what there is time for. Returns the record's path.
+    """Measure what there is time for, each row on disk before the next begins. Returns the record's path.
 
     Raises:
         UnsupportedError: as `open_gpu`. OutputError: if the disk is full; what was measured before is on it.
     """
     deadline = time.time() + 60 * options.minutes - REPORT_SECONDS
-    if options.kit is not None:  # with the packages that a machine with a GPU may lack
+    if options.kit is not None:  # with the packages that a machine with a GPU may lack, for what is started here
         sys.path.insert(0, str(options.kit / "site"))
-        os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
-    worker = Worker(options.kit)
-    try:
-        machine = worker.start(START_LIMIT_SECONDS)
-        return recorded(jobs, options, worker, machine, deadline)
-    except (EOFError, TimeoutError):
-        raise UnsupportedError(f"the GPU could not be opened: the process ended with {worker.end()}.") from None
-    finally:
-        worker.end()
-
-
-def recorded(
-    jobs: Sequence[Job], options: argparse.Namespace, worker: Worker, machine: Machine, deadline: float
-) -> Path:
-    """Each row on disk before the next begins, in the record of this GPU and this code, or in a new one."""
-    folder, source, now = options.output / slug(machine.gpu), source_hash(ROOT), datetime.datetime.now(datetime.UTC)
-    path = newest(folder, source=source)
-    if path is None:
-        path = new_path(folder, now.date())
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = options.commit or command_output(git) or None
-        record = Record(now.isoformat(timespec="seconds"), commit, source, machine)
-    else:
-        record = Record.read(path)
-    configurations = folder / "configurations.json"
-    for key, row in list(record.rows.items()):  # without the file that was tuned, the record came here alone
-        if row.error or (row.part == "tune" and not configurations.exists()):
-            del record.rows[key]
-    os.environ["DAT_DEPLOY_CONFIGURATIONS"] = str(configurations)
-    jobs = [job for job in jobs if job.key not in record.rows]
-    record.not_measured |= {job.key: OUT_OF_TIME for job in jobs}
-    record.write(path)
-    begin = time.time()
-    with logged_clocks(path, deadline):
-        for job, row in measured(jobs, record, worker, path, deadline):
+    workers = Workers(options.kit)
+    with contextlib.ExitStack() as stack:
+        stack.callback(workers.end)
+        machine = workers.start(START_LIMIT_SECONDS)
+        path, record = opened_record(options, machine)
+        jobs = [job for job in jobs if job.key not in record.rows]
+        record.not_measured |= {job.key: OUT_OF_TIME for job in jobs}
+        record.write(path)
+        begin = time.time()
+        stack.enter_context(logged_clocks(path, deadline))
+        for job, row in measured(jobs, record, workers, path, deadline):
             record.add(job.key, row)
             record.write(path)
             said = row.error or ", ".join(f"{name} {value:.4g}" for name, value in list(row.numbers.items())[:2])
             print(f"[{time.time() - begin:4.0f} s] {job.key}: {said}", flush=True)
     return path
+
+
+def opened_record(options: argparse.Namespace, machine: Machine) -> tuple[Path, Record]:
+    """The record of this GPU and this code, without what failed, or a new one."""
+    folder, source, now = options.output / slug(machine.gpu), source_hash(ROOT), datetime.datetime.now(datetime.UTC)
+    path = newest(folder, source=source)
+    if path is None:
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = options.commit or command_output(git) or None
+        record = Record(now.isoformat(timespec="seconds"), commit, source, machine)
+        return new_path(folder, now.date()), record
+    record = Record.read(path)
+    for key, row in list(record.rows.items()):  # without the file that was tuned, the record came here alone
+        if row.error or (row.part == "tune" and not path.with_name(CONFIGURATIONS).exists()):
+            del record.rows[key]
+    return path, record
 
 
 @contextlib.contextmanager
@@ -279,7 +262,7 @@ def logged_clocks(path: Path, deadline: float) -> Iterator[None]:
 def measured(
     jobs: Sequence[Job],
     record: Record,
-    worker: Worker,
+    workers: Workers,
     path: Path,
     deadline: float,
     clock: Callable[[], float] = time.time,
@@ -303,21 +286,16 @@ def measured(
         if now + seconds(job) > (deadline if is_first else deadline - share * sum(map(seconds, later))):
             continue
         ceilings = record.rows.get("ceilings/ceilings")
-        context = {"path": path, "kit": worker.kit, "ceilings": ceilings.numbers if ceilings else {}}
-        limit, healthy = min(deadline - now, max(3 * seconds(job), LEAST_LIMIT_SECONDS)), False
+        context = {"path": path, "kit": workers.kit, "ceilings": ceilings.numbers if ceilings else {}}
         try:
-            if worker.process is None:
-                worker.start(min(START_LIMIT_SECONDS, deadline - now))
-            found, healthy = worker.ask(job, context, limit)
-        except TimeoutError:
+            found, healthy = workers.ask(job, context, min(deadline - now, max(3 * seconds(job), LEAST_LIMIT_SECONDS)))
+        except DatDeployError as error:
             if clock() >= deadline:
                 record.not_measured[job.key] = f"{OUT_OF_TIME}: stopped after {clock() - now:.0f} s"
                 return
-            found = Found({}, error=f"no answer in {limit:.0f} s, so its process was ended")
-        except (EOFError, ConnectionError):
-            found = Found({}, error=f"its process ended with {worker.end()}")
+            found, healthy = Found({}, error=str(error)), False
         if not healthy:
-            worker.end()
+            workers.end()
         numbers = {name: float(value) for name, value in found.numbers.items() if math.isfinite(value)}
         notes = (*found.notes, *(f"{name} is {found.numbers[name]}" for name in found.numbers.keys() - numbers))
         yield job, Row(job.part, job.kind, job.labels, numbers, notes, found.error, round(clock() - now, 2))

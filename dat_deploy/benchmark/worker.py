@@ -28,7 +28,7 @@ from dat_deploy import errors
 from dat_deploy.errors import DatDeployError
 from dat_deploy.runners import EngineDescription, Runner
 
-__all__ = ["SEED", "EngineProcess", "Opened", "Opening", "Timings", "Turn", "serve"]
+__all__ = ["SEED", "EngineProcess", "Opened", "Opening", "Timings", "Turn", "WorkerProcess", "serve"]
 
 SEED = 0  # of the images
 _GRACE_SECONDS = 5.0  # for an idle worker to close its engine; a failed or interrupted run gives none
@@ -149,22 +149,28 @@ def _failure_from(error: Exception) -> _Failure:
     return _Failure("", f"{type(error).__name__}: {' '.join(str(error).split())}", traceback.format_exc())
 
 
-class EngineProcess:
+class WorkerProcess:
     """The parent's side of a worker. A context manager: no process of the worker outlives the block.
 
     What the worker and its libraries print goes to a temporary file, and from there into the message if it crashes.
 
-    Attributes:
-        label: names the engine in messages.
+    Args:
+        name: of what works, in messages.
+        serving: MODULE:FUNCTION, called in the worker with a file descriptor, of which it is to make a Connection,
+            and with `arguments`.
     """
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    timeout_advice = ""  # what to try, at the end of messages
+
+    def __init__(self, name: str, serving: str, *arguments: str) -> None:
+        self.name = name
+        module, _, function = serving.partition(":")
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
         self._connection, theirs = Pipe()
         with theirs:
-            self._process = subprocess.Popen(  # noqa: S603  # this interpreter, this package
-                [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+            call = ", ".join(map(repr, (theirs.fileno(), *arguments)))
+            self._process = subprocess.Popen(  # noqa: S603  # this interpreter, a module of the caller's
+                [sys.executable, "-P", "-c", f"from {module} import {function}; {function}({call})"],
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
                 stdin=subprocess.DEVNULL,
@@ -173,38 +179,26 @@ class EngineProcess:
                 process_group=0,  # Ctrl-C is the parent's to handle, and the worker's own children end with it
             )
 
-    def ask(self, request: Opening | Turn, doing: str, timeout_seconds: float) -> Any:
+    def ask(self, request: Any, doing: str, timeout_seconds: float) -> Any:
         """Send a request and wait for its answer; `doing` is said in messages.
 
         Raises:
-            DatDeployError: if the worker fails, dies or does not answer in time. An expected failure keeps its class.
+            DatDeployError: if the worker dies or does not answer in time.
         """
         deadline = time.monotonic() + timeout_seconds
         try:
             self._connection.send(request)
-            while not self._connection.poll(1.0):
+            while not self._connection.poll(max(0.0, min(1.0, deadline - time.monotonic()))):
                 if self._process.poll() is not None:  # its end of the pipe may live on in a child of its own
                     raise EOFError
                 if time.monotonic() > deadline:
                     raise DatDeployError(
-                        f"engine '{self.label}' gave no answer for {timeout_seconds:g} s while {doing}, and was ended. "
-                        f"Try a smaller batch, or allow it more time."
+                        f"{self.name} gave no answer for {timeout_seconds:g} s while {doing}, and was ended."
+                        f"{self.timeout_advice}"
                     )
-            answer = self._connection.recv()
+            return self._connection.recv()
         except (EOFError, ConnectionError) as error:
             raise self._death(doing) from error
-        if not isinstance(answer, _Failure):
-            return answer
-        if not answer.kind:
-            unexpected = DatDeployError(
-                f"engine '{self.label}' failed while {doing}: {answer.message}. Try a smaller batch, or see whether "
-                f"it runs at all with: dat-deploy validate --engine {self.label}"
-            )
-            unexpected.add_note(answer.traceback)
-            raise unexpected
-        named = self.label in answer.message
-        kind: type[DatDeployError] = getattr(errors, answer.kind)
-        raise kind(answer.message if named else f"engine '{self.label}': {answer.message}")
 
     def _death(self, doing: str) -> DatDeployError:
         code = self._process.wait()
@@ -212,11 +206,11 @@ class EngineProcess:
         lines = self._log.read().decode(errors="replace").split("\n")
         words = next((line.strip() for line in reversed(lines) if line.strip()), "")
         cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-        hint = "The memory may have run out: try" if code == -signal.SIGKILL else "Try"
-        return DatDeployError(
-            f"engine '{self.label}': its process {cause} while {doing}"
-            f"{f'; its last words: {words}' if words else ''}. {hint} a smaller batch, or this engine alone."
-        )
+        last = f"; its last words: {words}" if words else ""
+        return DatDeployError(f"{self.name}: its process {cause} while {doing}{last}.{self._death_advice(code)}")
+
+    def _death_advice(self, code: int) -> str:
+        return ""
 
     def end(self, grace_seconds: float) -> None:
         """End the worker and all its children; an idle worker first has `grace_seconds` to leave by itself."""
@@ -235,3 +229,37 @@ class EngineProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end(_GRACE_SECONDS if kind is None else 0.0)
+
+
+class EngineProcess(WorkerProcess):
+    """An engine's worker.
+
+    Attributes:
+        label: names the engine in messages.
+    """
+
+    timeout_advice = " Try a smaller batch, or allow it more time."
+
+    def __init__(self, label: str) -> None:
+        super().__init__(f"engine '{label}'", f"{__name__}:serve")
+        self.label = label
+
+    def ask(self, request: Opening | Turn, doing: str, timeout_seconds: float) -> Any:
+        """As of any worker; an expected failure of the engine keeps its class, too."""
+        answer = super().ask(request, doing, timeout_seconds)
+        if not isinstance(answer, _Failure):
+            return answer
+        if not answer.kind:
+            unexpected = DatDeployError(
+                f"engine '{self.label}' failed while {doing}: {answer.message}. Try a smaller batch, or see whether "
+                f"it runs at all with: dat-deploy validate --engine {self.label}"
+            )
+            unexpected.add_note(answer.traceback)
+            raise unexpected
+        named = self.label in answer.message
+        kind: type[DatDeployError] = getattr(errors, answer.kind)
+        raise kind(answer.message if named else f"engine '{self.label}': {answer.message}")
+
+    def _death_advice(self, code: int) -> str:
+        hint = "The memory may have run out: try" if code == -signal.SIGKILL else "Try"
+        return f" {hint} a smaller batch, or this engine alone."

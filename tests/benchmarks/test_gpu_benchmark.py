@@ -71,21 +71,15 @@ def test_every_row_has_a_key_of_its_own_and_a_function_that_is_there():
 class Ended(list):
     """A worker whose rows take made-up seconds on a clock that is none; it is the list of those it was asked for."""
 
-    process = kit = None
+    kit = None
 
     def __init__(self, seconds: float) -> None:
         self.now, self.seconds = 0.0, seconds
-
-    def start(self, seconds):
-        self.process = self
 
     def ask(self, job, context, limit):
         self.append(job.key)
         self.now += self.seconds
         return Found({"a": 1.0}), True
-
-    def end(self):
-        self.process = None
 
 
 def job(part: str, name: str, seconds: float, *, optional: bool = False) -> gpu_plan.Job:
@@ -139,8 +133,8 @@ def test_a_whole_run_measures_every_row_and_one_that_fails_costs_itself_alone(wh
     errors = [row.error for row in record.rows.values() if row.error]
     assert errors == [
         "RuntimeError: CUDA error: an illegal memory access more words",
-        "no answer in 2 s, so its process was ended",
-        "its process ended with SIGSEGV",
+        "the process that measures gave no answer for 1.5 s while measuring this, and was ended.",
+        "the process that measures: its process was killed by SIGSEGV while measuring this.",
     ]
     assert (record.commit, record.machine) == ("abc", fake_gpu.MACHINE)
     text = path.with_suffix(".md").read_text()
@@ -196,12 +190,12 @@ def test_a_run_that_is_killed_at_any_second_leaves_a_record_of_every_finished_ro
 def test_a_row_that_meets_the_end_is_stopped_there(tmp_path, record, monkeypatch):
     monkeypatch.setattr(entry, "OPENER", "fake_gpu:open_gpu")
     hangs = fake_gpu.made_up(gpu_plan.first()[0], tmp_path / "begun.txt", 0.0, {"ceilings/ceilings": "hangs"})
-    worker = entry.Worker(None)
+    workers = entry.Workers(None)
     try:
-        worker.start(20.0)
-        assert not list(entry.measured([hangs], record, worker, tmp_path / "r.json", time.time() + 1.0))
+        workers.start(20.0)
+        assert not list(entry.measured([hangs], record, workers, tmp_path / "r.json", time.time() + 1.0))
     finally:
-        worker.end()
+        workers.end()
     assert record.not_measured == {"ceilings/ceilings": "out of time: stopped after 1 s"}
 
 
