@@ -246,12 +246,13 @@ def opened_record(options: argparse.Namespace, machine: Machine) -> tuple[Path, 
 def logged_clocks(path: Path, deadline: float) -> Iterator[None]:
     """A line a second beside the record: clocks, power, temperature, what holds the clock back."""
     smi, limit = shutil.which("nvidia-smi"), shutil.which("timeout")
-    if smi is None or limit is None:
+    if not (smi and limit):
         yield
         return
-    command = [limit, f"{max(1.0, deadline - time.time()):.0f}", smi, f"--query-gpu={CLOCKS}", "--format=csv"]
+    seconds = f"{max(1.0, deadline - time.time()):.0f}"  # should this process be killed, it ends all the same
+    command = [limit, seconds, smi, f"--query-gpu={CLOCKS}", "--format=csv", "--loop=1"]
     with path.with_name(f"{path.stem}-clocks.csv").open("a") as file:
-        process = subprocess.Popen([*command, "--loop=1"], stdout=file, stderr=file)  # noqa: S603  # fixed
+        process = subprocess.Popen(command, stdout=file, stderr=file)  # noqa: S603  # fixed
         try:
             yield
         finally:

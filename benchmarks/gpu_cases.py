@@ -4,16 +4,14 @@ The work of an operator is counted alike for all implementations: FLOPs are the 
 are each input read once and the output written once, exponentials are one a score. The slowest is the floor.
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from dat_deploy.errors import ShapeError
-from dat_deploy.variants import RELEASED, VARIANTS, Variant
+from dat_deploy.variants import Variant
 
-__all__ = ["BAR", "FLOAT32_INPUTS", "Case", "cases", "of_network", "of_stage"]
+__all__ = ["BAR", "FLOAT32_INPUTS", "Case", "of_network", "of_stage"]
 
 EXPONENTIALS_A_CLOCK = 16  # of one multiprocessor, from compute capability 8.0 to 9.0
 FLOAT32_INPUTS = ("sampling_locations", "relative_position_bias_table")  # of what ships
@@ -45,18 +43,17 @@ class Case:
     @property
     def shape(self) -> str:
         """All that tells it from other cases of the operator, but for the batch."""
-        parts = [f"{self.height}x{self.width}x{self.channels}"]
-        if self.heads:
-            parts.append(f"{self.heads} heads")
-        if self.groups:
-            parts.append(f"{self.sampled[0]}x{self.sampled[1]} points in {self.groups} groups")
-        if self.table[0]:
-            parts.append(f"table {self.table[0]}x{self.table[1]}, {'half pixel' if self.half_pixel else 'corners'}")
-        if self.window_size:
-            parts.append(f"windows of {self.window_size}" + (f" shifted by {self.shift_size}" * bool(self.shift_size)))
-        if self.kernel_size:
-            parts.append(f"neighbors {self.kernel_size}x{self.kernel_size}")
-        return ", ".join(parts)
+        (rows, columns), (high, wide) = self.sampled, self.table
+        parts = [
+            f"{self.height}x{self.width}x{self.channels}",
+            self.heads and f"{self.heads} heads",
+            self.groups and f"{rows}x{columns} points in {self.groups} groups",
+            high and f"table {high}x{wide}, {'half pixel' if self.half_pixel else 'corners'}",
+            self.window_size and f"windows of {self.window_size}",
+            self.shift_size and f"shifted by {self.shift_size}",
+            self.kernel_size and f"neighbors {self.kernel_size}x{self.kernel_size}",
+        ]
+        return ", ".join(filter(None, parts))
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -146,13 +143,3 @@ def of_stage(variant: Variant, index: int, batch: int) -> Iterator[Case]:
 def of_network(variant: Variant, batch: int) -> list[Case]:
     """Each once."""
     return list(dict.fromkeys(case for i in range(len(variant.stages)) for case in of_stage(variant, i, batch)))
-
-
-def cases(batch: int) -> list[Case]:
-    """Of all released networks at 224 and 384, and of `pp-tiny` at a detector's size."""
-    wanted = [(name, size) for name in RELEASED for size in ((224, 224), (384, 384))] + [("pp-tiny", (800, 1344))]
-    found: list[Case] = []
-    for name, size in wanted:
-        with contextlib.suppress(ShapeError):  # windows do not tile every size
-            found += of_network(VARIANTS[name].with_image_size(*size), batch)
-    return list(dict.fromkeys(replace(case) for case in found))

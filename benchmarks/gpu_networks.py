@@ -19,14 +19,12 @@ from gpu_timing import Call
 from torch import Tensor
 
 from dat_deploy.checkpoint import Weights, load_weights, model_from_weights
-from dat_deploy.configuration import find_variant
-from dat_deploy.files import atomic_output
 from dat_deploy.model import half_network
 from dat_deploy.plugins.dispatch import recorded_jobs
 from dat_deploy.tune import tune as tune_network
 from dat_deploy.variants import VARIANTS, Variant
 
-__all__ = ["check", "engine", "measure", "memory", "ncu", "profile", "tests", "tune"]
+__all__ = ["check", "engine", "measure", "ncu", "profile", "tests", "tune"]
 
 COMPILE_MODE = "max-autotune-no-cudagraphs"  # the graph is captured by hand, alike for all modes
 CHUNK = 16  # images of what answers are compared with, at a time
@@ -100,30 +98,20 @@ def _timed(call: Call, batch: int, gpu: Any) -> tuple[dict[str, float], str]:
     return numbers | {"samples": took["samples"], "sm_mhz": took["sm_mhz"]}, how
 
 
-def measure(variant: str, mode: str, batch: int, gpu: Any) -> Found:
-    """Logits of every slot, then memory without a graph, then time."""
+def measure(variant: str, mode: str, batch: int, gpu: Any, size: tuple[int, int] | None = None) -> Found:
+    """Logits of every slot, then memory without a graph, then time; at the network's own image size or another."""
     torch.compiler.reset()
-    about = VARIANTS[variant]
+    about = VARIANTS[variant].with_image_size(*size or VARIANTS[variant].image_size)
     images, model = make_images(about, batch, gpu.device), network(about, mode, gpu.device)
     run = torch.compile(model, mode=COMPILE_MODE, dynamic=False) if mode.endswith("compile") else model
     begin = time.perf_counter()
     logits = run(images)
     first_s = time.perf_counter() - begin
     right, error = judged(about, logits, "fp16")
+    gpu.release()
     peak = gpu.peak_bytes(lambda: run(images))
     numbers, how = _timed(lambda: run(images), batch, gpu)
     return Found(numbers | {"peak_mib": peak / MIB, "first_call_s": first_s} | right, (how,), error)
-
-
-def memory(variant: str, size: tuple[int, int], mode: str, gpu: Any) -> Found:
-    """The most memory of one forward of a detector's backbone with its head, batch 1."""
-    about = find_variant(variant, image_size=size)
-    images, model = make_images(about, 1, gpu.device), network(about, mode, gpu.device)
-    right, error = judged(about, model(images), "fp16")
-    answers.cache_clear()
-    peak = gpu.peak_bytes(lambda: model(images))
-    numbers, how = _timed(lambda: model(images), 1, gpu)
-    return Found({"peak_mib": peak / MIB} | numbers | right, (how,), error)
 
 
 def tune(variant: str, batches: list[int], gpu: Any) -> Found:
@@ -165,12 +153,6 @@ def engine(variant: str, backend: str, batches: list[int], gpu: Any, **building:
     return Found(numbers, (*report.notes, *notes), "; ".join(errors) or None)
 
 
-def _append(path: Path, text: str) -> None:
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    with atomic_output(path, force=True) as temporary:
-        temporary.write_text(before + text, encoding="utf-8")
-
-
 def profile(variant: str, batch: int, gpu: Any, path: Path) -> Found:
     """Kernels of one fused forward by their time: the largest as numbers, all as text beside the record."""
     from torch.autograd import DeviceType
@@ -188,7 +170,8 @@ def profile(variant: str, batch: int, gpu: Any, path: Path) -> Found:
     averages = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
     averages.sort(key=lambda event: -event.self_device_time_total)
     lines = [f"{event.self_device_time_total:10.0f} us {event.count:5d} x {event.key}" for event in averages]
-    _append(path.with_name(f"{path.stem}-profile.txt"), "\n".join([f"{variant}, batch {batch}", *lines, "", ""]))
+    with path.with_name(f"{path.stem}-profile.txt").open("a", encoding="utf-8") as file:
+        file.write("\n".join([f"{variant}, batch {batch}", *lines, "", ""]))
     total = sum(event.self_device_time_total for event in averages)
     ours = sum(e.self_device_time_total for e in averages if re.search(r"_(attention|sample)_kernel", e.key))
     numbers = {"device_ms": total / 1000, "share_of_our_kernels": ours / total if total else 0.0}
@@ -208,18 +191,13 @@ def ncu(kit: Path | None, path: Path, *, seconds: float) -> Found:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)  # noqa: S603  # fixed
     except subprocess.TimeoutExpired:
         return Found({}, error=f"ncu took more than {seconds:.0f} s")
-    _append(path.with_name(f"{path.stem}-ncu.txt"), done.stdout + done.stderr)
-    said = re.findall(r"^ +([A-Z][\w /()-]+?) {2,}(\S+) +([\d.,]+)$", done.stdout, re.MULTILINE)
-    wanted = ("Duration", "Compute (SM) Throughput", "Memory Throughput", "L1/TEX Hit Rate", "Executed Ipc Active")
-    numbers: dict[str, float] = {}
-    for name, unit, value in said:
-        if name in wanted:
-            key = f"{name} {unit}".strip()
-            numbers.setdefault(key if key not in numbers else f"prototype {key}", float(value.replace(",", "")))
+    path.with_name(f"{path.stem}-ncu.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode or "deformable_attention_kernel" not in done.stdout:
         last = (done.stdout + done.stderr).strip().splitlines()[-3:]
-        return Found(numbers, error=f"ncu ended with {done.returncode}: {' '.join(last)[:400]}")
-    return Found(numbers)
+        return Found({}, error=f"ncu ended with {done.returncode}: {' '.join(last)[:400]}")
+    return Found(
+        {"launches": float(done.stdout.count("Section: GPU Speed Of Light"))}, ("its report is beside the record",)
+    )
 
 
 def tests(path: Path, *, mark: str, seconds: float) -> Found:

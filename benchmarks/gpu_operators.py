@@ -99,8 +99,9 @@ def check(case: Case, what: str, gpu: Any, *, dtype: str = "fp16") -> Found:
     """
     operator, kind = functools.partial(getattr(FUSED, case.operator), **case.attributes), DTYPES[dtype]
     inputs = make_inputs(case, 1, gpu.device, kind, stress=True)
-    if what == "unaligned":
-        inputs = {name: _unaligned(x) for name, x in inputs.items()}
+    if what == "unaligned":  # one element into a buffer
+        buffers = {name: x.new_empty(x.numel() + 1)[1:] for name, x in inputs.items()}
+        inputs = {name: buffers[name].view(x.shape).copy_(x) for name, x in inputs.items()}
     with recorded_jobs() as jobs:
         results = {"as launched": operator(**inputs).clone()}
     if len(jobs) != 1:
@@ -127,12 +128,6 @@ def check(case: Case, what: str, gpu: Any, *, dtype: str = "fp16") -> Found:
         results = {"replayed": captured}
     numbers, error = judged(case, inputs, results)
     return Found(numbers | {"launches": len(results)}, error=error)
-
-
-def _unaligned(tensor: Tensor) -> Tensor:
-    """The same, one element into a buffer."""
-    moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)[1:]
-    return moved.view(tensor.shape).copy_(tensor)
 
 
 def describe(configuration: Configuration) -> str:
@@ -216,16 +211,9 @@ def flex_window_attention(qkv: Tensor, bias: Tensor, mask: Tensor, case: Case) -
     return _in_windows(attend, qkv, bias, case)
 
 
-def _window_bias(case: Case, table: Tensor) -> tuple[Tensor, Tensor]:
-    bias = table[relative_position_index(case.window_size, table.device)].permute(2, 0, 1).contiguous()
-    if case.shift_size:
-        return bias, shifted_window_mask(case.height, case.width, case.window_size, case.shift_size, table.device)
-    return bias, table.new_zeros(1, *bias.shape[1:])
-
-
-def flex_neighborhood_attention(qkv: Tensor, table: Tensor, block_mask: Any, heads: int, kernel_size: int) -> Tensor:
+def flex_neighborhood_attention(qkv: Tensor, table: Tensor, block_mask: Any, case: Case) -> Tensor:
     """The block mask leaves the neighbors; the map must not be smaller than their square."""
-    width = qkv.shape[2]
+    width, kernel_size = case.width, case.kernel_size
 
     def entry(query_position: Tensor, key_position: Tensor) -> Tensor:
         # What is no neighbor is masked, whatever it reads; it must only read inside of the table.
@@ -234,7 +222,7 @@ def flex_neighborhood_attention(qkv: Tensor, table: Tensor, block_mask: Any, hea
     def score_mod(score: Tensor, b: Tensor, head: Tensor, m: Tensor, n: Tensor) -> Tensor:
         return score + table[head, entry(m // width, n // width), entry(m % width, n % width)]
 
-    return _flex(*qkv.chunk(3, dim=-1), heads, score_mod, block_mask)
+    return _flex(*qkv.chunk(3, dim=-1), case.heads, score_mod, block_mask)
 
 
 @functools.lru_cache(maxsize=2)
@@ -276,30 +264,25 @@ def implementation(case: Case, name: str, gpu: Any) -> Callable[[Inputs], Call]:
             return functools.partial(attend, query, key, value, bias, case.heads)
 
         return with_bias
-    if case.operator == "window_attention":
+    if case.operator == "neighborhood_attention":
+        flex = compiled(flex_neighborhood_attention)
+        return lambda inputs: functools.partial(
+            flex, inputs["qkv"], inputs["relative_position_bias_table"], _block_mask(case, gpu.device.type), case
+        )
+
+    def in_windows(inputs: Inputs) -> Call:
+        qkv, table = inputs.values()
+        bias = table[relative_position_index(case.window_size, table.device)].permute(2, 0, 1).contiguous()
+        mask = table.new_zeros(1, *bias.shape[1:])
+        if case.shift_size:
+            mask = shifted_window_mask(case.height, case.width, case.window_size, case.shift_size, table.device)
         if name == "flex":
-            windows = compiled(flex_window_attention)
-            return lambda inputs: functools.partial(
-                windows, inputs["qkv"], *_window_bias(case, inputs["relative_position_bias_table"]), case
-            )
+            return functools.partial(compiled(flex_window_attention), qkv, bias, mask, case)
+        windows = case.batch * case.height * case.width // case.window_size**2
+        of_all = (bias + mask[:, None]).to(qkv.dtype).repeat(windows // len(mask), 1, 1, 1)
+        return functools.partial(_in_windows, sdpa, qkv, of_all, case)
 
-        def masked(inputs: Inputs) -> Call:
-            bias, mask = _window_bias(case, inputs["relative_position_bias_table"])
-            both = (bias + mask[:, None]).to(inputs["qkv"].dtype).repeat(case.batch, 1, 1, 1)
-            windows = case.batch * case.height * case.width // case.window_size**2
-            bias_of_all = both.repeat(windows // both.shape[0], 1, 1, 1)
-            return functools.partial(_in_windows, sdpa, inputs["qkv"], bias_of_all, case)
-
-        return masked
-    neighborhood = compiled(flex_neighborhood_attention)
-    return lambda inputs: functools.partial(
-        neighborhood,
-        inputs["qkv"],
-        inputs["relative_position_bias_table"],
-        _block_mask(case, inputs["qkv"].device.type),
-        case.heads,
-        case.kernel_size,
-    )
+    return in_windows
 
 
 def ceilings(gpu: Any, *, size: int = 8192, words: int = 2**29, milliseconds: int = 1500) -> Found:
@@ -335,8 +318,7 @@ def measure(case: Case, name: str, gpu: Any, ceilings: dict[str, float]) -> Foun
         tuned = tuning.tuned_configuration(job.operator, job.problem, job.output)
         configuration = tuned or job.kernel.configurations(job.problem)[0]
         notes.append(f"{describe(configuration)}, {'as tuned' if tuned else 'by rule: not tuned'}")
-    if name == "prototype":
-        notes.append("its table was packed, and its bound computed, before")
-    if name in ("flex+bias", "sdpa"):
-        notes.append("its bias was computed before")
+    before = {"prototype": "table was packed, and its bound computed,"}
+    before |= dict.fromkeys(("flex+bias", "sdpa"), "bias was computed")
+    notes += [f"its {before[name]} before"] if name in before else []
     return Found(numbers, tuple(notes), error)

@@ -3,6 +3,7 @@
 What a row needs is imported when its turn comes: a row is a function of another module and its arguments.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +25,7 @@ PEERS = {
 }
 # Guesses, until one of the kind was measured; what is compiled is measured as time is left.
 SECONDS = {"fused": 0.7, "eager": 0.9, "sdpa": 0.8, "prototype": 0.8, "compile": 7.0, "flex": 9.0, "flex+bias": 7.0}
-COMPILED = ("compile", "flex", "flex+bias")
+COMPILED, ON_VIEWS = ("compile", "flex", "flex+bias"), ("unaligned", "graph")
 
 
 @dataclass(frozen=True)
@@ -77,30 +78,24 @@ def _checks() -> Iterator[Job]:
         "window_attention": ((base, 0), (tiny, 0), (tiny, 3)),
         "neighborhood_attention": ((pp, 0), (pp, 2), (large, 2)),
     }
+    others = [("default", "bf16"), ("default", "fp32"), *((what, "fp16") for what in ("configurations", *ON_VIEWS))]
     for operator, shapes in at.items():
         found = [case for variant, i in shapes for case in of_stage(variant, i, 3) if case.operator == operator]
         if operator == "neighborhood_attention":
             found.append(replace(found[0], height=5, width=9))  # smaller than a neighborhood: padded
-        yield from (_check(case, "default", "fp16") for case in found)
-        others = [("default", "bf16"), ("default", "fp32"), ("configurations", "fp16"), ("unaligned", "fp16")]
-        yield from (_check(found[0], *other) for other in [*others, ("graph", "fp16")])
-
-
-def _check(case: Case, what: str, dtype: str) -> Job:
-    labels = {"operator": case.operator, "shape": case.shape, "what": what, "precision": dtype}
-    arguments = {"case": case, "what": what, "dtype": dtype}
-    name = f"{case.operator} {case.shape} {what} {dtype}"
-    return Job("correctness", name, "gpu_operators:check", arguments, 1.5 if what == "configurations" else 0.6,
-               f"check {what}", labels)  # fmt: skip
-
-
-def _network_checks() -> Iterator[Job]:
+        for case, what, dtype in [
+            *((case, "default", "fp16") for case in found),
+            *((found[0], *how) for how in others),
+        ]:
+            labels = {"operator": operator, "shape": case.shape, "what": what, "precision": dtype}
+            arguments, seconds = {"case": case, "what": what, "dtype": dtype}, 1.5 if what == "configurations" else 0.6
+            name = " ".join(labels.values())
+            yield Job("correctness", name, "gpu_operators:check", arguments, seconds, f"check {what}", labels)
     for name in (NETWORKS[0], NETWORKS[2]):
         for precision in ("fp32", "fp16"):
-            labels = {"variant": name, "what": "network", "precision": precision}
-            arguments = {"variant": name, "precision": precision}
+            labels = {"variant": name, "precision": precision}
             key = f"network {name} {precision}"
-            yield Job("correctness", key, "gpu_networks:check", arguments, 4.0, "check network", labels)
+            yield Job("correctness", key, "gpu_networks:check", labels, 4.0, "check network", labels)
 
 
 def _operators(variant: Variant, index: int, batch: int) -> Iterator[Job]:
@@ -110,39 +105,35 @@ def _operators(variant: Variant, index: int, batch: int) -> Iterator[Job]:
             fits = case.half_pixel or case.table == (2 * case.height - 1, 2 * case.width - 1)
             if peer == "prototype" and not (fits and case.channels == 32 * case.heads):
                 continue
-            labels = {"operator": case.operator, "shape": case.shape, "batch": str(batch), "for": user}
+            labels = {"operator": case.operator, "for": user, "batch": str(batch), "shape": case.shape}
             labels |= {"implementation": peer} | ({"bar": "yes"} if case == bar() else {})
-            key, arguments = f"{case.operator} {user} batch {batch} {peer}", {"case": case, "name": peer}
-            if case.shift_size:
-                key = f"shifted {key}"
-            yield Job("operators", key, "gpu_operators:measure", arguments, SECONDS[peer], peer, labels,
-                      peer in COMPILED)  # fmt: skip
+            key, arguments = (
+                f"{case.operator} {user}, {case.shape}, batch {batch}, {peer}",
+                {"case": case, "name": peer},
+            )
+            optional, seconds = peer in COMPILED, SECONDS[peer]
+            yield Job("operators", key, "gpu_operators:measure", arguments, seconds, peer, labels, optional)
 
 
 def _networks(modes: Iterable[str], batches: Iterable[int], names: Iterable[str] = NETWORKS) -> Iterator[Job]:
-    for mode in modes:
-        for batch in batches:
-            for name in names:
-                labels = {"variant": name, "batch": str(batch), "mode": mode, "precision": "fp16"}
-                arguments = {"variant": name, "mode": mode, "batch": batch}
-                compiled = mode.endswith("compile")
-                seconds, kind = 75.0 if compiled else 3.5, f"network {mode} {name}"
-                yield Job("networks", f"{name} batch {batch} {mode}", "gpu_networks:measure", arguments, seconds, kind,
-                          labels, compiled)  # fmt: skip
+    for mode, batch, name in itertools.product(modes, batches, names):
+        labels = {"variant": name, "batch": str(batch), "mode": mode, "precision": "fp16"}
+        arguments, optional = {"variant": name, "mode": mode, "batch": batch}, mode.endswith("compile")
+        seconds, kind, key = 75.0 if optional else 3.5, f"network {mode} {name}", f"{name} batch {batch} {mode}"
+        yield Job("networks", key, "gpu_networks:measure", arguments, seconds, kind, labels, optional)
 
 
 def first() -> list[Job]:
     """What one call of seven minutes has, in order; of the optional rows, those of most value first."""
     jobs = [Job("ceilings", "ceilings", "gpu_operators:ceilings", {}, 8.0, "ceilings")]
-    jobs += [*_checks(), *_network_checks()]
+    jobs += list(_checks())
     rows = [row for stage in stages() for row in _operators(*stage)]
     # What needs no compiler first, then the compiled peers of the operator that this project is about.
     rows.sort(key=lambda row: row.optional * (1 + (row.labels["operator"] != "deformable_attention")))
     jobs += [*rows, *_networks(("fused", "eager"), (1, 128)), *_networks(("compile", "fused+compile"), (128,))]
     for name in NETWORKS:
-        labels = {"variant": name, "batch": "128"}
         arguments = {"variant": name, "batch": 128}
-        jobs.append(Job("profile", name, "gpu_networks:profile", arguments, 4.0, "profile", labels))
+        jobs.append(Job("profile", name, "gpu_networks:profile", arguments, 4.0, "profile", {"variant": name}))
     return [*jobs, Job("ncu", "bar", "gpu_networks:ncu", {"seconds": 60.0}, 30.0, "ncu")]
 
 
@@ -151,9 +142,8 @@ def second() -> list[Job]:
     earlier = first()
     jobs = [job for job in earlier if job.part in ("ceilings", "correctness")]
     for mode in ("fused", "eager"):
-        arguments = {"variant": DETECTOR[0], "size": DETECTOR[1], "mode": mode}
-        labels = {"variant": DETECTOR[0], "mode": mode}
-        jobs.append(Job("memory", mode, "gpu_networks:memory", arguments, 6.0, "memory", labels))
+        arguments = {"variant": DETECTOR[0], "size": DETECTOR[1], "mode": mode, "batch": 1}
+        jobs.append(Job("memory", mode, "gpu_networks:measure", arguments, 6.0, "memory", {"mode": mode}))
     for name in NETWORKS:
         arguments = {"variant": name, "batches": [1, 128]}
         jobs.append(Job("tune", name, "gpu_networks:tune", arguments, 12.0, "tune", {"variant": name}))

@@ -131,8 +131,5 @@ def newest(folder: Path, *, source: str | None = None) -> Path | None:
 
 def new_path(folder: Path, date: datetime.date) -> Path:
     """DATE.json, or DATE-2.json and so on: no record is ever replaced by that of another source."""
-    path, count = folder / f"{date}.json", 1
-    while path.exists():
-        count += 1
-        path = folder / f"{date}-{count}.json"
-    return path
+    names = [f"{date}.json", *(f"{date}-{count}.json" for count in range(2, 1000))]
+    return next(path for path in map(folder.joinpath, names) if not path.exists())

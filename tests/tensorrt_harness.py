@@ -6,6 +6,7 @@ a build; only the caller of its plugin objects, inside TensorRT, is stood in for
 of it is a process with the libraries in its path, which prints what it found as JSON. `run` starts it.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -225,9 +226,17 @@ def value_of(readable: Any) -> int:
 def all_cases() -> list[Any]:
     """The operators at the shapes of all variants, whatever the batch; benchmarks/gpu_cases.py."""
     sys.path.insert(0, BENCHMARKS)
-    from gpu_cases import cases
+    from gpu_cases import of_network
 
-    return cases(batch=1)
+    from dat_deploy.errors import ShapeError
+    from dat_deploy.variants import RELEASED, VARIANTS
+
+    found = of_network(VARIANTS["pp-tiny"].with_image_size(800, 1344), 1)
+    for name in RELEASED:
+        for side in (224, 384):
+            with contextlib.suppress(ShapeError):  # windows do not tile every size
+                found += of_network(VARIANTS[name].with_image_size(side, side), 1)
+    return list(dict.fromkeys(found))
 
 
 def inputs_of(case: Any, batch: int) -> dict[str, tuple[int, ...]]:

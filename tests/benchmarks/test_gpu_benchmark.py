@@ -305,7 +305,7 @@ def test_a_wrong_row_meets_no_target(record):
     labels = {"operator": "deformable_attention", "implementation": "fused", "bar": "yes", "for": "x", "shape": "y"}
     numbers = {"median_us": 10.0, "share_of_floor": 0.6, "cold_us": 10.0, "sm_mhz": 1.0}
     record.add("o/f", Row("operators", "fused", labels | {"batch": "64"}, numbers, (), None, 1.0))
-    assert "| the same: share of its floor, exponentials included | ≥ 50 % | 60 %, met |" in gpu_report.targets(record)
+    assert "| the same: share of its floor, exponentials included | ≥ 50 % | 60.0 %, met |" in gpu_report.targets(record)
     record.rows["o/f"] = replace(record.rows["o/f"], error="wrong: off by 1")
     assert gpu_report.targets(record).count("not measured") == 12
     assert "| wrong |" in gpu_report.operators(record)

@@ -203,9 +203,6 @@ def _small_networks(monkeypatch, mini_pp):
 @pytest.mark.filterwarnings("ignore:CUDA is not available, disabling CUDA profiling:UserWarning")
 @pytest.mark.usefixtures("kernels", "_small_networks", "_uncompiled")
 def test_every_kind_of_row_is_measured_on_small_networks(gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        gpu_networks, "find_variant", lambda name, image_size: VARIANTS[name].with_image_size(*image_size)
-    )
     monkeypatch.setattr(gpu_operators, "ceilings", lambda gpu: Found(CEILINGS))
     context = {"gpu": gpu, "path": tmp_path / "2026-11-27.json", "kit": None, "ceilings": CEILINGS}
     monkeypatch.setattr(gpu_networks.shutil, "which", lambda name: None)
