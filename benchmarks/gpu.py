@@ -39,7 +39,7 @@ from dat_deploy.system import command_output  # noqa: E402
 
 KIT = ROOT / ".gpu-kit"
 OPENER = "gpu:open_gpu"
-START_LIMIT_SECONDS, LEAST_LIMIT_SECONDS = 90.0, 20.0
+LEAST_LIMIT_SECONDS = 30.0  # of a row, which may be the first to load some library
 OUT_OF_TIME, CONFIGURATIONS = "out of time", "configurations.json"
 CLOCKS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
 
@@ -189,8 +189,6 @@ class Workers:
 
     def ask(self, job: Job, context: dict[str, Any], seconds: float) -> tuple[Found, bool]:
         """What was found, and whether the GPU can be used on. Raises as `start`."""
-        if self.process is None:
-            self.start(seconds)
         return self.process.ask((job, context), "measuring this", seconds)
 
     def end(self) -> None:
@@ -211,7 +209,7 @@ def run(jobs: Sequence[Job], options: argparse.Namespace) -> Path:
     workers = Workers(options.kit)
     with contextlib.ExitStack() as stack:
         stack.callback(workers.end)
-        machine = workers.start(START_LIMIT_SECONDS)
+        machine = workers.start(deadline - time.time())
         path, record = opened_record(options, machine)
         jobs = [job for job in jobs if job.key not in record.rows]
         record.not_measured |= {job.key: OUT_OF_TIME for job in jobs}
@@ -289,7 +287,10 @@ def measured(
         ceilings = record.rows.get("ceilings/ceilings")
         context = {"path": path, "kit": workers.kit, "ceilings": ceilings.numbers if ceilings else {}}
         try:
-            found, healthy = workers.ask(job, context, min(deadline - now, max(3 * seconds(job), LEAST_LIMIT_SECONDS)))
+            if workers.process is None:
+                workers.start(deadline - now)
+            limit = min(deadline - clock(), max(3 * seconds(job), LEAST_LIMIT_SECONDS))
+            found, healthy = workers.ask(job, context, limit)
         except DatDeployError as error:
             if clock() >= deadline:
                 record.not_measured[job.key] = f"{OUT_OF_TIME}: stopped after {clock() - now:.0f} s"

@@ -1,6 +1,6 @@
 """A GPU that is none: `python fake_gpu.py OUTPUT [SCALE]` is the whole benchmark on it, with rows of made-up times.
 
-SCALE shortens them. What the rows say of themselves, before they begin, is in OUTPUT/begun.txt. Imports no torch.
+SCALE shortens them. Before they begin, rows write their keys and processes to OUTPUT/begun.txt. Imports no torch.
 """
 
 import functools
@@ -42,7 +42,7 @@ def open_gpu(kit: Path | None) -> FakeGpu:
 def row(key: str, peer: str, seconds: float, log: str, does: str = "") -> Found:
     """What a row says; `does` is what happens in its place."""
     with Path(log).open("a") as file:
-        file.write(f"{key}\n")
+        file.write(f"{key}\t{os.getpid()}\n")
     if does == "raises":
         raise RuntimeError("CUDA error: an illegal memory access\n\nmore words")
     if does == "dies":

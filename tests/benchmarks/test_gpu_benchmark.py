@@ -71,7 +71,7 @@ def test_every_row_has_a_key_of_its_own_and_a_function_that_is_there():
 class Ended(list):
     """A worker whose rows take made-up seconds on a clock that is none; it is the list of those it was asked for."""
 
-    kit = None
+    kit, process = None, True
 
     def __init__(self, seconds: float) -> None:
         self.now, self.seconds = 0.0, seconds
@@ -124,6 +124,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def begun_rows(folder: Path) -> tuple[list[str], str]:
+    """The keys of the rows that were begun, in order, and the process of the last."""
+    lines = [line.split("\t") for line in (folder / "begun.txt").read_text().splitlines()]
+    return [key for key, _ in lines], lines[-1][1]
+
+
 def test_a_whole_run_measures_every_row_and_one_that_fails_costs_itself_alone(whole):
     path = gpu_record.newest(whole)
     assert path is not None
@@ -145,46 +151,45 @@ def test_a_whole_run_measures_every_row_and_one_that_fails_costs_itself_alone(wh
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_another_call_goes_on_with_what_failed_and_what_is_left(whole, capfd, monkeypatch):
-    before = Record.read(gpu_record.newest(whole)).rows
+def test_another_call_goes_on_with_what_failed_alone(whole, capfd, monkeypatch):
+    again = [key for key, row in Record.read(gpu_record.newest(whole)).rows.items() if row.error]
     (whole / "begun.txt").unlink()
-    monkeypatch.setattr(gpu_plan, "second", lambda: gpu_plan.first()[:60])
-    monkeypatch.setattr(
-        entry, "second", lambda: [fake_gpu.made_up(each, whole / "begun.txt", 0.001, {}) for each in gpu_plan.second()]
-    )
+    jobs = [fake_gpu.made_up(each, whole / "begun.txt", 0.001, {}) for each in gpu_plan.first()]
+    monkeypatch.setattr(entry, "first", lambda: jobs)
     monkeypatch.setattr(entry, "OPENER", "fake_gpu:open_gpu")
-    assert entry.main(["--second", "--output", str(whole), "--kit", "none", "--minutes", "2"]) == 0
-    again = [key for key, row in before.items() if row.error]
-    assert (whole / "begun.txt").read_text().split("\n")[:-1] == [
-        key for key in again if key in {j.key for j in gpu_plan.second()}
-    ]
-    after = Record.read(gpu_record.newest(whole))
-    assert not [row for row in after.rows.values() if row.error]
+    assert entry.main(["--output", str(whole), "--kit", "none", "--minutes", "2"]) == 0
+    assert begun_rows(whole)[0] == again
+    assert not [row for row in Record.read(gpu_record.newest(whole)).rows.values() if row.error]
     assert f"] {again[0]}: " in capfd.readouterr().out
 
 
 def test_a_run_that_is_killed_at_any_second_leaves_a_record_of_every_finished_row(tmp_path):
     """Ten at once, killed at random times; no row begins before the last one is on disk, and no process is left."""
-    begin, running = time.monotonic(), []
+    running, processes = {}, []
     for i in range(10):
-        command = [sys.executable, fake_gpu.__file__, str(tmp_path / str(i)), "0.02"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # noqa: S603  # fixed
-        running.append((4.0 + random.Random(i).uniform(0, 4), process))  # noqa: S311  # no secret
-    lengths = set()
-    for i, (when, process) in sorted(enumerate(running), key=lambda each: each[1][0]):
-        time.sleep(max(0.0, begin + when - time.monotonic()))
+        folder = tmp_path / str(i)
+        command = [sys.executable, fake_gpu.__file__, str(folder), "0.02"]
+        running[folder] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # noqa: S603  # fixed
+    lengths, waits = set(), iter(sorted(random.Random(0).uniform(0, 0.8) for _ in running))  # noqa: S311  # no secret
+    for folder, process in running.items():
+        while not (folder / "begun.txt").exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(next(waits))
         process.kill()
         told = re.findall(r"^\[ *\d+ s\] (.*?): ", process.communicate()[0], re.MULTILINE)
-        begun = (tmp_path / str(i) / "begun.txt").read_text().split("\n")[:-1]
-        record = Record.read(gpu_record.newest(tmp_path / str(i)))
+        begun, last = begun_rows(folder)
+        processes.append(last)
+        record = Record.read(gpu_record.newest(folder))
         assert set(told) <= set(record.rows) <= set(begun)
         assert begun[:-1] == list(record.rows)[: len(begun) - 1]
         assert record.rows.keys() | record.not_measured.keys() == {each.key for each in gpu_plan.first()}
         lengths.add(len(record.rows))
     assert len(lengths) > 3
     time.sleep(0.5)
-    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)  # noqa: S603, S607  # fixed
-    assert left.stdout == ""
+    states = [
+        path.read_text().rpartition(") ")[2][0] for pid in processes if (path := Path(f"/proc/{pid}/stat")).exists()
+    ]
+    assert set(states) <= {"Z"}  # what nobody has waited for yet
 
 
 def test_a_row_that_meets_the_end_is_stopped_there(tmp_path, record, monkeypatch):
@@ -305,7 +310,7 @@ def test_a_wrong_row_meets_no_target(record):
     labels = {"operator": "deformable_attention", "implementation": "fused", "bar": "yes", "for": "x", "shape": "y"}
     numbers = {"median_us": 10.0, "share_of_floor": 0.6, "cold_us": 10.0, "sm_mhz": 1.0}
     record.add("o/f", Row("operators", "fused", labels | {"batch": "64"}, numbers, (), None, 1.0))
-    assert "| the same: share of its floor, exponentials included | ≥ 50 % | 60.0 %, met |" in gpu_report.targets(record)
+    assert "the same: share of its floor, exponentials included | ≥ 50 % | 60.0 %, met |" in gpu_report.targets(record)
     record.rows["o/f"] = replace(record.rows["o/f"], error="wrong: off by 1")
     assert gpu_report.targets(record).count("not measured") == 12
     assert "| wrong |" in gpu_report.operators(record)

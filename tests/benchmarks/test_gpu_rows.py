@@ -12,7 +12,7 @@ import gpu_plan
 import gpu_timing
 import pytest
 import torch
-from gpu_cases import BAR, Case, of_network, of_stage
+from gpu_cases import BAR, Case, of_stage
 from gpu_record import Found
 from torch._subclasses import FakeTensorMode
 
@@ -298,8 +298,3 @@ def test_what_the_networks_launch_by_default_spills_no_registers_on_sm_90(harnes
     assert len(compiled) > 50
     assert not [key for key, result in compiled.items() if result.spilled_bytes]
     assert max(result.shared_memory_bytes for result in compiled.values()) <= 48 * 1024
-
-
-def test_cases_of_a_network_are_listed_once():
-    found = of_network(VARIANTS["tiny"], 1)
-    assert len(found) == len(set(found)) == 10
