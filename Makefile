@@ -59,4 +59,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .gpu-kit demo data .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .gpu-kit .gpu-kit.* demo data .mypy_cache .ruff_cache .pytest_cache

@@ -10,19 +10,19 @@ the GPU are the same.
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import importlib
 import inspect
 import math
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,28 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # a machine with a GPU may have no installation of this
 
-from gpu_plan import REPORT_SECONDS, START_SECONDS, Job, bar, chosen, first, second  # noqa: E402
+from gpu_plan import REPORT_SECONDS, START_SECONDS, Job, bar, first, second  # noqa: E402
 from gpu_record import Found, Machine, Record, Row, new_path, newest, slug, source_hash  # noqa: E402
 
-from dat_deploy.benchmark.worker import WorkerProcess  # noqa: E402
 from dat_deploy.errors import DatDeployError, OutputError, UnsupportedError  # noqa: E402
+from dat_deploy.files import atomic_output  # noqa: E402
 from dat_deploy.system import command_output  # noqa: E402
 
-KIT = ROOT / ".gpu-kit"
+KIT, RESULTS = ROOT / ".gpu-kit", ROOT / "benchmarks" / "results"
 OPENER = "gpu:open_gpu"
-LEAST_LIMIT_SECONDS = 30.0  # of a row, which may be the first to load some library
-OUT_OF_TIME, CONFIGURATIONS = "out of time", "configurations.json"
+START_LIMIT_SECONDS = 120.0
+OUT_OF_TIME, NO_ANSWER, CONFIGURATIONS = "out of time", "gave no answer", "configurations.json"
+PARTS = {
+    "ceilings": "what this card reaches: a copy, a matrix product",
+    "correctness": "every kernel against float64",
+    "operators": "tuned, then beside their peers",
+    "networks": "as they ship, fused and eager",
+    "profile": "kernels by time",
+    "ncu": "Nsight Compute on the launch of the targets",
+    "memory": "the peak at a detector's image size",
+    "engines": "AOTInductor's packages",
+    "tests": "pytest -m gpu",
+}
 CLOCKS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
 
 
@@ -50,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--second", action="store_true", help="what a first call leaves: more batches, tests, engines")
     parser.add_argument("--minutes", type=float, default=7.0, help="for all of it")
     parser.add_argument("--kit", help=f"the folder that make gpu-kit wrote, or none; by default {KIT.name}, if there")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where records go, a folder a GPU")
     parser.add_argument("--commit", help="what the record calls the code, where this is no checkout of git")
     parser.add_argument("--report", action="store_true", help="make the tables again, those in README and docs, too")
     parser.add_argument("--record", type=Path, help="the record to report; without it the newest")
@@ -59,21 +70,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not 1 <= options.minutes < math.inf:
         parser.error(f"--minutes is {options.minutes:g}; give at least 1")
     try:
+        if options.report:
+            return report(options, options.record, documents=options.output == RESULTS and not options.record)
         options.kit = kit_folder(options.kit)
-        jobs = second() if options.second else first()
+        if options.ncu_target:
+            return ncu_target(options.kit)
+        has_prototype = options.kit is not None and (options.kit / "prototype").is_dir()
+        jobs = [job for job in (second() if options.second else first()) if has_prototype or job.kind != "prototype"]
         if options.plan:
             print(plan_text(jobs, 60 * options.minutes))
             return 0
-        if options.ncu_target:
-            return ncu_target(options.kit)
-        if options.report:
-            return report(options.output, options.record, documents=True)
-        return report(options.output, run(jobs, options))
+        return report(options, run(jobs, options))
     except DatDeployError as error:
         print(f"benchmarks/gpu.py: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130  # as shells have it; what was measured is on disk
+        print(
+            "stopped; what was measured is on disk, the same command goes on, --report makes its tables",
+            file=sys.stderr,
+        )
+        return 130
 
 
 def kit_folder(named: str | None) -> Path | None:
@@ -86,17 +102,31 @@ def kit_folder(named: str | None) -> Path | None:
     return None
 
 
+class Guesses:
+    """In the place of `Workers`, on a clock of its own: every row takes what is guessed."""
+
+    process, kit, now = True, None, START_SECONDS
+
+    def ask(self, job: Job, context: dict[str, Any], seconds: float) -> tuple[Found, bool]:
+        self.now += min(job.seconds, seconds)
+        return Found({}), True
+
+
 def plan_text(jobs: Sequence[Job], seconds: float) -> str:
     """The parts in order, with their rows and seconds, as far as the guesses go."""
-    planned = chosen(jobs, seconds)
-    lines = [f"{'start':<12}           {START_SECONDS:5.0f} s"]
+    guesses, planned = Guesses(), []
+    record = Record("", None, "", Machine("", 0, 0, 0, {}))
+    for job, row in measured(jobs, record, guesses, RESULTS, seconds - REPORT_SECONDS, lambda: guesses.now):
+        record.add(job.key, row)
+        planned.append(job)
+    lines = [f"{'start':<12}           {START_SECONDS:5.0f} s  a process with its imports"]
     for part in dict.fromkeys(job.part for job in planned):
         mine = [job for job in planned if job.part == part]
         optional = sum(job.optional for job in mine)
-        more = f", {optional} of them as time is left" if optional else ""
-        lines.append(f"{part:<12} {len(mine):4d} rows {sum(job.seconds for job in mine):5.0f} s{more}")
-    total = START_SECONDS + REPORT_SECONDS + sum(job.seconds for job in planned)
-    lines += [f"{'report':<12}           {REPORT_SECONDS:5.0f} s", f"{'all':<12} {len(planned):4d} rows {total:5.0f} s"]
+        more = f", {optional} rows of it as time is left" if optional else ""
+        lines.append(f"{part:<12} {len(mine):4d} rows {sum(job.seconds for job in mine):5.0f} s  {PARTS[part]}{more}")
+    lines.append(f"{'report':<12}           {REPORT_SECONDS:5.0f} s  tables and a plot")
+    lines.append(f"{'all':<12} {len(planned):4d} rows {guesses.now + REPORT_SECONDS:5.0f} s")
     left = len(jobs) - len(planned)
     return "\n".join([*lines, f"{left} more rows if that goes faster than guessed, or in another call"])
 
@@ -104,7 +134,9 @@ def plan_text(jobs: Sequence[Job], seconds: float) -> str:
 def serve(handle: int, opener: str, kit: str) -> None:
     """The worker: say what GPU this is, then answer each job and its context with what was found, and whether the GPU
     can be used on."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent, however that ends
+    from dat_deploy.benchmark.worker import end_with_parent
+
+    end_with_parent()
     module, _, name = opener.partition(":")
     with Connection(handle) as connection, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.suppress(EOFError, ConnectionError))
@@ -114,7 +146,8 @@ def serve(handle: int, opener: str, kit: str) -> None:
             connection.send(error)
             return
         connection.recv()  # the question what GPU this is
-        connection.send(gpu.machine)
+        kit_used = f"Triton {gpu.kit.triton}, sm_{gpu.kit.architecture}" if gpu.kit is not None else "none"
+        connection.send(replace(gpu.machine, versions=gpu.machine.versions | {"kit": kit_used}))
         if gpu.kit is not None:
             stack.enter_context(gpu.kit.launching())
         while True:
@@ -139,7 +172,7 @@ def attempt(job: Job, context: dict[str, Any]) -> Found:
         return found
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-        return Found({}, error=f"{type(error).__name__}: {' '.join(lines[:3])[:600]}")
+        return Found({}, error=f"{type(error).__name__}: {'; '.join(lines[:3])[:600]}")
 
 
 def open_gpu(kit: Path | None) -> Any:
@@ -152,8 +185,8 @@ def open_gpu(kit: Path | None) -> Any:
         ) from None
     if not torch.cuda.is_available():
         raise UnsupportedError(
-            f"torch {torch.__version__} sees no CUDA device here; --plan and --report need none, "
-            f"the rest runs where one is."
+            f"torch {torch.__version__} of {sys.executable} sees no CUDA device; where there is one, name a Python "
+            f"whose torch is for CUDA: make bench-gpu GPU_PYTHON=python3. --plan and --report need none."
         )
     from gpu_timing import CudaGpu
 
@@ -167,8 +200,8 @@ def open_gpu(kit: Path | None) -> Any:
         try:
             gpu.kit = Precompiled(kit, gpu.capability)
         except UnsupportedError as error:
-            again = f"make gpu-kit ARGUMENTS='--architecture {gpu.capability}', or --kit none"
-            raise UnsupportedError(f"{error} That is: {again}.") from None
+            again = f"make gpu-kit ARGUMENTS='--architecture {gpu.capability}'"
+            raise UnsupportedError(f"{error} That is: {again}, or ARGUMENTS='--kit none'.") from None
     return gpu
 
 
@@ -176,12 +209,18 @@ class Workers:
     """One process that measures after another."""
 
     def __init__(self, kit: Path | None) -> None:
-        self.kit = kit
-        self.process: WorkerProcess | None = None
+        self.kit, self.process = kit, None
 
     def start(self, seconds: float) -> Machine:
         """Raises UnsupportedError as `open_gpu`, DatDeployError if the process dies or hangs."""
-        self.process = WorkerProcess("the process that measures", "gpu:serve", OPENER, str(self.kit or ""))
+        try:
+            from dat_deploy.benchmark.worker import WorkerProcess
+        except ModuleNotFoundError as error:
+            raise UnsupportedError(
+                f"{sys.executable} has no {error.name}; name a Python that has torch, triton, numpy, onnx, pillow and "
+                f"safetensors: make bench-gpu GPU_PYTHON=python3.12"
+            ) from None
+        self.process = WorkerProcess("the measuring process", "gpu:serve", OPENER, str(self.kit or ""))
         answer = self.process.ask(None, "opening the GPU", seconds)
         if isinstance(answer, UnsupportedError):
             raise answer
@@ -207,27 +246,40 @@ def run(jobs: Sequence[Job], options: argparse.Namespace) -> Path:
     if options.kit is not None:  # with the packages that a machine with a GPU may lack, for what is started here
         sys.path.insert(0, str(options.kit / "site"))
     workers = Workers(options.kit)
+    writable(options.output)
+    print(f"kit: {options.kit or 'none, so kernels are compiled here'}", flush=True)
     with contextlib.ExitStack() as stack:
         stack.callback(workers.end)
-        machine = workers.start(deadline - time.time())
+        machine = workers.start(START_LIMIT_SECONDS)
         path, record = opened_record(options, machine)
         jobs = [job for job in jobs if job.key not in record.rows]
         record.not_measured |= {job.key: OUT_OF_TIME for job in jobs}
         record.write(path)
-        begin = time.time()
+        begin, total = time.time(), len(jobs)
         stack.enter_context(logged_clocks(path, deadline))
-        for job, row in measured(jobs, record, workers, path, deadline):
+        for count, (job, row) in enumerate(measured(jobs, record, workers, path, deadline), start=1):
             record.add(job.key, row)
             record.write(path)
             said = row.error or ", ".join(f"{name} {value:.4g}" for name, value in list(row.numbers.items())[:2])
-            print(f"[{time.time() - begin:4.0f} s] {job.key}: {said}", flush=True)
+            print(f"[{time.time() - begin:4.0f} s, {count} of {total}] {job.key}: {said}", flush=True)
+        record.write(path)  # with what was stopped
     return path
+
+
+def writable(folder: Path) -> None:
+    """Raises OutputError before the GPU is opened, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another folder with --output.") from None
 
 
 def opened_record(options: argparse.Namespace, machine: Machine) -> tuple[Path, Record]:
     """The record of this GPU and this code, without what failed, or a new one."""
     folder, source, now = options.output / slug(machine.gpu), source_hash(ROOT), datetime.datetime.now(datetime.UTC)
-    path = newest(folder, source=source)
+    path = newest(folder, source=source, machine=machine)
     if path is None:
         git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         commit = options.commit or command_output(git) or None
@@ -261,36 +313,43 @@ def logged_clocks(path: Path, deadline: float) -> Iterator[None]:
 def measured(
     jobs: Sequence[Job],
     record: Record,
-    workers: Workers,
+    workers: Any,
     path: Path,
     deadline: float,
     clock: Callable[[], float] = time.time,
 ) -> Iterator[tuple[Job, Row]]:
-    """Rows in order, as there is time: one is left out where it would take the time of later parts, an optional one
-    also where it would take that of rows that are not. If there is too little for all, parts share it.
+    """Rows in order, as there is time: none takes the time of later parts, and an optional one none of rows that are
+    not. If there is too little for all, parts share it.
 
     Args:
         jobs: those of which the record has no row; it must have each row before the next is asked for.
+        workers: as `Workers`.
     """
 
     def seconds(job: Job) -> float:
-        spent = [row.seconds for row in record.rows.values() if row.kind == job.kind and not row.error]
-        return statistics.median(spent) if spent else job.seconds
+        mine = [row for row in record.rows.values() if row.kind == job.kind]
+        right = [row.seconds for row in mine if not row.error]
+        ended = [row.seconds for row in mine if row.error and NO_ANSWER in row.error]  # at least so long
+        return max([statistics.median(right) if right else job.seconds, *ended])
 
     needed = sum(seconds(job) for job in jobs if not job.optional)
     share, part = min(1.0, max(0.0, deadline - clock()) / needed) if needed else 1.0, None
     for index, job in enumerate(jobs):
         later = [each for each in jobs[index + 1 :] if not each.optional and (job.optional or each.part != job.part)]
-        is_first, part, now = job.part != part, job.part, clock()
-        if now + seconds(job) > (deadline if is_first else deadline - share * sum(map(seconds, later))):
+        is_first, part = job.part != part, job.part
+        end = deadline if is_first else deadline - share * sum(map(seconds, later))
+        if clock() + seconds(job) > end:
             continue
-        ceilings = record.rows.get("ceilings/ceilings")
-        context = {"path": path, "kit": workers.kit, "ceilings": ceilings.numbers if ceilings else {}}
+        now, began = clock(), time.time()
         try:
             if workers.process is None:
-                workers.start(deadline - now)
-            limit = min(deadline - clock(), max(3 * seconds(job), LEAST_LIMIT_SECONDS))
-            found, healthy = workers.ask(job, context, limit)
+                workers.start(min(START_LIMIT_SECONDS, deadline - now))
+            now, began = clock(), time.time()
+            limit = min(end - now, max(3 * seconds(job), job.least_limit_seconds))
+            context = {"path": path, "kit": workers.kit}
+            found, healthy = workers.ask(job, context, max(limit, min(seconds(job), deadline - now)))
+        except UnsupportedError:
+            raise
         except DatDeployError as error:
             if clock() >= deadline:
                 record.not_measured[job.key] = f"{OUT_OF_TIME}: stopped after {clock() - now:.0f} s"
@@ -300,7 +359,7 @@ def measured(
             workers.end()
         numbers = {name: float(value) for name, value in found.numbers.items() if math.isfinite(value)}
         notes = (*found.notes, *(f"{name} is {found.numbers[name]}" for name in found.numbers.keys() - numbers))
-        yield job, Row(job.part, job.kind, job.labels, numbers, notes, found.error, round(clock() - now, 2))
+        yield job, Row(job.part, job.kind, job.labels, numbers, notes, found.error, round(clock() - now, 2), began)
 
 
 def ncu_target(kit: Path | None) -> int:
@@ -317,25 +376,28 @@ def ncu_target(kit: Path | None) -> int:
     return 0
 
 
-def report(folder: Path, path: Path | None, *, documents: bool = False) -> int:
-    """Print the tables of a record and draw it; those of README and docs are made from it, or say there is none."""
+def report(options: argparse.Namespace, path: Path | None, *, documents: bool = False) -> int:
+    """Print the tables of a record and draw it; with `documents` those of README and docs, too, which say so if there
+    is no record. Returns 2 if a row failed, for then something is wrong."""
     import gpu_report
 
-    path = path or newest(folder)
+    path = path or newest(options.output)
     record = Record.read(path) if path else None
     if documents:
         for document in gpu_report.write_documents(ROOT, record):
             print(f"{document}: its tables are of {path or 'no record: not measured'}")
+    elif record is None:
+        raise OutputError(f"{options.output} holds no record; make one with make bench-gpu.")
     if path is None or record is None:
         return 0
     text = gpu_report.markdown(record)
-    try:
-        path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {path.with_suffix('.md')}: {error.strerror}.") from error
+    with atomic_output(path.with_suffix(".md"), force=True) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
     problem = gpu_report.plot(record, path.with_suffix(".png"))
+    failed = [key for key, row in record.rows.items() if row.error]
     print(f"\n{text}\n\n{path}; {problem or 'with a plot beside it'}")
-    return 0
+    print(f"{len(failed)} of {len(record.rows)} rows failed{': ' * bool(failed)}{', '.join(failed[:5])}")
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One operator at one shape, what it must do at least, and the shapes of the networks. Needs no torch.
 
 The work of an operator is counted alike for all implementations: FLOPs are the two matrix products of attention, bytes
-are each input read once and the output written once, exponentials are one a score. The slowest is the floor.
+are each input read once and the output written once, exponentials are one a score.
 """
 
 import functools
@@ -13,7 +13,6 @@ from dat_deploy.variants import Variant
 
 __all__ = ["BAR", "FLOAT32_INPUTS", "Case", "of_network", "of_stage"]
 
-EXPONENTIALS_A_CLOCK = 16  # of one multiprocessor, from compute capability 8.0 to 9.0
 FLOAT32_INPUTS = ("sampling_locations", "relative_position_bias_table")  # of what ships
 BAR = ("base-384", 2, 64)  # the network, stage (from 0) and batch of the project's targets
 
@@ -112,13 +111,6 @@ class Case:
             unread = max(0, self.height * self.width - 4 * math.prod(self.sampled))
             moved -= 2 * self.batch * unread * self.channels
         return moved
-
-    def floors_us(self, tflop_per_s: float, tb_per_s: float, exponentials_per_us: float) -> dict[str, float]:
-        """Microseconds that each resource takes at least, the longest first."""
-        found = {"products": self.flops / tflop_per_s / 1e6, "memory": self.bytes_moved / tb_per_s / 1e6}
-        if self.exponentials:
-            found["exponentials"] = self.exponentials / exponentials_per_us
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def of_stage(variant: Variant, index: int, batch: int) -> Iterator[Case]:

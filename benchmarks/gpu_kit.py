@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -24,14 +24,16 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402  # the path comes first
 from gpu_cases import Case  # noqa: E402
-from gpu_operators import DTYPES, dtypes_of  # noqa: E402
+from gpu_operators import dtypes_of  # noqa: E402
 from gpu_plan import launches_of  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from dat_deploy.errors import DatDeployError, UnsupportedError  # noqa: E402
+from dat_deploy.benchmark.worker import end_with_parent  # noqa: E402
+from dat_deploy.errors import DatDeployError, OutputError, UnsupportedError  # noqa: E402
 from dat_deploy.plugins import trt_plugin  # noqa: E402
 from dat_deploy.plugins.launch import Launch, ceil_div  # noqa: E402
 from dat_deploy.plugins.precompiled import Entry, Needed, Precompiled, key, precompile, write_index  # noqa: E402
+from dat_deploy.tune import DTYPES  # noqa: E402
 
 __all__ = ["launches", "needed", "prototype"]
 
@@ -114,20 +116,34 @@ def prototype(kit: Precompiled | None, case: Case, inputs: dict[str, Tensor]) ->
 
 
 def _part(folder: Path, architecture: int, part: int, parts: int) -> dict[str, Entry]:
+    end_with_parent()
     return precompile((each for i, each in enumerate(needed(folder)) if i % parts == part), folder, architecture)
 
 
 def compile_all(folder: Path, architecture: int) -> None:
-    """With the Triton that this process imports; prints what the assembler says of each."""
+    """With the Triton that this process imports; what the assembler says of each goes into resources.txt."""
+    import triton
+
+    end_with_parent()
     parts = os.cpu_count() or 1
+    chunks, entries = 12 * parts, {}  # of which each, when it is done, is told of
     with ProcessPoolExecutor(parts, get_context("spawn")) as pool:
-        jobs = [pool.submit(_part, folder, architecture, part, parts) for part in range(parts)]
-        entries = {name: entry for job in jobs for name, entry in job.result().items()}
-    write_index(folder, architecture, entries)
-    print(f"{'kernel':<30} registers spilled  shared   bytes  launch")
+        jobs = [pool.submit(_part, folder, architecture, part, chunks) for part in range(chunks)]
+        for count, job in enumerate(as_completed(jobs), start=1):
+            entries |= job.result()
+            print(f"compiled {len(entries)} launches, part {count} of {chunks}", flush=True)
+    write_index(folder, architecture, entries, triton=triton.__version__)
+    lines = [f"{'kernel':<30} registers spilled  shared   bytes  launch"]
     for each in sorted(entries.values(), key=lambda entry: (entry.name, entry.launch)):
         sizes = f"{each.registers:9d} {each.spilled_bytes:7d} {each.shared_memory_bytes:7d} {each.code_bytes:7d}"
-        print(f"{each.name:<30} {sizes}  {each.launch}")
+        lines.append(f"{each.name:<30} {sizes}  {each.launch}")
+    (folder / "resources.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    for name in sorted({each.name for each in entries.values()}):
+        mine = [each for each in entries.values() if each.name == name]
+        most = [max(getattr(each, field) for each in mine) for field in ("registers", "shared_memory_bytes")]
+        spill = sum(each.spilled_bytes > 0 for each in mine)
+        print(f"{name:<30} {len(mine):4d} launches, at most {most[0]} registers and {most[1]} bytes of shared memory, "
+              f"{spill} spill registers")  # fmt: skip
 
 
 def main() -> int:
@@ -151,12 +167,18 @@ def main() -> int:
         raise UnsupportedError(f"--architecture is {options.architecture}; it takes {known}.")
     if options.prototype and not all((options.prototype / name).is_file() for name in ("kernel.py", "pack.py")):
         raise UnsupportedError(f"--prototype {options.prototype} has no kernel.py and pack.py.")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    with tempfile.TemporaryDirectory(dir=ROOT, prefix=".gpu-kit.") as temporary:
+    output = options.output
+    if output.exists() and not (output.is_dir() and ((output / "index.json").is_file() or not any(output.iterdir()))):
+        raise OutputError(f"--output {output} is no kit of an earlier call; choose a folder that is not there yet.")
+    if not output.parent.is_dir():
+        raise OutputError(f"--output {output}: its folder {output.parent} does not exist; make it first.")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".gpu-kit.") as temporary:
         folder, compiler = Path(temporary, "kit"), Path(temporary, "triton")
         folder.mkdir()
         if options.prototype:
             shutil.copytree(options.prototype, folder / "prototype", ignore=shutil.ignore_patterns("__pycache__"))
+        print(f"getting Triton {options.triton}; then it compiles for some minutes", flush=True)
         _run([*pip, "--target", str(compiler), f"triton=={options.triton}"])
         for_machine = ["--python-version", options.python, "--only-binary=:all:", "--target", str(folder / "site")]
         _run([*pip, *for_machine, "--constraint", str(ROOT / "constraints.txt"), *PACKAGES])
@@ -164,10 +186,12 @@ def main() -> int:
         _run(command, PYTHONPATH=str(compiler), TRITON_CACHE_DIR=str(Path(temporary, "cache")))
         mib = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
         if mib > LARGEST_MIB:
-            raise DatDeployError(f"the kit has {mib:.0f} MiB; at most {LARGEST_MIB} may travel.")
-        shutil.rmtree(options.output, ignore_errors=True)
-        folder.replace(options.output)
-    print(f"{options.output}: {mib:.1f} MiB for sm_{options.architecture} and Triton {options.triton}")
+            raise OutputError(f"the kit has {mib:.0f} MiB; at most {LARGEST_MIB} may travel.")
+        if output.exists():
+            output.replace(Path(temporary, "earlier"))
+        folder.replace(output)
+    print(f"{output}: {mib:.1f} MiB for sm_{options.architecture} and Triton {options.triton}; registers, spills and "
+          f"memory of each launch are in resources.txt")  # fmt: skip
     return 0
 
 
@@ -183,3 +207,5 @@ if __name__ == "__main__":
     except DatDeployError as error:
         print(f"benchmarks/gpu_kit.py: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells have it; nothing was left

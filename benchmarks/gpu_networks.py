@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_operators import DTYPES, SLACK
+from gpu_operators import DTYPES, SLACK, tuned_share
 from gpu_record import Found
 from gpu_timing import Call
 from torch import Tensor
@@ -55,7 +55,7 @@ def make_images(variant: Variant, batch: int, device: torch.device) -> Tensor:
     return torch.randn(batch, 3, *variant.image_size, generator=generator, device=device)
 
 
-@functools.lru_cache(maxsize=2)  # modes of one network and batch follow each other
+@functools.lru_cache(maxsize=2)  # modes of one network and batch mostly follow each other
 def answers(variant: Variant, batch: int, device: torch.device, precision: str) -> tuple[Tensor, Tensor]:
     """Logits in float64 of the eager network in the next higher precision, and in this one."""
     images, results = make_images(variant, batch, device), []
@@ -94,7 +94,7 @@ def _timed(call: Call, batch: int, gpu: Any) -> tuple[dict[str, float], str]:
     """Latencies of a call that has run before."""
     took, how = gpu.times(call, milliseconds=700)
     numbers = {"images_per_s": batch / took["median"] * 1e6, "p50_ms": took["median"] / 1000}
-    numbers |= {f"cold_{name}_ms": took[f"cold_{of}"] / 1000 for name, of in COLD.items()}
+    numbers |= {f"cold_{name}_ms": took[f"cold_{of}"] / 1000 for name, of in COLD.items() if f"cold_{of}" in took}
     return numbers | {"samples": took["samples"], "sm_mhz": took["sm_mhz"]}, how
 
 
@@ -105,13 +105,14 @@ def measure(variant: str, mode: str, batch: int, gpu: Any, size: tuple[int, int]
     images, model = make_images(about, batch, gpu.device), network(about, mode, gpu.device)
     run = torch.compile(model, mode=COMPILE_MODE, dynamic=False) if mode.endswith("compile") else model
     begin = time.perf_counter()
-    logits = run(images)
-    first_s = time.perf_counter() - begin
-    right, error = judged(about, logits, "fp16")
+    with recorded_jobs() as jobs:
+        logits = run(images)
     gpu.release()
+    right = {"first_call_s": time.perf_counter() - begin} | ({"tuned": tuned_share(jobs)} if jobs else {})
+    more, error = judged(about, logits, "fp16")
     peak = gpu.peak_bytes(lambda: run(images))
     numbers, how = _timed(lambda: run(images), batch, gpu)
-    return Found(numbers | {"peak_mib": peak / MIB, "first_call_s": first_s} | right, (how,), error)
+    return Found(numbers | {"peak_mib": peak / MIB} | right | more, (how,), error)
 
 
 def tune(variant: str, batches: list[int], gpu: Any) -> Found:
@@ -123,30 +124,25 @@ def tune(variant: str, batches: list[int], gpu: Any) -> Found:
     return Found(numbers, (f"{changed} of {len(gains)} launches are 2 % faster or more than by rule",))
 
 
-def engine(variant: str, backend: str, batches: list[int], gpu: Any, **building: Any) -> Found:
-    """Build and open an engine as users do; per batch the answers of every slot, then the time on the device, then
-    from NumPy to NumPy by `dat_deploy.benchmark`.
-
-    Args:
-        building: what else `build` is told.
-    """
+def engine(variant: str, batches: list[int], gpu: Any, device: str = "cuda") -> Found:
+    """AOTInductor's package, built and opened as users do; per batch the answers of every slot, then the time on the
+    device, then from NumPy to NumPy by `dat_deploy.benchmark`."""
     from dat_deploy import runners
     from dat_deploy.benchmark import benchmark
     from dat_deploy.engine.build import build
 
     about, errors, notes = VARIANTS[variant], [], []
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "engine.pt2" if backend == "aotinductor" else "engine.engine")
-        options = {"variant": about, "precision": "fp16"} if backend == "aotinductor" else {}
-        report = build(output=output, backend=backend, batches=batches, **options, **building)
+        how: dict[str, Any] = {"output": Path(folder, "engine.pt2"), "backend": "aotinductor", "device": device}
+        report = build(variant=about, precision="fp16", batches=batches, **how)
         numbers = {"build_s": report.seconds, "engine_mib": report.passport.engine_bytes / MIB}
         with runners.open_runner(str(report.path)) as runner:
             for batch in batches:
                 call = functools.partial(runner.outputs_on_device, make_images(about, batch, gpu.device))
                 right, error = judged(about, call()["logits"], "fp16")
                 errors += [f"batch {batch}: {error}"] if error else []
-                timed, how = _timed(call, batch, gpu)
-                notes.append(f"batch {batch}: {how}")
+                timed, said = _timed(call, batch, gpu)
+                notes.append(f"batch {batch}: {said}")
                 numbers |= {f"batch {batch} {name}": value for name, value in (timed | right).items()}
         host = benchmark([str(report.path)], batches=batches, rounds=2, seconds=0.5)
         numbers |= {f"batch {row.batch} host_p50_ms": row.p50_ms for row in host.rows}
@@ -179,25 +175,20 @@ def profile(variant: str, batch: int, gpu: Any, path: Path) -> Found:
     return Found(numbers | {f"us {event.key[:80]}": event.self_device_time_total for event in averages[:6]})
 
 
-def ncu(kit: Path | None, path: Path, *, seconds: float) -> Found:
-    """What Nsight Compute says of one launch at the shape of the targets, ours and the prototype's."""
-    program = shutil.which("ncu")
+def ncu(kit: Path | None, path: Path) -> Found:
+    """What Nsight Compute says of a launch at the shape of the targets, ours and the prototype's, beside the record."""
+    program, log = shutil.which("ncu"), path.with_name(f"{path.stem}-ncu.txt")
     if program is None:
-        return Found({}, error="Nsight Compute's ncu is not on the PATH here")
+        return Found({}, ("Nsight Compute's ncu is not on the PATH here",))
     command = [program, "--clock-control", "none", "--kernel-name", "regex:^(deformable_attention_kernel|proto)$"]
     command += [part for section in NCU_SECTIONS for part in ("--section", section)]
     command += [sys.executable, str(Path(__file__).with_name("gpu.py")), "--ncu-target", "--kit", str(kit or "none")]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)  # noqa: S603  # fixed
-    except subprocess.TimeoutExpired:
-        return Found({}, error=f"ncu took more than {seconds:.0f} s")
-    path.with_name(f"{path.stem}-ncu.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
-    if done.returncode or "deformable_attention_kernel" not in done.stdout:
-        last = (done.stdout + done.stderr).strip().splitlines()[-3:]
-        return Found({}, error=f"ncu ended with {done.returncode}: {' '.join(last)[:400]}")
-    return Found(
-        {"launches": float(done.stdout.count("Section: GPU Speed Of Light"))}, ("its report is beside the record",)
-    )
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(command, stdout=file, stderr=file).returncode  # noqa: S603  # fixed
+    said = log.read_text(encoding="utf-8")
+    if code or "deformable_attention_kernel" not in said:
+        return Found({}, error=f"ncu ended with {code}: {' '.join(said.strip().splitlines()[-3:])[:400]}")
+    return Found({"launches": float(said.count("Section: GPU Speed Of Light"))}, (f"its report is {log.name}",))
 
 
 def tests(path: Path, *, mark: str, seconds: float) -> Found:
@@ -206,7 +197,7 @@ def tests(path: Path, *, mark: str, seconds: float) -> Found:
     root = Path(__file__).resolve().parents[1]
     files = [found for found in sorted(root.glob("tests/**/test_*.py")) if f"mark.{mark}" in found.read_text("utf-8")]
     command = [sys.executable, "-m", "pytest", "-m", mark, *map(str, files), "-v", "-p", "no:cacheprovider"]
-    command += ["-W", "default", "--continue-on-collection-errors", "--tb=line", "--no-header"]
+    command += ["-W", "default", "--continue-on-collection-errors", "--tb=line", "--no-header", "-rN"]
     if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels, on one core each
         command += ["-n", str(min(12, os.cpu_count() or 1))]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
 """Operators on the GPU: whether each is right, in every way that it can be launched, and how fast beside its peers.
 
 "Right" is derived: the error against float64 may be twice that of eager PyTorch in the same type, and SLACK of the
-largest output for the order of summation.
+largest output.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from dat_deploy.model import FUSED, REFERENCE, reference_points
 from dat_deploy.plugins import tuning
 from dat_deploy.plugins.deformable_attention.reference import interpolated_bias
-from dat_deploy.plugins.dispatch import recorded_jobs
+from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration
 from dat_deploy.plugins.window_attention.reference import (
     relative_position_index,
@@ -26,11 +26,12 @@ from dat_deploy.plugins.window_attention.reference import (
     window_merge,
     window_partition,
 )
+from dat_deploy.tune import DTYPES
 
-__all__ = ["DTYPES", "ceilings", "check", "dtypes_of", "make_inputs", "measure"]
+__all__ = ["DTYPES", "SLACK", "ceilings", "check", "dtypes_of", "make_inputs", "measure", "tuned_share"]
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SLACK = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6}
+# Half a unit in the last place, for results are rounded; in float32 the exponentials, approximate to 2 units, and sums.
+SLACK = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 1e-6}
 SHARED = ("relative_position_bias_table", "padding_qkv")  # by all images
 Inputs = dict[str, Tensor]
 Call = Callable[[], Tensor]
@@ -75,8 +76,9 @@ def _locations(case: Case, random: Tensor, *, stress: bool) -> Tensor:
 
 
 def judged(case: Case, inputs: Inputs, results: dict[str, Tensor]) -> tuple[dict[str, float], str | None]:
-    """The largest error in the first and the last image beside what is allowed, and a sentence if any is too large."""
-    slots = sorted({0, case.batch - 1})
+    """The largest error beside what is allowed, and a sentence if any is too large; of many images in the first and
+    the last."""
+    slots = list(range(case.batch)) if case.batch <= 4 else [0, case.batch - 1]
     picked = {name: x if name in SHARED else x[slots] for name, x in inputs.items()}
     reference = getattr(REFERENCE, case.operator)
     exact = reference(**{name: x.double() for name, x in picked.items()}, **case.attributes)
@@ -107,11 +109,11 @@ def check(case: Case, what: str, gpu: Any, *, dtype: str = "fp16") -> Found:
     if len(jobs) != 1:
         return Found({}, error=f"{len(jobs)} kernels were launched where one must be: the reference computed this")
     [job] = jobs
-    if what == "configurations":
-        for configuration in job.kernel.configurations(job.problem):
-            job.output.fill_(math.nan)  # what is not written shows
-            job.run(configuration)
-            results[describe(configuration)] = job.output.clone()
+    every = job.kernel.configurations(job.problem)
+    for configuration in every if what == "configurations" else [_taken(job)[0]]:
+        job.output.fill_(math.nan)  # what is not written shows
+        job.run(configuration)
+        results[describe(configuration)] = job.output.clone()
     if what == "graph":
         held: dict[str, Tensor] = {}
 
@@ -128,6 +130,17 @@ def check(case: Case, what: str, gpu: Any, *, dtype: str = "fp16") -> Found:
         results = {"replayed": captured}
     numbers, error = judged(case, inputs, results)
     return Found(numbers | {"launches": len(results)}, error=error)
+
+
+def _taken(job: Job) -> tuple[Configuration, bool]:
+    """What the operator launches, and whether it was measured to be the fastest here."""
+    tuned = tuning.tuned_configuration(job.operator, job.problem, job.output)
+    return tuned or job.kernel.configurations(job.problem)[0], tuned is not None
+
+
+def tuned_share(jobs: Sequence[Job]) -> float:
+    """Of these launches, how many are in a configuration that was measured to be the fastest here."""
+    return sum(_taken(job)[1] for job in jobs) / len(jobs)
 
 
 def describe(configuration: Configuration) -> str:
@@ -190,6 +203,12 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, heads: int) ->
     """scaled_dot_product_attention with the bias as its mask."""
     out = F.scaled_dot_product_attention(*(_heads(x, heads) for x in (query, key, value)), attn_mask=bias)
     return out.transpose(1, 2).reshape(query.shape)
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """The same in rows that begin at multiples of 8, without which SDPA copies its mask in every call."""
+    keys = bias.shape[-1]
+    return F.pad(bias, (0, -keys % 8))[..., :keys]
 
 
 def _in_windows(attend: Callable[..., Tensor], qkv: Tensor, bias: Tensor, case: Case) -> Tensor:
@@ -261,7 +280,7 @@ def implementation(case: Case, name: str, gpu: Any) -> Callable[[Inputs], Call]:
         def with_bias(inputs: Inputs) -> Call:
             query, key, value, locations, table = inputs.values()
             bias = interpolated_bias(table, locations, case.height, case.width, case.half_pixel).to(query.dtype)
-            return functools.partial(attend, query, key, value, bias, case.heads)
+            return functools.partial(attend, query, key, value, _aligned(bias), case.heads)
 
         return with_bias
     if case.operator == "neighborhood_attention":
@@ -278,8 +297,8 @@ def implementation(case: Case, name: str, gpu: Any) -> Callable[[Inputs], Call]:
             mask = shifted_window_mask(case.height, case.width, case.window_size, case.shift_size, table.device)
         if name == "flex":
             return functools.partial(compiled(flex_window_attention), qkv, bias, mask, case)
-        windows = case.batch * case.height * case.width // case.window_size**2
-        of_all = (bias + mask[:, None]).to(qkv.dtype).repeat(windows // len(mask), 1, 1, 1)
+        of_windows = (bias + mask[:, None]).to(qkv.dtype)  # 1 or nW, M, Ws², Ws²
+        of_all = _aligned(of_windows if len(mask) == 1 else of_windows.repeat(case.batch, 1, 1, 1))
         return functools.partial(_in_windows, sdpa, qkv, of_all, case)
 
     return in_windows
@@ -297,28 +316,22 @@ def ceilings(gpu: Any, *, size: int = 8192, words: int = 2**29, milliseconds: in
     return Found(numbers, (f"float16 product of {size}x{size}; copy of {4 * words / 2**30:.0f} GiB",))
 
 
-def measure(case: Case, name: str, gpu: Any, ceilings: dict[str, float]) -> Found:
-    """One implementation at one shape: right or wrong, how long, and what share of the floor that takes."""
+def measure(case: Case, name: str, gpu: Any) -> Found:
+    """One implementation at one shape: right or wrong, how long, and the work that its floor is made of."""
     torch.compiler.reset()
     inputs = make_inputs(case, 0, gpu.device)
     call = implementation(case, name, gpu)(inputs)
     with recorded_jobs() as jobs:
-        numbers, error = judged(case, inputs, {name: call()})
+        right, error = judged(case, inputs, {name: call()})
     gpu.release()
     took, how = gpu.times(call)
-    numbers = {"median_us": took["median"], "cold_us": took["cold_median"], "cold_p90_us": took["cold_p90"]} | numbers
-    numbers |= {"samples": took["samples"], "sm_mhz": took["sm_mhz"]}
-    notes = [how]
-    if ceilings:
-        exponentials = gpu.exponentials_per_us(took["sm_mhz"] or ceilings["product_mhz"]) or math.inf
-        floors = case.floors_us(ceilings["tflop_per_s"], ceilings["tb_per_s"], exponentials)
-        numbers["share_of_floor"] = max(floors.values()) / took["median"]
-        numbers |= {f"floor_{resource}_us": floor for resource, floor in floors.items()}
-    for job in jobs:
-        tuned = tuning.tuned_configuration(job.operator, job.problem, job.output)
-        configuration = tuned or job.kernel.configurations(job.problem)[0]
-        notes.append(f"{describe(configuration)}, {'as tuned' if tuned else 'by rule: not tuned'}")
+    numbers = {"median_us": took["median"], "cold_us": took["cold_median"], "cold_p90_us": took["cold_p90"]}
+    numbers |= {"samples": took["samples"], "sm_mhz": took["sm_mhz"]} | right
+    numbers |= {"flops": case.flops, "bytes": case.bytes_moved, "exponentials": case.exponentials}
     before = {"prototype": "table was packed, and its bound computed,"}
     before |= dict.fromkeys(("flex+bias", "sdpa"), "bias was computed")
-    notes += [f"its {before[name]} before"] if name in before else []
+    notes = [how, *(f"{describe(_taken(job)[0])}" for job in jobs)]
+    notes += [f"{name}: its {before[name]} before"] if name in before else []
+    if jobs:
+        numbers["tuned"] = tuned_share(jobs)
     return Found(numbers, tuple(notes), error)

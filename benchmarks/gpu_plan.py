@@ -12,7 +12,7 @@ from gpu_cases import BAR, Case, of_network, of_stage
 
 from dat_deploy.variants import VARIANTS, Variant
 
-__all__ = ["NETWORKS", "Job", "bar", "chosen", "first", "launches_of", "second"]
+__all__ = ["NETWORKS", "Job", "bar", "first", "launches_of", "second"]
 
 NETWORKS = ("tiny", "base-384", "pp-tiny")
 DETECTOR = ("pp-tiny", (800, 1344))
@@ -25,6 +25,7 @@ PEERS = {
 }
 # Guesses, until one of the kind was measured; what is compiled is measured as time is left.
 SECONDS = {"fused": 0.7, "eager": 0.9, "sdpa": 0.8, "prototype": 0.8, "compile": 7.0, "flex": 9.0, "flex+bias": 7.0}
+COMPILING_SECONDS = 90.0  # that a first compilation may take
 COMPILED, ON_VIEWS = ("compile", "flex", "flex+bias"), ("unaligned", "graph")
 
 
@@ -33,9 +34,9 @@ class Job:
     """A row to be measured.
 
     Attributes:
-        call: MODULE:FUNCTION; it takes `arguments`, and of gpu, record, path and kit what it names.
+        call: MODULE:FUNCTION; it takes `arguments`, and of gpu, path and kit what it names.
         kind: jobs of one kind take about as long as each other.
-        seconds: a guess of that, until one of the kind was measured.
+        seconds: a guess of that, until one of the kind was measured; least_limit_seconds: it is not ended before.
         optional: as time is left.
     """
 
@@ -47,6 +48,7 @@ class Job:
     kind: str = ""
     labels: dict[str, str] = field(default_factory=dict)
     optional: bool = False
+    least_limit_seconds: float = 30.0  # it may be the first to load some library
 
     @property
     def key(self) -> str:
@@ -112,11 +114,12 @@ def _operators(variant: Variant, index: int, batch: int) -> Iterator[Job]:
                 {"case": case, "name": peer},
             )
             optional, seconds = peer in COMPILED, SECONDS[peer]
-            yield Job("operators", key, "gpu_operators:measure", arguments, seconds, peer, labels, optional)
+            limit = COMPILING_SECONDS if optional else Job.least_limit_seconds
+            yield Job("operators", key, "gpu_operators:measure", arguments, seconds, peer, labels, optional, limit)
 
 
 def _networks(modes: Iterable[str], batches: Iterable[int], names: Iterable[str] = NETWORKS) -> Iterator[Job]:
-    for mode, batch, name in itertools.product(modes, batches, names):
+    for batch, name, mode in itertools.product(batches, names, modes):
         labels = {"variant": name, "batch": str(batch), "mode": mode, "precision": "fp16"}
         arguments, optional = {"variant": name, "mode": mode, "batch": batch}, mode.endswith("compile")
         seconds, kind, key = 75.0 if optional else 3.5, f"network {mode} {name}", f"{name} batch {batch} {mode}"
@@ -125,48 +128,52 @@ def _networks(modes: Iterable[str], batches: Iterable[int], names: Iterable[str]
 
 def first() -> list[Job]:
     """What one call of seven minutes has, in order; of the optional rows, those of most value first."""
-    jobs = [Job("ceilings", "ceilings", "gpu_operators:ceilings", {}, 8.0, "ceilings")]
-    jobs += list(_checks())
+    jobs = [Job("ceilings", "ceilings", "gpu_operators:ceilings", {}, 8.0, "ceilings"), *_checks()]
+    for name in NETWORKS:  # users tune, too
+        arguments = {"variant": name, "batches": [1, 64, 128]}
+        jobs.append(Job("operators", f"tune {name}", "gpu_networks:tune", arguments, 8.0, "tune", {"variant": name}))
     rows = [row for stage in stages() for row in _operators(*stage)]
     # What needs no compiler first, then the compiled peers of the operator that this project is about.
     rows.sort(key=lambda row: row.optional * (1 + (row.labels["operator"] != "deformable_attention")))
-    jobs += [*rows, *_networks(("fused", "eager"), (1, 128)), *_networks(("compile", "fused+compile"), (128,))]
+    compiled = list(_networks(("compile", "fused+compile"), (128,)))
+    bar_of_networks = replace(compiled[0], optional=False)  # one is worth more than the last of the compiled operators
+    jobs += [*rows, *_networks(("fused", "eager"), (1, 128)), bar_of_networks, *compiled[1:]]
     for name in NETWORKS:
         arguments = {"variant": name, "batch": 128}
         jobs.append(Job("profile", name, "gpu_networks:profile", arguments, 4.0, "profile", {"variant": name}))
-    return [*jobs, Job("ncu", "bar", "gpu_networks:ncu", {"seconds": 60.0}, 30.0, "ncu")]
+    return [*jobs, Job("ncu", "bar", "gpu_networks:ncu", {}, 30.0, "ncu")]
 
 
 def second() -> list[Job]:
     """What a second call has: what others depend on, if it is not on record; what the first has not; its leftovers."""
     earlier = first()
-    jobs = [job for job in earlier if job.part in ("ceilings", "correctness")]
+    jobs = [job for job in earlier if job.part in ("ceilings", "correctness") or job.kind == "tune"]
     for mode in ("fused", "eager"):
         arguments = {"variant": DETECTOR[0], "size": DETECTOR[1], "mode": mode, "batch": 1}
-        jobs.append(Job("memory", mode, "gpu_networks:measure", arguments, 6.0, "memory", {"mode": mode}))
-    for name in NETWORKS:
-        arguments = {"variant": name, "batches": [1, 128]}
-        jobs.append(Job("tune", name, "gpu_networks:tune", arguments, 12.0, "tune", {"variant": name}))
+        jobs.append(
+            Job("memory", mode, "gpu_networks:measure", arguments, 6.0, "memory", {"what": "memory", "mode": mode})
+        )
     jobs += [*_networks(("fused", "eager"), (8, 64)), *_networks(("fused",), (128,), ("small", "base"))]
-    jobs.append(Job("tests", "gpu", "gpu_networks:tests", {"mark": "gpu", "seconds": 110.0}, 110.0, "tests"))
-    arguments = {"variant": "tiny", "backend": "aotinductor", "batches": [1, 128], "device": "cuda"}
-    labels = {"variant": "tiny", "engine": "aotinductor"}
-    jobs.append(Job("engines", "tiny aotinductor", "gpu_networks:engine", arguments, 110.0, "aotinductor", labels))
+    jobs += [replace(job, optional=False) for job in _networks(("compile",), (128,))]
+    arguments = {"variant": "tiny", "batches": [1, 128]}
+    jobs.append(
+        Job(
+            "engines",
+            "tiny aotinductor",
+            "gpu_networks:engine",
+            arguments,
+            110.0,
+            "aotinductor",
+            {"variant": "tiny"},
+            True,
+        )
+    )
+    arguments = {"mark": "gpu", "seconds": 110.0}
+    jobs.append(Job("tests", "gpu", "gpu_networks:tests", arguments, 110.0, "tests", {}, True))
+    jobs += _networks(("fused+compile",), (128,))
     jobs += _networks(("compile", "fused+compile"), (1,))
-    return [*jobs, *(replace(job, optional=True) for job in earlier if job not in jobs)]
-
-
-def chosen(jobs: Iterable[Job], seconds: float) -> list[Job]:
-    """Those that there is time for if every guess is right: what is not optional, then the rest in order."""
-    jobs = list(jobs)
-    left = seconds - START_SECONDS - REPORT_SECONDS - sum(job.seconds for job in jobs if not job.optional)
-    found = []
-    for job in jobs:
-        if job.optional and job.seconds > left:
-            continue
-        left -= job.seconds * job.optional
-        found.append(job)
-    return found
+    keys = {job.key for job in jobs}
+    return [*jobs, *(replace(job, optional=True) for job in earlier if job.key not in keys)]
 
 
 def launches_of() -> Iterator[tuple[Case, str, str]]:

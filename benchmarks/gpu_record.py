@@ -49,7 +49,7 @@ class Row:
         labels: what was measured; numbers: what was found, with the unit in the name.
         notes: what a reader must know, a sentence each.
         error: why there are no numbers, or why they must not be used.
-        seconds: that the row took, all in.
+        seconds: that the row took, all in; began: when, in seconds of UNIX time, as in the log of clocks.
     """
 
     part: str
@@ -59,6 +59,7 @@ class Row:
     notes: tuple[str, ...]
     error: str | None
     seconds: float
+    began: float
 
 
 @dataclass
@@ -116,15 +117,15 @@ def source_hash(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def newest(folder: Path, *, source: str | None = None) -> Path | None:
-    """The newest record of this source, or of any, in the folder of a GPU or in the folders of several."""
+def newest(folder: Path, *, source: str | None = None, machine: Machine | None = None) -> Path | None:
+    """The newest record of this source and machine, or of any, in the folder of a GPU or in the folders of several."""
     found = []
     for path in [*folder.glob("*.json"), *folder.glob("*/*.json")]:
         try:
             record = Record.read(path)
         except RecordError:  # a file of configurations, a record of the CPU
             continue
-        if source in (None, record.source):
+        if source in (None, record.source) and machine in (None, record.machine):
             found.append((record.date, path))
     return max(found)[1] if found else None
 

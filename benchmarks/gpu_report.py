@@ -1,6 +1,7 @@
 """A record of the GPU benchmark as Markdown and as a picture. Needs no torch, and matplotlib for the picture alone."""
 
 import importlib.util
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,11 +17,16 @@ __all__ = ["markdown", "plot", "targets", "write_documents"]
 NOT_MEASURED = "not measured"
 GPU_OF_TARGETS = "H200"
 SPEEDS = {"eager": 10.0, "compile": 3.0, "flex": 1.5}  # as which it is to be, at least
-LATENCY_MS = 0.5
 IMAGES_PER_S = {"tiny": 19_000, "small": 11_500, "base": 9_000}
 COLOURS = {"eager": "#9aa5ae", "compile": "#d9822b", "flex": "#7a5ea8", "flex+bias": "#b39ddb", "sdpa": "#b5485d"}
 COLOURS |= {"prototype": "#4aa3a2", "fused": "#2f6f9f", "fused+compile": "#3c8d5a"}
-PEERS = ("eager", "compile", "flex", "flex+bias", "sdpa", "prototype")
+PEERS = {"eager": "eager", "compile": "torch.compile", "flex": "FlexAttention with the bias in its `score_mod`"}
+PEERS |= {"flex+bias": "FlexAttention with a bias", "sdpa": "SDPA with a mask", "prototype": "the prototype"}
+EXPONENTIALS_A_CLOCK = 16  # of one multiprocessor, from compute capability 8.0 to 9.0
+LEGEND = """A peer's column has its time in multiples of the fused kernel's: 10.00 takes ten times as long. The floor is
+what this card's own ceilings allow: memory, products or exponentials, whichever binds; where memory does, the L2 cache
+is cold. Of `flex+bias` and `sdpa` the bias was computed before, of `prototype` the table was packed."""
+LAUNCH_US = 3.0  # a floor below that is not the kernel's
 
 
 def rows(record: Record | None, part: str, **labels: str) -> list[Row]:
@@ -48,8 +54,28 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
 
 
+def share_of_floor(record: Record, row: Row) -> tuple[float | None, str]:
+    """The floor of an operator's row beside its time, from this card's own ceilings; and what binds it: bytes, products
+    or exponentials, 16 a clock a multiprocessor at the clock of the row. Where bytes do, the cache is to be cold."""
+    ceilings, took = next(iter(rows(record, "ceilings")), None), row.numbers
+    if ceilings is None:
+        return None, "–"
+    mhz = took["sm_mhz"] or ceilings.numbers["product_mhz"]
+    floors_us = {
+        "products": took["flops"] / ceilings.numbers["tflop_per_s"] / 1e6,
+        "memory": took["bytes"] / ceilings.numbers["tb_per_s"] / 1e6,
+        "exponentials": took["exponentials"]
+        / (EXPONENTIALS_A_CLOCK * record.machine.multiprocessors * (mhz or math.inf)),
+    }
+    bound = max(floors_us, key=lambda name: floors_us[name])
+    if floors_us[bound] < LAUNCH_US:
+        return None, "launches"
+    return floors_us[bound] / took["cold_us" if bound == "memory" else "median_us"], bound
+
+
 def targets(record: Record | None) -> str:
     """Every target of the project beside what was found, as a table."""
+    failed = [row for row in (record.rows.values() if record else ()) if row.error]
 
     def speed(peer: str) -> float | None:
         took = [number(record, "median_us", "operators", bar="yes", implementation=name) for name in (peer, "fused")]
@@ -60,28 +86,32 @@ def targets(record: Record | None) -> str:
         found = [number(record, name, "networks", mode=mode, batch=batch, variant=variant) for mode in modes]
         return min((each for each in found if each is not None), default=None)
 
-    share = number(record, "share_of_floor", "operators", bar="yes", implementation="fused")
+    lines = []
+
+    def add(line: str, target: float, unit: str, found: float | None, *, most: bool = False, **labels: str) -> None:
+        has_failed = any(labels.items() <= row.labels.items() for row in failed)
+        verdict = "failed" if has_failed else NOT_MEASURED
+        if found is not None:
+            met = found <= target if most else found >= target
+            verdict = f"{found:,.{0 if found >= 100 else 1 if found >= 2 else 3}f}{unit}, {'met' if met else 'missed'}"
+        lines.append([line, f"{'≤' if most else '≥'} {target:,g}{unit}", verdict])
+
+    of_bar = "`deformable_attention`, fp16, `base-384` stage 3, batch 64"
+    for peer, target in SPEEDS.items():
+        add(f"{of_bar}: times as fast as {PEERS[peer]}", target, "×", speed(peer), bar="yes", implementation="fused")
+    bars = rows(record, "operators", bar="yes", implementation="fused")
+    share = share_of_floor(record, bars[0])[0] if record and bars else None
+    add("the same: share of its floor, exponentials included", 50.0, " %", share and 100 * share, bar="yes")
     peaks = [number(record, "peak_mib", "memory", mode=mode) for mode in ("eager", "fused")]
-    of_bar = "`deformable_attention`, fp16, `base-384` stage 3, batch 64: times as fast as"
-    wanted = [(f"{of_bar} {peer}", at_least, "×", speed(peer)) for peer, at_least in SPEEDS.items()]
-    wanted.append(("the same: share of its floor, exponentials included", 50.0, " %", share and 100 * share))
-    wanted.append(("`pp-tiny` at 800×1344, batch 1: peak memory of eager / fused", 5.0, "×", _ratio(*peaks)))
+    add("`pp-tiny` at 800×1344, batch 1: peak memory of eager / fused", 5.0, "×", _ratio(*peaks), what="memory")
     for name in ("tiny", "base-384", "pp-tiny"):
         compiled = number(record, "p50_ms", "networks", mode="compile", variant=name, batch="128")
         what = f"`{name}`, fp16, batch 128: times as fast as torch.compile max-autotune"
-        wanted.append((what, 1.5, "×", _ratio(compiled, best("p50_ms", "128", name))))
-    for name, at_least in IMAGES_PER_S.items():
-        images_per_s = _ratio(128e3, best("p50_ms", "128", name))
-        wanted.append((f"`{name}`, fp16, batch 128", at_least, " images/s", images_per_s))
-    lines = []
-    for what, at_least, unit, found in wanted:
-        verdict = NOT_MEASURED
-        if found is not None:
-            verdict = f"{found:,.{0 if found >= 100 else 1}f}{unit}, {'met' if found >= at_least else 'missed'}"
-        lines.append([what, f"≥ {at_least:,g}{unit}", verdict])
-    latency = best("p50_ms", "1", "tiny")
-    verdict = f"{latency:.3f} ms, {'met' if latency <= LATENCY_MS else 'missed'}" if latency else NOT_MEASURED
-    lines.append(["`tiny`, fp16, batch 1: p50", f"≤ {LATENCY_MS} ms", verdict])
+        add(what, 1.5, "×", _ratio(compiled, best("p50_ms", "128", name)), variant=name, batch="128")
+    for name, target in IMAGES_PER_S.items():
+        found = _ratio(128e3, best("p50_ms", "128", name))
+        add(f"`{name}`, fp16, batch 128", target, " images/s", found, variant=name, batch="128", mode="fused")
+    add("`tiny`, fp16, batch 1: p50", 0.5, " ms", best("p50_ms", "1", "tiny"), most=True, variant="tiny", batch="1")
     if record and GPU_OF_TARGETS not in record.machine.gpu:
         lines.append([f"the targets are for an {GPU_OF_TARGETS}; this is {record.machine.gpu}", "", ""])
     return _table(["what", "target", "measured"], lines)
@@ -91,26 +121,33 @@ def operators(record: Record | None) -> str:
     """A line a shape: our time, the peers' in multiples of it, and the share of what the card's own ceilings allow."""
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in record.rows.values() if record else ():
-        if row.part == "operators":
+        if row.part == "operators" and "implementation" in row.labels:
             shape = tuple(row.labels[name] for name in ("operator", "for", "shape", "batch"))
             found.setdefault(shape, {})[row.labels["implementation"]] = row
     lines = []
     for (operator, user, shape, batch), by_peer in sorted(found.items()):
-        took = {name: None if row.error else row.numbers["median_us"] for name, row in by_peer.items()}
-        fused = by_peer["fused"].numbers if took.get("fused") else {}
-        floors = {name: value for name, value in fused.items() if name.startswith("floor_")}
-        bound = max(floors, key=lambda name: floors[name]).split("_")[1] if floors else "–"
-        cells = [operator, f"{user}, {shape.split(', ')[0]}" + ", shifted" * ("shifted" in shape), batch]
-        cells.append("wrong" if "fused" in by_peer and by_peer["fused"].error else _shown(took.get("fused"), ".1f"))
+
+        def time_of(peer: str, by_peer: dict[str, Row] = by_peer) -> float | str | None:
+            row = by_peer.get(peer)
+            if row is not None and row.error:
+                return "wrong" if row.error.startswith("wrong") else "failed"
+            return row.numbers["median_us"] if row else None
+
+        ours = time_of("fused")
+        fused = by_peer["fused"].numbers if isinstance(ours, float) else {}
+        share, bound = share_of_floor(record, by_peer["fused"]) if record and fused else (None, "–")
+        bar = " (the targets')" if by_peer.get("fused", next(iter(by_peer.values()))).labels.get("bar") else ""
+        cells = [operator, f"{user}{bar}: {shape}", batch, ours if isinstance(ours, str) else _shown(ours, ".1f")]
         cells.append(_shown(fused.get("cold_us"), ".1f"))
         for peer in PEERS:
-            is_wrong = peer in by_peer and by_peer[peer].error
-            cells.append("error" if is_wrong else _shown(_ratio(took.get(peer), took.get("fused"))))
-        lines.append(
-            [*cells, _shown(fused.get("share_of_floor"), ".0f", 100), bound, _shown(fused.get("sm_mhz"), ".0f")]
-        )
-    head = ["operator", "shape", "batch", "fused µs", "cold L2 µs", *(f"{peer} ×" for peer in PEERS)]
-    return _table([*head, "% of floor", "bound by", "MHz"], lines) if lines else f"Operators: {NOT_MEASURED}."
+            took = time_of(peer)
+            cells.append(took if isinstance(took, str) else _shown(_ratio(took, fused.get("median_us"))))
+        tuned = "–" if "tuned" not in fused else "yes" if fused["tuned"] else "no"
+        lines.append([*cells, _shown(share, ".0f", 100), bound, _shown(fused.get("sm_mhz"), ".0f"), tuned])
+    head = ["operator, fp16", "shape", "batch", "fused µs", "cold L2 µs", *(f"{peer} / fused" for peer in PEERS)]
+    if not lines:
+        return f"Operators: {NOT_MEASURED}."
+    return f"{_table([*head, '% of floor', 'bound by', 'MHz', 'tuned'], lines)}\n\n{LEGEND}"
 
 
 def networks(record: Record | None) -> str:
@@ -120,23 +157,20 @@ def networks(record: Record | None) -> str:
         same = {"variant": labels["variant"], "batch": labels["batch"]}
         cells = [f"`{labels['variant']}`", labels["batch"], labels["mode"]]
         if row.error:
-            cells += [f"error: {row.error[:80]}".replace("|", "\\|"), *["–"] * 9]
+            cells += [f"failed: {row.error[:100]}".replace("|", "\\|"), *["–"] * 9]
         else:
             cells.append(_shown(took["images_per_s"], ".0f"))
-            cells += [_shown(took[name], ".3f") for name in ("p50_ms", "cold_p50_ms", "cold_p90_ms", "cold_p99_ms")]
-            cells.append(_shown(took["peak_mib"], ".0f"))
-            peers = (number(record, "p50_ms", "networks", mode=mode, **same) for mode in ("eager", "compile"))
-            cells += [_shown(_ratio(other, took["p50_ms"])) for other in peers]
+            cells += [_shown(took.get(f"{name}_ms"), ".3f") for name in ("p50", "cold_p50", "cold_p90", "cold_p99")]
+            peers = [number(record, "p50_ms", "networks", mode=mode, **same) for mode in ("eager", "compile")]
+            cells += [_shown(took["peak_mib"], ".0f"), *(_shown(_ratio(peer, took["p50_ms"])) for peer in peers)]
             gmacs, ceiling = VARIANTS[labels["variant"]].gmacs, number(record, "tflop_per_s", "ceilings")
             cells.append(_shown(_ratio(2 * (gmacs or 0) * took["images_per_s"] / 1000, ceiling), ".0f", 100))
+            cells.append(_shown(took.get("tuned"), ".0f", 100))
         lines.append(cells)
     lines.sort(key=lambda cells: (cells[0], int(cells[1]), cells[2]))
     head = ["network, fp16", "batch", "mode", "images/s", "p50 ms", "cold L2: p50 ms", "p90 ms", "p99 ms", "peak MiB"]
-    return (
-        _table([*head, "× eager", "× compile", "% of product ceiling"], lines)
-        if lines
-        else f"Networks: {NOT_MEASURED}."
-    )
+    head += ["eager / this", "compile / this", "% of product ceiling", "% of launches tuned"]
+    return _table(head, lines) if lines else f"Networks: {NOT_MEASURED}."
 
 
 def _sentences(record: Record) -> list[str]:
@@ -150,11 +184,19 @@ def _sentences(record: Record) -> list[str]:
     checked = [row for row in record.rows.values() if row.part == "correctness"]
     if checked:
         said.append(f"{sum(not row.error for row in checked)} of {len(checked)} checks of correctness passed.")
-    for part in ("memory", "tune", "engines", "tests", "profile", "ncu"):
-        for row in rows(record, part):
+    for part in ("memory", "operators", "engines", "tests", "profile", "ncu"):
+        for row in (row for row in rows(record, part) if "implementation" not in row.labels):
             numbers = ", ".join(f"{name} {value:,.4g}" for name, value in row.numbers.items())
-            said.append(f"{part} {' '.join(row.labels.values())}: {numbers}")
+            said.append(f"{row.kind} {' '.join(row.labels.values())}: {numbers}")
     said += [f"`{key}`: {row.error}" for key, row in record.rows.items() if row.error]
+    notes: dict[str, list[str]] = {}
+    for key, row in record.rows.items():
+        for note in (note for note in row.notes if "could not be captured" in note or "compiled here" in note):
+            notes.setdefault(note, []).append(key)
+    said += [
+        f"{note}: `{'`, `'.join(keys[:5])}`{f' and {len(keys) - 5} more' * (len(keys) > 5)}"
+        for note, keys in notes.items()
+    ]
     if record.not_measured:
         shown = [f"`{key}` ({why})" for key, why in list(record.not_measured.items())[:12]]
         more = len(record.not_measured) - len(shown)
@@ -164,7 +206,10 @@ def _sentences(record: Record) -> list[str]:
 
 def where(record: Record | None) -> str:
     if record is None:
-        return f"No GPU was at hand: {NOT_MEASURED}."
+        return (
+            f"Nothing was run on a GPU yet: {NOT_MEASURED}. The kernels were compiled for seven architectures, and run "
+            f"in Triton's interpreter."
+        )
     machine = record.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     return (
@@ -202,12 +247,13 @@ def plot(record: Record, path: Path) -> str | None:
     shares: dict[str, dict[str, float]] = {}
     for row in rows(record, "operators", operator="deformable_attention"):
         of = shares.setdefault(f"{row.labels['for']}, batch {row.labels['batch']}", {})
-        of[row.labels["implementation"]] = 100 * row.numbers.get("share_of_floor", 0.0)
+        of[row.labels["implementation"]] = 100 * (share_of_floor(record, row)[0] or 0.0)
     speeds: dict[str, dict[str, float]] = {}
-    for row in rows(record, "networks"):
+    for row in sorted(rows(record, "networks"), key=lambda row: (row.labels["variant"], int(row.labels["batch"]))):
         of = speeds.setdefault(f"{row.labels['variant']}, batch {row.labels['batch']}", {})
         of[row.labels["mode"]] = row.numbers["images_per_s"]
-    drawn = [("deformable_attention: % of what this card's ceilings allow", shares), ("networks: images/s", speeds)]
+    title = "deformable_attention, fp16: % of what this card's ceilings allow"
+    drawn = [(title, shares), ("networks, fp16: images/s, logarithmic", speeds)]
     drawn = [(title, values) for title, values in drawn if values]
     if not drawn:
         return "no plot: nothing that could be drawn was measured"
@@ -219,6 +265,10 @@ def plot(record: Record, path: Path) -> str | None:
         axes = figure.add_subplot(1, len(drawn), index + 1)
         _bars(axes, values)
         axes.set_title(title, loc="left", fontsize=11)
+        if values is speeds:
+            axes.set_xscale("log")
+        else:
+            axes.axvline(50, color="#3c8d5a", linewidth=1, linestyle=":")  # the target
     versions = record.machine.versions
     small = f"{record.machine.gpu}, torch {versions.get('torch')}, Triton {versions.get('triton')}, {record.date[:10]}"
     figure.supxlabel(small, x=0.01, ha="left", fontsize=8, color="#6b7680")
@@ -236,7 +286,7 @@ def _bars(axes: Any, values: dict[str, dict[str, float]]) -> None:
         drawn = axes.barh(positions, lengths, thickness * 0.9, color=COLOURS[kind], label=kind)
         axes.bar_label(drawn, [f"{length:,.0f}" for length in lengths], padding=3, fontsize=7)
     axes.set_yticks(range(len(values)), list(values), fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.15, y=0.01)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.04))

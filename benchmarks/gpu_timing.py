@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_cases import EXPONENTIALS_A_CLOCK
 from gpu_record import Machine
 
 from dat_deploy.system import nvidia_smi
@@ -15,6 +14,7 @@ from dat_deploy.system import nvidia_smi
 __all__ = ["Call", "CudaGpu", "percentile"]
 
 Call = Callable[[], Any]
+CLOCK_US = 50_000.0  # of work under way while the clock is read
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -26,7 +26,7 @@ class CudaGpu:
     """The current CUDA device.
 
     Attributes:
-        kit: machine code that was made elsewhere, see `gpu_kit.Kit`, or None.
+        kit: machine code that was made elsewhere, see `gpu_kit` and `plugins.precompiled`, or None.
     """
 
     def __init__(self) -> None:
@@ -41,9 +41,6 @@ class CudaGpu:
             l2_mib=round(int(getattr(properties, "L2_cache_size", 0)) / 2**20),
             versions=_versions(),
         )
-
-    def exponentials_per_us(self, mhz: float) -> float:
-        return EXPONENTIALS_A_CLOCK * self.machine.multiprocessors * mhz
 
     def release(self) -> None:
         """Give cached memory back, so that one row does not take it from the next."""
@@ -81,24 +78,31 @@ class CudaGpu:
 
         Returns:
             `median`, of calls one after the other in a CUDA graph, so that the L2 cache may hold what the last one
-            left; `cold_median`, `cold_p90` and `cold_p99`, of single replays after the cache was filled with something
-            else; `samples` of those; `sm_mhz`, 0 where nobody knows. And in words how it was timed.
+            left; `cold_median`, `cold_p90` and, of a hundred or more, `cold_p99`, of single replays after the cache was
+            filled with something else; `samples` of those; `sm_mhz`, the clock while it ran, 0 where nobody knows.
+            And in words how it was timed.
         """
         from triton.testing import do_bench, do_bench_cudagraph
 
-        how, timed = "CUDA graphs; cold: L2 filled before each replay", call
+        how, warm, timed = "CUDA graphs; cold: L2 filled before each replay", [], call
         try:
             timed = self.capture(call)
             warm = do_bench_cudagraph(call, rep=max(1, milliseconds // 10), return_mode="all")
         except Exception as error:
+            self.failed_capture = True  # the allocator may think that it is under way, so later rows need a new process
             torch.cuda.synchronize()  # raises if more is broken than the capture
             sentence = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            how, warm = f"launches included and L2 cold, for it could not be captured: {sentence}", None
+            how = f"launches included and L2 cold, for it could not be captured: {sentence}"
         cold = [1000 * each for each in do_bench(timed, rep=milliseconds, return_mode="all")]
-        median = statistics.median(cold)
-        found = {"median": 1000 * statistics.median(warm) if warm else median, "cold_median": median}
-        found |= {"cold_p90": percentile(cold, 0.9), "cold_p99": percentile(cold, 0.99), "samples": float(len(cold))}
-        return found | {"sm_mhz": _clock_mhz()}, how
+        found = {"cold_median": statistics.median(cold), "cold_p90": percentile(cold, 0.9), "samples": float(len(cold))}
+        if len(cold) >= 100:
+            found["cold_p99"] = percentile(cold, 0.99)
+        found["median"] = 1000 * statistics.median(warm) if warm else found["cold_median"]
+        for _ in range(min(2000, math.ceil(CLOCK_US / found["median"]))):
+            timed()
+        found["sm_mhz"] = _clock_mhz()
+        torch.cuda.synchronize()
+        return found, how
 
     def peak_bytes(self, call: Call) -> int:
         """The most memory that tensors held at once while `call` ran, inputs and weights included."""
@@ -110,7 +114,7 @@ class CudaGpu:
 
 
 def _clock_mhz() -> float:
-    """Of the multiprocessors, over the last sixth of a second or more; 0 where torch cannot ask the driver."""
+    """Of the multiprocessors now; 0 where torch cannot ask the driver."""
     try:
         return float(torch.cuda.clock_rate())
     except Exception:  # pynvml or the driver's library is missing

@@ -6,6 +6,7 @@ without a `__main__` guard, adds the script's memory to the engine's, and leaves
 """
 
 import contextlib
+import ctypes
 import importlib
 import os
 import re
@@ -28,9 +29,10 @@ from dat_deploy import errors
 from dat_deploy.errors import DatDeployError
 from dat_deploy.runners import EngineDescription, Runner
 
-__all__ = ["SEED", "EngineProcess", "Opened", "Opening", "Timings", "Turn", "WorkerProcess", "serve"]
+__all__ = ["SEED", "EngineProcess", "Opened", "Opening", "Timings", "Turn", "WorkerProcess", "end_with_parent", "serve"]
 
 SEED = 0  # of the images
+_KILL_SECONDS = 10.0  # for a killed worker to be gone; one that a driver holds is left behind
 _GRACE_SECONDS = 5.0  # for an idle worker to close its engine; a failed or interrupted run gives none
 
 
@@ -80,6 +82,11 @@ class _Failure:
     kind: str
     message: str
     traceback: str
+
+
+def end_with_parent() -> None:
+    """From here on this process is killed when its parent ends, however that ends; on Linux."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def serve(handle: int) -> None:
@@ -219,7 +226,8 @@ class WorkerProcess:
             self._process.wait(grace_seconds)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_KILL_SECONDS)
         self._log.close()
 
     def __enter__(self) -> Self:

@@ -56,7 +56,7 @@ def key(launch: Launch, dtypes: Mapping[str, torch.dtype], unaligned: Collection
 def kernels_hash() -> str:
     """Of what machine code is made from."""
     folder, digest = Path(__file__).parent, hashlib.sha256()
-    for path in sorted([*folder.glob("*/kernel.py"), folder / "online_softmax.py"]):
+    for path in sorted([*folder.glob("*/kernel.py"), folder / "online_softmax.py", folder / "ahead_of_time.py"]):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -87,9 +87,9 @@ def precompile(needed: Iterable[Needed], folder: Path, architecture: int) -> dic
     return entries
 
 
-def write_index(folder: Path, architecture: int, entries: Mapping[str, Entry]) -> None:
-    """Make the folder one that `Precompiled` takes."""
-    about = {"architecture": architecture, "kernels": kernels_hash()}
+def write_index(folder: Path, architecture: int, entries: Mapping[str, Entry], *, triton: str) -> None:
+    """Make the folder one that `Precompiled` takes; `triton` is the version that compiled it."""
+    about = {"architecture": architecture, "kernels": kernels_hash(), "triton": triton}
     rows = {name: asdict(entry) for name, entry in entries.items()}
     (folder / INDEX).write_text(json.dumps(about | {"entries": rows}, indent=1) + "\n", encoding="utf-8")
 
@@ -143,23 +143,28 @@ class Precompiled:
     """A folder that `precompile` filled, loaded as it is needed.
 
     Attributes:
+        architecture, triton: that it is for; the version that compiled it.
         launched: how many launches were made from it; missed: the names of kernels that it lacked.
 
     Raises:
-        UnsupportedError: if it is for another GPU, or was made from other kernels.
+        UnsupportedError: if it is damaged, for another GPU, or was made from other kernels.
     """
 
     def __init__(self, folder: Path, architecture: int, driver: Driver | None = None) -> None:
-        about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if about["architecture"] != architecture:
+        try:
+            about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            self.architecture, self.triton, kernels = about["architecture"], about["triton"], about["kernels"]
+            self.entries = {name: typed(Entry, entry, name) for name, entry in about["entries"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UnsupportedError(f"{folder} is damaged ({error!r}); compile it again.") from error
+        if self.architecture != architecture:
             raise UnsupportedError(
-                f"{folder} holds code for sm_{about['architecture']}, and this GPU is of sm_{architecture}; "
+                f"{folder} holds code for sm_{self.architecture}, and this GPU is of sm_{architecture}; "
                 f"compile for that one, or launch without it."
             )
-        if about["kernels"] != kernels_hash():
+        if kernels != kernels_hash():
             raise UnsupportedError(f"{folder} was compiled from other kernels than these; compile them again.")
         self.folder, self.driver = folder, driver or Driver()
-        self.entries = {name: typed(Entry, entry, name) for name, entry in about["entries"].items()}
         self.launched, self.missed = 0, set[str]()
         self._functions: dict[str, ctypes.c_void_p] = {}
 

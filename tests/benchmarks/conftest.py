@@ -34,9 +34,6 @@ class CpuGpu(fake_gpu.FakeGpu):
     device = torch.device("cpu")
     capability = 90
 
-    def exponentials_per_us(self, mhz: float) -> float:
-        return 16 * 132 * mhz
-
     def capture(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """As a CUDA graph, a replay writes where the call has written."""
         captured = call()

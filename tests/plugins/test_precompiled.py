@@ -53,7 +53,7 @@ def opened(tmp_path, monkeypatch, launch):
     names = [key(launch, DTYPES, ()), key(launch, DTYPES, ("value", "sampling_locations"))]
     for name in names:
         (tmp_path / f"{name}.cubin").write_bytes(b"\x7fELF")
-    write_index(tmp_path, 90, dict.fromkeys(names, entry))
+    write_index(tmp_path, 90, dict.fromkeys(names, entry), triton="3.6.0")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
     return Precompiled(tmp_path, 90, Driver(FakeCuda()))
 
@@ -108,7 +108,7 @@ def test_a_key_tells_types_sizes_and_alignment_apart(launch):
 
 def test_a_kernel_is_compiled_into_a_folder_with_what_the_assembler_says(tmp_path, launch):
     entries = precompile([(launch, DTYPES, ()), (launch, DTYPES, ("value",))], tmp_path, 90)
-    write_index(tmp_path, 90, entries)
+    write_index(tmp_path, 90, entries, triton="3.6.0")
     assert {path.name for path in tmp_path.iterdir()} == {"index.json", *(f"{name}.cubin" for name in entries)}
     aligned, unaligned = entries.values()
     assert 0 < aligned.registers <= 255
@@ -133,3 +133,7 @@ def test_another_gpu_other_kernels_and_a_drivers_refusal_are_told(opened, launch
     index.write_text(json.dumps(json.loads(index.read_text()) | {"kernels": "others"}))
     with pytest.raises(UnsupportedError, match="was compiled from other kernels than these; compile them again"):
         Precompiled(opened.folder, 90, Driver(FakeCuda()))
+    for damaged in ("{", "{}", "[]"):
+        index.write_text(damaged)
+        with pytest.raises(UnsupportedError, match=r"is damaged \(.*\); compile it again"):
+            Precompiled(opened.folder, 90, Driver(FakeCuda()))
