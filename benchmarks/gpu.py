@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not 1 <= options.minutes < math.inf:
         parser.error(f"--minutes is {options.minutes:g}; give at least 1")
+    if options.record and not options.report:
+        parser.error("--record is for --report")
     try:
         if options.report:
             return report(options, options.record, documents=options.output == RESULTS and not options.record)
@@ -200,8 +202,12 @@ def open_gpu(kit: Path | None) -> Any:
         try:
             gpu.kit = Precompiled(kit, gpu.capability)
         except UnsupportedError as error:
-            again = f"make gpu-kit ARGUMENTS='--architecture {gpu.capability}'"
-            raise UnsupportedError(f"{error} That is: {again}, or ARGUMENTS='--kit none'.") from None
+            from dat_deploy.plugins.ahead_of_time import ARCHITECTURES
+
+            again = f"make gpu-kit ARGUMENTS='--architecture {gpu.capability}', or here " * (
+                gpu.capability in ARCHITECTURES
+            )
+            raise UnsupportedError(f"{error} That is: {again}make bench-gpu ARGUMENTS='--kit none'.") from None
     return gpu
 
 
@@ -287,7 +293,7 @@ def opened_record(options: argparse.Namespace, machine: Machine) -> tuple[Path, 
         return new_path(folder, now.date()), record
     record = Record.read(path)
     for key, row in list(record.rows.items()):  # without the file that was tuned, the record came here alone
-        if row.error or (row.part == "tune" and not path.with_name(CONFIGURATIONS).exists()):
+        if row.error or (row.kind == "tune" and not path.with_name(CONFIGURATIONS).exists()):
             del record.rows[key]
     return path, record
 

@@ -5,6 +5,7 @@ largest output.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,7 +49,8 @@ def make_inputs(
     """Random tensors by the names of the operator's arguments, in their order; points lie where networks put them.
 
     Args:
-        stress: some points lie on pixels, on half pixels, on the border and outside.
+        stress: in the second image points lie on pixels, on half pixels and on the border, too, and in the third also
+            outside, where a kernel takes another way than it does for an image of the first kind.
     """
     generator = torch.Generator(device).manual_seed(seed)
     scales = {"relative_position_bias_table": 0.5, "padding_qkv": 0.1}
@@ -71,8 +73,9 @@ def _locations(case: Case, random: Tensor, *, stress: bool) -> Tensor:
     steps = torch.tensor([max(case.height - 1, 1), max(case.width - 1, 1)], device=random.device) / 2
     pixels = ((located + 1) * steps).round() / steps - 1
     kinds = torch.stack([located, pixels, pixels + 0.5 / steps, located.sign(), 1.7 * located])
-    which = torch.arange(math.prod(case.sampled), device=random.device).reshape(*case.sampled, 1) % len(kinds)
-    return kinds.gather(0, which.expand(1, *random.shape))[0]
+    point = torch.arange(math.prod(case.sampled), device=random.device).reshape(*case.sampled, 1)
+    which = torch.stack([point % count for count in itertools.islice(itertools.cycle((1, 4, 5)), case.batch)])
+    return kinds.gather(0, which[None, :, None].expand(1, *random.shape))[0]
 
 
 def judged(case: Case, inputs: Inputs, results: dict[str, Tensor]) -> tuple[dict[str, float], str | None]:

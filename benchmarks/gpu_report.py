@@ -181,9 +181,6 @@ def _sentences(record: Record) -> list[str]:
             f"This card reached {found['tflop_per_s']:.0f} TFLOP/s (float16 product, {found['product_mhz']:.0f} MHz) "
             f"and {found['tb_per_s']:.2f} TB/s (copy); exponentials: 16 a clock a multiprocessor, at each row's clock."
         )
-    checked = [row for row in record.rows.values() if row.part == "correctness"]
-    if checked:
-        said.append(f"{sum(not row.error for row in checked)} of {len(checked)} checks of correctness passed.")
     for part in ("memory", "operators", "engines", "tests", "profile", "ncu"):
         for row in (row for row in rows(record, part) if "implementation" not in row.labels):
             numbers = ", ".join(f"{name} {value:,.4g}" for name, value in row.numbers.items())
@@ -212,7 +209,9 @@ def where(record: Record | None) -> str:
         )
     machine = record.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    checked = [row for row in record.rows.values() if row.part == "correctness"]
     return (
+        f"{sum(not row.error for row in checked)} of {len(checked)} checks of correctness passed. "
         f"{machine.gpu}, {machine.memory_gib} GiB, {versions}; commit {record.commit or 'unknown'} "
         f"(source {record.source}), {record.date}."
     )

@@ -112,14 +112,20 @@ def test_inputs_are_random_seeded_and_of_what_ships(case):
     assert in_float32 == {"sampling_locations", "relative_position_bias_table"} & first.keys()
 
 
-def test_stressed_points_lie_on_pixels_between_them_on_the_border_and_outside():
-    case = Case("deformable_sample", 1, 9, 9, 8, 0, (10, 10), 1)
-    points = gpu_operators.make_inputs(case, 0, torch.device("cpu"), stress=True)["sampling_locations"]
-    pixels = (points.reshape(-1, 5, 2) + 1) / 2 * 8
-    assert torch.allclose(pixels[:, 1], pixels[:, 1].round(), atol=1e-5)
-    assert torch.allclose((pixels[:, 2] - 0.5), (pixels[:, 2] - 0.5).round(), atol=1e-5)
-    assert set(points.reshape(-1, 5, 2)[:, 3].abs().flatten().tolist()) == {1.0}
-    assert (points.reshape(-1, 5, 2)[:, 4].abs() > 1).any()
+def test_stressed_points_lie_on_pixels_between_them_on_the_border_and_in_one_image_outside():
+    case = Case("deformable_sample", 3, 9, 9, 8, 0, (10, 10), 2)
+    plain, points = (
+        gpu_operators.make_inputs(case, 0, torch.device("cpu"), stress=stress)["sampling_locations"].reshape(
+            3, 2, 100, 2
+        )
+        for stress in (False, True)
+    )
+    assert torch.equal(points[0], plain[0])  # as networks put them
+    pixels = (points[1].reshape(2, 25, 4, 2) + 1) / 2 * 8
+    assert torch.allclose(pixels[:, :, 1], pixels[:, :, 1].round(), atol=1e-5)
+    assert torch.allclose(pixels[:, :, 2] - 0.5, (pixels[:, :, 2] - 0.5).round(), atol=1e-5)
+    assert set(points[1].reshape(2, 25, 4, 2)[:, :, 3].abs().flatten().tolist()) == {1.0}
+    assert points[1].abs().max() < 1.2 < points[2].abs().max()  # far outside in the last image alone
 
 
 @pytest.mark.parametrize("what", ["default", "configurations", "unaligned", "graph"])

@@ -106,7 +106,7 @@ def test_a_key_tells_types_sizes_and_alignment_apart(launch):
     assert len(keys) == 4
 
 
-def test_a_kernel_is_compiled_into_a_folder_with_what_the_assembler_says(tmp_path, launch):
+def test_a_kernel_is_compiled_into_a_folder_and_launched_from_there(tmp_path, launch, tensors, monkeypatch):
     entries = precompile([(launch, DTYPES, ()), (launch, DTYPES, ("value",))], tmp_path, 90)
     write_index(tmp_path, 90, entries, triton="3.6.0")
     assert {path.name for path in tmp_path.iterdir()} == {"index.json", *(f"{name}.cubin" for name in entries)}
@@ -119,7 +119,12 @@ def test_a_kernel_is_compiled_into_a_folder_with_what_the_assembler_says(tmp_pat
         code = (tmp_path / f"{name}.cubin").read_bytes()
         assert (code[:4], len(code)) == (b"\x7fELF", entry.code_bytes)
         assert entry.name.encode() in code
-    assert Precompiled(tmp_path, 90, Driver(FakeCuda())).entries == entries
+    opened = Precompiled(tmp_path, 90, Driver(FakeCuda()))
+    assert opened.entries == entries
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    assert opened.launch(launch, tensors, torch.empty(2, 49, 64, dtype=torch.float16))
+    (_, (_, code)), (_, (_, _, name)), (last, _) = opened.driver.library.calls  # no more shared memory is asked for
+    assert (code.value[:4], name.value.decode(), last) == (b"\x7fELF", aligned.name, "cuLaunchKernel")
 
 
 def test_another_gpu_other_kernels_and_a_drivers_refusal_are_told(opened, launch, tensors):
