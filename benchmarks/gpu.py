@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -338,30 +339,34 @@ def measured(
         ended = [row.seconds for row in mine if row.error and NO_ANSWER in row.error]  # at least so long
         return max([statistics.median(right) if right else job.seconds, *ended])
 
+    broken: Counter[str] = Counter()
     needed = sum(seconds(job) for job in jobs if not job.optional)
     share, part = min(1.0, max(0.0, deadline - clock()) / needed) if needed else 1.0, None
     for index, job in enumerate(jobs):
         later = [each for each in jobs[index + 1 :] if not each.optional and (job.optional or each.part != job.part)]
         is_first, part = job.part != part, job.part
         end = deadline if is_first else deadline - share * sum(map(seconds, later))
-        if clock() + seconds(job) > end:
+        if clock() + seconds(job) + (START_SECONDS if workers.process is None else 0.0) > end:
+            continue
+        if broken[job.kind] > 1 and job.part != "correctness":
+            record.not_measured[job.key] = "two rows of its kind ended their process"
             continue
         now, began = clock(), time.time()
         try:
             if workers.process is None:
                 workers.start(min(START_LIMIT_SECONDS, deadline - now))
             now, began = clock(), time.time()
-            limit = min(end - now, max(3 * seconds(job), job.least_limit_seconds))
+            # Should it be ended there, what comes later needs a new process.
+            limit = min(end - now - (START_SECONDS if later else 0.0), max(3 * seconds(job), job.least_limit_seconds))
             context = {"path": path, "kit": workers.kit}
             found, healthy = workers.ask(job, context, max(limit, min(seconds(job), deadline - now)))
-        except UnsupportedError:
-            raise
         except DatDeployError as error:
             if clock() >= deadline:
                 record.not_measured[job.key] = f"{OUT_OF_TIME}: stopped after {clock() - now:.0f} s"
                 return
             found, healthy = Found({}, error=str(error)), False
         if not healthy:
+            broken[job.kind] += 1
             workers.end()
         numbers = {name: float(value) for name, value in found.numbers.items() if math.isfinite(value)}
         notes = (*found.notes, *(f"{name} is {found.numbers[name]}" for name in found.numbers.keys() - numbers))

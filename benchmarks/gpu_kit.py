@@ -100,9 +100,12 @@ def prototype(kit: Precompiled | None, case: Case, inputs: dict[str, Tensor]) ->
     query, keys, value, locations, table = inputs.values()
     norms = keys.float().reshape(case.batch, -1, case.heads, 32).norm(dim=-1).amax(1)  # B, M
     largest = (table.float().abs().amax((1, 2)) * 1.4427).expand(case.batch, -1)
-    packed = _module(kit.folder / "prototype" / "pack.py").pack(table, _rows(case), 32)
+    packed = _module(kit.folder / "prototype" / "pack.py").pack(table, _rows(case), 32).to(table.device)
     given = {"query": query, "key": keys, "value": value, "loc": locations, "packed": packed}
     given["bound"] = torch.stack([norms, largest], -1).contiguous()
+    assert all(
+        tensor.device == query.device for tensor in given.values()
+    )  # else the kernel reads addresses of the host
     launch = prototype_launch(kit.folder, case)
     assert (launch.scalars["rows_padded"], launch.constants["TWP"]) == tuple(packed.shape[1:])
 

@@ -113,8 +113,9 @@ def _operators(variant: Variant, index: int, batch: int) -> Iterator[Job]:
                 f"{case.operator} {user}, {case.shape}, batch {batch}, {peer}",
                 {"case": case, "name": peer},
             )
-            optional, seconds = peer in COMPILED, SECONDS[peer]
-            limit = COMPILING_SECONDS if optional else Job.least_limit_seconds
+            is_target = case == bar() and peer in ("compile", "flex")
+            optional, seconds = peer in COMPILED and not is_target, SECONDS[peer]
+            limit = COMPILING_SECONDS if peer in COMPILED else Job.least_limit_seconds
             yield Job("operators", key, "gpu_operators:measure", arguments, seconds, peer, labels, optional, limit)
 
 

@@ -78,9 +78,9 @@ class CudaGpu:
 
         Returns:
             `median`, of calls one after the other in a CUDA graph, so that the L2 cache may hold what the last one
-            left; `cold_median`, `cold_p90` and, of a hundred or more, `cold_p99`, of single replays after the cache was
-            filled with something else; `samples` of those; `sm_mhz`, the clock while it ran, 0 where nobody knows.
-            And in words how it was timed.
+            left; `cold_median`, of ten or more `cold_p90` and of a hundred `cold_p99`, of single replays after the
+            cache was filled with something else; `samples` of those; `sm_mhz`, the clock while it ran, 0 where nobody
+            knows. And in words how it was timed.
         """
         from triton.testing import do_bench, do_bench_cudagraph
 
@@ -89,14 +89,16 @@ class CudaGpu:
             timed = self.capture(call)
             warm = do_bench_cudagraph(call, rep=max(1, milliseconds // 10), return_mode="all")
         except Exception as error:
-            self.failed_capture = True  # the allocator may think that it is under way, so later rows need a new process
+            timed, self.failed_capture = (
+                call,
+                True,
+            )  # the allocator may think that it is under way, so later rows need a new process
             torch.cuda.synchronize()  # raises if more is broken than the capture
             sentence = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             how = f"launches included and L2 cold, for it could not be captured: {sentence}"
         cold = [1000 * each for each in do_bench(timed, rep=milliseconds, return_mode="all")]
-        found = {"cold_median": statistics.median(cold), "cold_p90": percentile(cold, 0.9), "samples": float(len(cold))}
-        if len(cold) >= 100:
-            found["cold_p99"] = percentile(cold, 0.99)
+        found = {"cold_median": statistics.median(cold), "samples": float(len(cold))}
+        found |= {f"cold_p{p}": percentile(cold, p / 100) for p, least in ((90, 10), (99, 100)) if len(cold) >= least}
         found["median"] = 1000 * statistics.median(warm) if warm else found["cold_median"]
         for _ in range(min(2000, math.ceil(CLOCK_US / found["median"]))):
             timed()

@@ -104,7 +104,8 @@ def job(part: str, name: str, seconds: float, *, optional: bool = False) -> gpu_
         (10.0, 10.0, ["a/1"], []),
     ],
 )
-def test_rows_leave_time_for_later_parts(deadline, seconds, right, ended, record):
+def test_rows_leave_time_for_later_parts(deadline, seconds, right, ended, record, monkeypatch):
+    monkeypatch.setattr(entry, "START_SECONDS", 0.0)  # that another process would take
     jobs = [job("a", "1", 10.0), job("a", "2", 10.0), job("a", "3", 10.0, optional=True)]
     jobs += [job("b", "1", 10.0), job("b", "2", 10.0)]
     worker = Ended(seconds)
@@ -171,6 +172,7 @@ def test_a_whole_run_measures_every_row_and_one_that_fails_costs_itself_alone(wh
 def test_another_call_goes_on_with_what_failed_alone(whole, capfd, monkeypatch):
     again = [key for key, row in Record.read(gpu_record.newest(whole)).rows.items() if row.error]
     (whole / "begun.txt").unlink()
+    gpu_record.newest(whole).with_name(entry.CONFIGURATIONS).write_text("{}")  # without it, what tuned would run again
     jobs = [fake_gpu.made_up(each, whole / "begun.txt", 0.001, {}) for each in gpu_plan.first()]
     monkeypatch.setattr(entry, "first", lambda: jobs)
     monkeypatch.setattr(entry, "OPENER", "fake_gpu:open_gpu")
