@@ -109,10 +109,8 @@ def _operators(variant: Variant, index: int, batch: int) -> Iterator[Job]:
                 continue
             labels = {"operator": case.operator, "for": user, "batch": str(batch), "shape": case.shape}
             labels |= {"implementation": peer} | ({"bar": "yes"} if case == bar() else {})
-            key, arguments = (
-                f"{case.operator} {user}, {case.shape}, batch {batch}, {peer}",
-                {"case": case, "name": peer},
-            )
+            key = f"{case.operator} {user}, {case.shape}, batch {batch}, {peer}"
+            arguments = {"case": case, "name": peer}
             is_target = case == bar() and peer in ("compile", "flex")
             optional, seconds = peer in COMPILED and not is_target, SECONDS[peer]
             limit = COMPILING_SECONDS if peer in COMPILED else Job.least_limit_seconds
@@ -157,18 +155,8 @@ def second() -> list[Job]:
     jobs += [*_networks(("fused", "eager"), (8, 64)), *_networks(("fused",), (128,), ("small", "base"))]
     jobs += [replace(job, optional=False) for job in _networks(("compile",), (128,))]
     arguments = {"variant": "tiny", "batches": [1, 128]}
-    jobs.append(
-        Job(
-            "engines",
-            "tiny aotinductor",
-            "gpu_networks:engine",
-            arguments,
-            110.0,
-            "aotinductor",
-            {"variant": "tiny"},
-            True,
-        )
-    )
+    key, labels = "tiny aotinductor", {"variant": "tiny"}
+    jobs.append(Job("engines", key, "gpu_networks:engine", arguments, 110.0, "aotinductor", labels, True))
     arguments = {"mark": "gpu", "seconds": 110.0}
     jobs.append(Job("tests", "gpu", "gpu_networks:tests", arguments, 110.0, "tests", {}, True))
     jobs += _networks(("fused+compile",), (128,))

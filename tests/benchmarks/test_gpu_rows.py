@@ -260,6 +260,25 @@ def test_a_wrong_slot_of_a_network_is_an_error(gpu, monkeypatch):
     assert gpu_networks.check("tiny", "fp32", gpu).error.startswith("wrong in 1 of 3 slots: a logit is off by ")
 
 
+@pytest.mark.usefixtures("kernels", "_small_networks", "_uncompiled")
+@pytest.mark.parametrize("mode", ["fused", "eager", "fused+compile"])
+def test_what_was_recorded_of_launches_does_not_count_as_memory(mode, gpu, monkeypatch):
+    recorded, held = [], []
+
+    @contextlib.contextmanager
+    def recording():
+        with dispatch.recorded_jobs() as jobs:
+            recorded.append(jobs)
+            yield jobs
+            held.append(len(jobs))
+
+    monkeypatch.setattr(gpu_networks, "recorded_jobs", recording)
+    monkeypatch.setattr(gpu, "peak_bytes", lambda call: sum(map(len, recorded)))
+    found = gpu_networks.measure("tiny", mode, 2, gpu)
+    assert (found.numbers["peak_mib"], found.numbers.get("tuned")) == (0.0, 0.0 if mode == "fused" else None)
+    assert [count > 0 for count in held] == [True] * (mode == "fused")
+
+
 def test_the_tests_count_as_far_as_they_came(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_networks.importlib.util, "find_spec", lambda name: None)
     said = (
