@@ -1,8 +1,12 @@
 """`window_attention` in one launch: shift, partition, bias, mask, softmax and merge; only the output reaches memory.
 
-One program computes one head of one block of queries, for the same place in WINDOWS windows after another: their bias
-is the same, so that of small windows is gathered once and stays in registers. A window never moves: the roll is in the
-addresses.
+One program computes one head of one block of queries, for the same place in WINDOWS windows after another. A window
+never moves: the roll is in the addresses. There are two forms.
+
+- `whole_window_kernel`, for half precision and up to MOST_PIXELS pixels a window: the scores of all keys of a window
+  are in registers at once, so that the softmax is a plain one and no key is padded but in the last 16. So is the bias,
+  which is the same in every window: the head's table goes through shared memory once a program.
+- `window_attention_kernel`, for the rest: blocks of keys with a running softmax.
 """
 
 import triton
@@ -11,12 +15,14 @@ import triton.language as tl
 from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, are_known, ceil_div, next_power_of_two
 from dat_deploy.plugins.online_softmax import attend
 
-__all__ = ["configurations", "launch", "problem", "window_attention_kernel"]
+__all__ = ["configurations", "launch", "problem", "whole_window_kernel", "window_attention_kernel"]
 
 INPUTS = ("qkv", "relative_position_bias_table")
 SCALARS = ("batch", "height", "width")
 TILES = [(64, 64, 4), (64, 32, 4), (32, 32, 2), (64, 16, 4)]
 BLOCK_BYTES = 4096  # of a block of keys: larger ones spill registers, or take more shared memory than TensorRT allows
+WHOLE_TILES = [(64, 4), (32, 2)]  # queries and warps: 16 queries a warp
+MOST_PIXELS = 144  # whose scores and bias are in registers at once
 MAX_KEPT = 2  # blocks of keys whose bias stays in registers from window to window
 MASKED = -100.0  # between pixels that only the roll has made neighbours; reference.shifted_window_mask
 
@@ -201,6 +207,193 @@ def window_attention_kernel(
         )
 
 
+@triton.jit
+def _register_bias(
+    table,
+    first_query,
+    head,
+    FIRST: tl.constexpr,
+    KEYS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WINDOW_SIZE: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    TABLE_SIZE: tl.constexpr,
+):
+    """The bias of a block of queries to keys from FIRST on, as `attend` takes it; -inf where there is no key.
+
+    Its index has the axes (8 keys, 8 queries, warp, query, pair of keys): registers, registers, warps, lanes, lanes.
+    That is how the matrix product holds its scores, so they meet in the same threads and nothing is exchanged.
+
+    Returns [BLOCK_QUERIES, KEYS] float32.
+    """
+    PIXELS: tl.constexpr = WINDOW_SIZE * WINDOW_SIZE
+    SPAN: tl.constexpr = 2 * WINDOW_SIZE - 1
+    WARPS: tl.constexpr = BLOCK_QUERIES // 16
+    COUNT: tl.constexpr = BLOCK_QUERIES * KEYS // 2
+    entry = tl.arange(0, TABLE_SIZE)
+    entries = tl.load(table + entry * NUM_HEADS + head, mask=entry < SPAN * SPAN, other=float("-inf")).to(tl.float32)
+    entries *= HEAD_DIM**0.5
+
+    eighth = tl.arange(0, KEYS // 8)[:, None, None, None, None]
+    half = tl.arange(0, 2)[None, :, None, None, None]
+    warp = tl.arange(0, WARPS)[None, None, :, None, None]
+    row = tl.arange(0, 8)[None, None, None, :, None]
+    pair = tl.arange(0, 4)[None, None, None, None, :]
+    m = tl.minimum(first_query + 16 * warp + 8 * half + row, PIXELS - 1)
+    origin = (m // WINDOW_SIZE + WINDOW_SIZE - 1) * SPAN + m % WINDOW_SIZE + WINDOW_SIZE - 1
+    n = FIRST + 8 * eighth + 2 * pair
+    left = tl.where(n < PIXELS, origin - n // WINDOW_SIZE * SPAN - n % WINDOW_SIZE, SPAN * SPAN)
+    n += 1
+    right = tl.where(n < PIXELS, origin - n // WINDOW_SIZE * SPAN - n % WINDOW_SIZE, SPAN * SPAN)
+    left = tl.reshape(tl.gather(entries, tl.reshape(left, (COUNT,)), 0), (KEYS // 8, 2, WARPS, 8, 4))
+    right = tl.reshape(tl.gather(entries, tl.reshape(right, (COUNT,)), 0), (KEYS // 8, 2, WARPS, 8, 4))
+    return tl.reshape(tl.trans(tl.join(left, right), 2, 1, 3, 0, 4, 5), (BLOCK_QUERIES, KEYS))
+
+
+@triton.jit
+def _whole_scores(
+    start,
+    q,
+    m,
+    bias,
+    is_edge,
+    window_y,
+    window_x,
+    height,
+    width,
+    FIRST: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WINDOW_SIZE: tl.constexpr,
+    SHIFT_SIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The scores of a block of queries to keys from FIRST on, times sqrt(HEAD_DIM), and the values of these keys."""
+    PIXELS: tl.constexpr = WINDOW_SIZE * WINDOW_SIZE
+    n = FIRST + tl.arange(0, KEYS)
+    dim = tl.arange(0, HEAD_DIM)
+    pixel, region = _pixels(n, window_y, window_x, height, width, WINDOW_SIZE, SHIFT_SIZE)
+    offset = pixel[:, None] * (3 * CHANNELS) + dim[None, :]
+    if FIRST + KEYS <= PIXELS:
+        k = tl.load(start + CHANNELS + offset)
+        v = tl.load(start + 2 * CHANNELS + offset)
+    else:
+        k = tl.load(start + CHANNELS + offset, mask=(n < PIXELS)[:, None], other=0.0)
+        v = tl.load(start + 2 * CHANNELS + offset, mask=(n < PIXELS)[:, None], other=0.0)
+    scores = tl.dot(q, tl.trans(k), acc=bias)
+    if SHIFT_SIZE > 0:
+        if is_edge:  # elsewhere all are neighbours
+            _, query_region = _pixels(m, window_y, window_x, height, width, WINDOW_SIZE, SHIFT_SIZE)
+            scores += tl.where(query_region[:, None] == region[None, :], 0.0, MASKED * HEAD_DIM**0.5)
+    return scores, v
+
+
+@triton.jit(do_not_specialize=list(SCALARS))
+def whole_window_kernel(
+    qkv,
+    relative_position_bias_table,
+    batch,
+    height,
+    width,
+    output,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WINDOW_SIZE: tl.constexpr,
+    SHIFT_SIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+    TABLE_SIZE: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    MORE_KEYS: tl.constexpr,
+    WINDOWS: tl.constexpr,
+):
+    """Grid and layouts as in `window_attention_kernel`. Keys go in two parts, the second may be none."""
+    CHANNELS: tl.constexpr = NUM_HEADS * HEAD_DIM
+    PIXELS: tl.constexpr = WINDOW_SIZE * WINDOW_SIZE
+    QUERY_BLOCKS: tl.constexpr = (PIXELS + BLOCK_QUERIES - 1) // BLOCK_QUERIES
+    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5  # see `attend`
+
+    program = tl.program_id(0)
+    head = program // QUERY_BLOCKS % NUM_HEADS
+    first_window = program // (QUERY_BLOCKS * NUM_HEADS) * WINDOWS
+    windows_across = width // WINDOW_SIZE
+    windows_an_image = windows_across * (height // WINDOW_SIZE)
+
+    first_query = program % QUERY_BLOCKS * BLOCK_QUERIES
+    m = first_query + tl.arange(0, BLOCK_QUERIES)
+    is_query = (m < PIXELS)[:, None]
+    dim = tl.arange(0, HEAD_DIM)[None, :]
+    table = relative_position_bias_table
+    bias = _register_bias(
+        table, first_query, head, 0, KEYS, NUM_HEADS, HEAD_DIM, WINDOW_SIZE, BLOCK_QUERIES, TABLE_SIZE
+    )
+    if MORE_KEYS > 0:
+        more_bias = _register_bias(
+            table, first_query, head, KEYS, MORE_KEYS, NUM_HEADS, HEAD_DIM, WINDOW_SIZE, BLOCK_QUERIES, TABLE_SIZE
+        )
+
+    for window in range(first_window, min(first_window + WINDOWS, batch * windows_an_image)):
+        image = (window // windows_an_image).to(tl.int64) * (height * width)
+        window_y = window % windows_an_image // windows_across
+        window_x = window % windows_across
+        is_edge = (window_y == height // WINDOW_SIZE - 1) | (window_x == windows_across - 1)
+        pixel, _ = _pixels(m, window_y, window_x, height, width, WINDOW_SIZE, SHIFT_SIZE)
+        start = qkv + image * (3 * CHANNELS) + head * HEAD_DIM
+        q = tl.load(start + (pixel[:, None] * (3 * CHANNELS) + dim), mask=is_query, other=0.0)
+        scores, v = _whole_scores(
+            start,
+            q,
+            m,
+            bias,
+            is_edge,
+            window_y,
+            window_x,
+            height,
+            width,
+            0,
+            KEYS,
+            CHANNELS,
+            HEAD_DIM,
+            WINDOW_SIZE,
+            SHIFT_SIZE,
+            MASKED,
+        )
+        largest = tl.max(scores, 1)
+        if MORE_KEYS > 0:
+            more_scores, more_v = _whole_scores(
+                start,
+                q,
+                m,
+                more_bias,
+                is_edge,
+                window_y,
+                window_x,
+                height,
+                width,
+                KEYS,
+                MORE_KEYS,
+                CHANNELS,
+                HEAD_DIM,
+                WINDOW_SIZE,
+                SHIFT_SIZE,
+                MASKED,
+            )
+            largest = tl.maximum(largest, tl.max(more_scores, 1))
+        largest *= SCALE
+        weights = tl.exp2(scores * SCALE - largest[:, None])
+        total = tl.sum(weights, 1)
+        attended = tl.dot(weights.to(v.dtype), v)
+        if MORE_KEYS > 0:
+            weights = tl.exp2(more_scores * SCALE - largest[:, None])
+            total += tl.sum(weights, 1)
+            attended = tl.dot(weights.to(v.dtype), more_v, acc=attended)
+        attended *= (1 / total)[:, None]
+        end = output + image * CHANNELS + head * HEAD_DIM
+        tl.store(end + (pixel[:, None] * CHANNELS + dim), attended.to(output.dtype.element_ty), mask=is_query)
+
+
 def problem(
     qkv: Shape, num_heads: int, window_size: int, shift_size: int, element_bytes: int, table_bytes: int
 ) -> Problem:
@@ -225,12 +418,20 @@ def configurations(problem: Problem) -> list[Configuration]:
     Where the bias stays in registers, programs take several windows once there are enough to keep a large GPU busy.
     """
     pixels = problem["window_size"] ** 2
-    key_bytes = problem["head_dim"] * problem["element_bytes"]
-    tiles = [tile for tile in TILES if tile[1] * key_bytes <= BLOCK_BYTES]
     chunks = [4, 16, 1]
     if are_known(problem, "batch", "height", "width"):
         windows = problem["batch"] * (problem["height"] * problem["width"] // pixels) * problem["heads"]
         chunks = sorted((16, 4, 1), key=lambda chunk: windows < 1024 * chunk)
+    if _is_whole(problem):
+        with_mask = problem["shift_size"] > 0 and pixels > 64  # of which two warps spill registers
+        blocks = WHOLE_TILES[:1] if with_mask else WHOLE_TILES
+        return [
+            Configuration((("BLOCK_QUERIES", queries), ("WINDOWS", chunk)), num_warps, 2)
+            for queries, num_warps in sorted(blocks, key=lambda tile: ceil_div(pixels, tile[0]) * tile[0])
+            for chunk in chunks
+        ]
+    key_bytes = problem["head_dim"] * problem["element_bytes"]
+    tiles = [tile for tile in TILES if tile[1] * key_bytes <= BLOCK_BYTES]
 
     def padded_scores(tile: tuple[int, int, int]) -> int:
         queries, keys, _ = tile
@@ -241,6 +442,21 @@ def configurations(problem: Problem) -> list[Configuration]:
         for queries, keys, num_warps in sorted(tiles, key=padded_scores)
         for chunk in (chunks if _keeps_bias(problem, keys) else (1,))
     ]
+
+
+def _is_whole(problem: Problem) -> bool:
+    """Whether the scores of a whole window fit into registers."""
+    return (
+        problem["window_size"] ** 2 <= MOST_PIXELS and problem["element_bytes"] == 2 and problem["head_dim"] in (16, 32)
+    )
+
+
+def _key_parts(pixels: int) -> tuple[int, int]:
+    """Two powers of two of least sum that hold as many keys; the second is 0 where one alone is no larger."""
+    whole = max(16, next_power_of_two(pixels))
+    first = whole // 2
+    rest = max(16, next_power_of_two(pixels - first)) if pixels > first >= 16 else whole
+    return (first, rest) if first + rest < whole else (whole, 0)
 
 
 def _keeps_bias(problem: Problem, block_keys: int) -> bool:
@@ -254,21 +470,29 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
     pixels = problem["window_size"] ** 2
     windows = problem["batch"] * (problem["height"] * problem["width"] // pixels)
     query_blocks = ceil_div(pixels, tiles["BLOCK_QUERIES"])
+    constants = {
+        "NUM_HEADS": problem["heads"],
+        "HEAD_DIM": problem["head_dim"],
+        "WINDOW_SIZE": problem["window_size"],
+        "SHIFT_SIZE": problem["shift_size"],
+        "MASKED": MASKED,
+        **tiles,
+    }
+    if _is_whole(problem):
+        keys, more_keys = _key_parts(pixels)
+        entries = (2 * problem["window_size"] - 1) ** 2
+        constants |= {"TABLE_SIZE": next_power_of_two(entries + 1), "KEYS": keys, "MORE_KEYS": more_keys}
+    else:
+        constants |= {
+            "KEEP_BIAS": _keeps_bias(problem, tiles["BLOCK_KEYS"]),
+            "BLOCK_DIM": max(16, next_power_of_two(problem["head_dim"])),
+        }
     return Launch(
-        kernel=window_attention_kernel,
+        kernel=whole_window_kernel if _is_whole(problem) else window_attention_kernel,
         programs=ceil_div(windows, tiles["WINDOWS"]) * problem["heads"] * query_blocks,
         inputs=INPUTS,
         scalars={name: problem[name] for name in SCALARS},
-        constants={
-            "NUM_HEADS": problem["heads"],
-            "HEAD_DIM": problem["head_dim"],
-            "WINDOW_SIZE": problem["window_size"],
-            "SHIFT_SIZE": problem["shift_size"],
-            "MASKED": MASKED,
-            "KEEP_BIAS": _keeps_bias(problem, tiles["BLOCK_KEYS"]),
-            "BLOCK_DIM": max(16, next_power_of_two(problem["head_dim"])),
-            **tiles,
-        },
+        constants=constants,
         num_warps=configuration.num_warps,
         num_stages=configuration.num_stages,
     )
