@@ -165,7 +165,7 @@ def test_a_whole_run_measures_every_row_and_one_that_fails_costs_itself_alone(wh
     assert (
         "| `tiny` | 128 | compile | 2,571 | 49.000 | 50.750 | 52.500 | 56.000 | 3,150 | 2.86 | 1.00 | 3 | 100 |" in text
     )
-    assert "This card reached 790 TFLOP/s (float16 product, 1500 MHz) and 4.30 TB/s (copy)" in text
+    assert "This card reached 790 TFLOP/s (float16 product, 1500 MHz) and 4.30 TB/s (addition)" in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -421,15 +421,8 @@ def configurations(problem: Problem) -> list[Configuration]:
     chunks = [4, 16, 1]
     if are_known(problem, "batch", "height", "width"):
         windows = problem["batch"] * (problem["height"] * problem["width"] // pixels) * problem["heads"]
-        chunks = sorted((16, 4, 1), key=lambda chunk: windows < 1024 * chunk)
-    if _is_whole(problem):
-        with_mask = problem["shift_size"] > 0 and pixels > 64  # of which two warps spill registers
-        blocks = WHOLE_TILES[:1] if with_mask else WHOLE_TILES
-        return [
-            Configuration((("BLOCK_QUERIES", queries), ("WINDOWS", chunk)), num_warps, 2)
-            for queries, num_warps in sorted(blocks, key=lambda tile: ceil_div(pixels, tile[0]) * tile[0])
-            for chunk in chunks
-        ]
+        enough = 512 if _is_whole(problem) else 1024
+        chunks = sorted((16, 4, 1), key=lambda chunk: windows < enough * chunk)
     key_bytes = problem["head_dim"] * problem["element_bytes"]
     tiles = [tile for tile in TILES if tile[1] * key_bytes <= BLOCK_BYTES]
 
@@ -437,11 +430,21 @@ def configurations(problem: Problem) -> list[Configuration]:
         queries, keys, _ = tile
         return ceil_div(pixels, queries) * queries * ceil_div(pixels, keys) * keys
 
-    return [
+    by_blocks = [
         Configuration((("BLOCK_QUERIES", queries), ("BLOCK_KEYS", keys), ("WINDOWS", chunk)), num_warps, 2)
         for queries, keys, num_warps in sorted(tiles, key=padded_scores)
         for chunk in (chunks if _keeps_bias(problem, keys) else (1,))
     ]
+    if _is_whole(problem):
+        with_mask = problem["shift_size"] > 0 and pixels > 64  # of which two warps spill registers
+        blocks = WHOLE_TILES[:1] if with_mask else WHOLE_TILES
+        whole = [
+            Configuration((("BLOCK_QUERIES", queries), ("WINDOWS", chunk)), num_warps, 2)
+            for queries, num_warps in sorted(blocks, key=lambda tile: ceil_div(pixels, tile[0]) * tile[0])
+            for chunk in chunks
+        ]
+        return [*whole, by_blocks[0]]  # the last for GPUs of sm_75, where the others spill registers
+    return by_blocks
 
 
 def _is_whole(problem: Problem) -> bool:
@@ -478,7 +481,8 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
         "MASKED": MASKED,
         **tiles,
     }
-    if _is_whole(problem):
+    is_whole = "BLOCK_KEYS" not in tiles
+    if is_whole:
         keys, more_keys = _key_parts(pixels)
         entries = (2 * problem["window_size"] - 1) ** 2
         constants |= {"TABLE_SIZE": next_power_of_two(entries + 1), "KEYS": keys, "MORE_KEYS": more_keys}
@@ -488,7 +492,7 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
             "BLOCK_DIM": max(16, next_power_of_two(problem["head_dim"])),
         }
     return Launch(
-        kernel=whole_window_kernel if _is_whole(problem) else window_attention_kernel,
+        kernel=whole_window_kernel if is_whole else window_attention_kernel,
         programs=ceil_div(windows, tiles["WINDOWS"]) * problem["heads"] * query_blocks,
         inputs=INPUTS,
         scalars={name: problem[name] for name in SCALARS},
