@@ -30,7 +30,8 @@ __all__ = ["check", "engine", "measure", "ncu", "profile", "tests", "tune"]
 COMPILE_MODE = "max-autotune-no-cudagraphs"  # the graph is captured by hand, alike for all modes
 CHUNK = 16  # images of what answers are compared with, at a time
 COLD = {"p50": "median", "p90": "p90", "p99": "p99"}
-NCU_SECTIONS = ("SpeedOfLight", "WarpStateStats", "InstructionStats", "MemoryWorkloadAnalysis")
+NCU_SECTIONS = ("SpeedOfLight", "WarpStateStats", "InstructionStats", "MemoryWorkloadAnalysis", "Occupancy")
+OURS = r"(deformable|neighborhood|whole_window|window)_\w*kernel"
 MIB = 2**20
 
 
@@ -171,7 +172,7 @@ def profile(variant: str, batch: int, gpu: Any, path: Path) -> Found:
     with path.with_name(f"{path.stem}-profile.txt").open("a", encoding="utf-8") as file:
         file.write("\n".join([f"{variant}, batch {batch}", *lines, "", ""]))
     total = sum(event.self_device_time_total for event in averages)
-    ours = sum(e.self_device_time_total for e in averages if re.search(r"_(attention|sample)_kernel", e.key))
+    ours = sum(e.self_device_time_total for e in averages if re.match(OURS, e.key))
     numbers = {"device_ms": total / 1000, "share_of_our_kernels": ours / total if total else 0.0}
     numbers |= {"kernels": float(sum(event.count for event in averages))}
     return Found(numbers | {f"us {event.key[:80]}": event.self_device_time_total for event in averages[:6]})
@@ -182,13 +183,23 @@ def ncu(kit: Path | None, path: Path) -> Found:
     program, log = shutil.which("ncu"), path.with_name(f"{path.stem}-ncu.txt")
     if program is None:
         return Found({}, ("Nsight Compute's ncu is not on the PATH here",))
-    command = [program, "--clock-control", "none", "--kernel-name", "regex:^(deformable_attention_kernel|proto)$"]
+    command = [
+        program,
+        "--clock-control",
+        "none",
+        "--print-details",
+        "all",
+        "--kernel-name",
+        "regex:^(deformable_attention_.*|proto)$",
+    ]
     command += [part for section in NCU_SECTIONS for part in ("--section", section)]
     command += [sys.executable, str(Path(__file__).with_name("gpu.py")), "--ncu-target", "--kit", str(kit or "none")]
     with log.open("w", encoding="utf-8") as file:
         code = subprocess.run(command, stdout=file, stderr=file).returncode  # noqa: S603  # fixed
-    said = log.read_text(encoding="utf-8")
-    if code or "deformable_attention_kernel" not in said:
+    lines = log.read_text(encoding="utf-8").splitlines()
+    said = "\n".join(line.rstrip() for line in lines if not re.match(r"==PROF== \w+onnected|\[\d+\]", line)) + "\n"
+    log.write_text(said, encoding="utf-8")  # without the paths and numbers of the process
+    if code or "deformable_attention_" not in said:
         return Found({}, error=f"ncu ended with {code}: {' '.join(said.strip().splitlines()[-3:])[:400]}")
     return Found({"launches": float(said.count("Section: GPU Speed Of Light"))}, (f"its report is {log.name}",))
 

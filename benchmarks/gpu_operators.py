@@ -308,7 +308,7 @@ def implementation(case: Case, name: str, gpu: Any) -> Callable[[Inputs], Call]:
 
 
 def ceilings(gpu: Any, *, size: int = 8192, words: int = 2**29, milliseconds: int = 1500) -> Found:
-    """What this GPU reaches: a large product of random float16, and a large addition by the bytes it reads and writes."""
+    """What this GPU reaches: products of random float16, and additions by the bytes they read and write."""
     a, b = (torch.randn(size, size, device=gpu.device).half() for _ in range(2))
     product = torch.empty_like(a)
     products, _ = gpu.times(lambda: torch.mm(a, b, out=product), milliseconds=milliseconds)

@@ -179,7 +179,8 @@ def _sentences(record: Record) -> list[str]:
         found = row.numbers
         said.append(
             f"This card reached {found['tflop_per_s']:.0f} TFLOP/s (float16 product, {found['product_mhz']:.0f} MHz) "
-            f"and {found['tb_per_s']:.2f} TB/s (addition); exponentials: 16 a clock a multiprocessor, at each row's clock."
+            f"and {found['tb_per_s']:.2f} TB/s (addition); exponentials: 16 a clock a multiprocessor, "
+            "at each row's clock."
         )
     for part in ("memory", "operators", "engines", "tests", "profile", "ncu"):
         for row in (row for row in rows(record, part) if "implementation" not in row.labels):

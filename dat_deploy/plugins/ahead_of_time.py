@@ -29,7 +29,7 @@ class CompiledLaunch:
     Attributes:
         ptx: its parameters are the pointers to the inputs, the int32 scalars and the pointer to the output, no more.
         name: of the entry point.
-        shared_memory_bytes: dynamic, of one program.
+        shared_memory_bytes: dynamic, of one program; static_shared_memory_bytes: what the kernel itself declares.
         registers: of one thread; spilled_bytes: of its registers, that go to memory.
         cubin: the machine code that Triton's assembler makes of the PTX; it takes the same arguments.
     """
@@ -40,6 +40,7 @@ class CompiledLaunch:
     registers: int
     spilled_bytes: int
     cubin: bytes = field(default=b"", repr=False)
+    static_shared_memory_bytes: int = 0
 
 
 def newest_ptx_version(architecture: int, cuda_version: int) -> int:
@@ -97,8 +98,8 @@ def compile_launch(
             )
     arguments = len(launch.inputs) + len(launch.scalars) + 1
     ptx = _without_hidden_parameters(compiled.asm["ptx"], arguments)
-    cubin, registers, spilled = _assembled(ptx, architecture)
-    return CompiledLaunch(ptx, metadata.name, metadata.shared, registers, spilled, cubin)
+    cubin, registers, spilled, static = _assembled(ptx, architecture)
+    return CompiledLaunch(ptx, metadata.name, metadata.shared, registers, spilled, cubin, static)
 
 
 def _without_hidden_parameters(ptx: str, arguments: int) -> str:
@@ -117,8 +118,8 @@ def _without_hidden_parameters(ptx: str, arguments: int) -> str:
     return f"{ptx[: entry.start(1)]}{kept.lstrip()}{ptx[entry.end(1) :]}"
 
 
-def _assembled(ptx: str, architecture: int) -> tuple[bytes, int, int]:
-    """The machine code, and as ptxas reports: registers of a thread and bytes of them that are spilled."""
+def _assembled(ptx: str, architecture: int) -> tuple[bytes, int, int, int]:
+    """The machine code, and as ptxas reports: registers of a thread, bytes of them that are spilled, shared memory."""
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx, encoding="utf-8")
@@ -130,4 +131,5 @@ def _assembled(ptx: str, architecture: int) -> tuple[bytes, int, int]:
     registers, spilled = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
     assert registers is not None
     assert spilled is not None
-    return code, int(registers[1]), int(spilled[1])
+    static = re.search(r"(\d+) bytes smem", report)
+    return code, int(registers[1]), int(spilled[1]), int(static[1]) if static else 0

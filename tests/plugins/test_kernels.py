@@ -117,8 +117,19 @@ def interpret(
     return output
 
 
-def assert_kernel_is_exact(operator: str, inputs: Inputs, attributes: dict[str, int], *, every: bool = False) -> None:
-    """In the configuration that is taken by default, or in every one."""
+def has_shared_table(configuration: Configuration) -> bool:
+    return "COLUMN_TILES" in dict(configuration.tiles)
+
+
+def assert_kernel_is_exact(
+    operator: str,
+    inputs: Inputs,
+    attributes: dict[str, int],
+    *,
+    every: bool = False,
+    of: Callable[[Configuration], bool] = lambda _: True,
+) -> None:
+    """In the first configuration of this kind, or in every one."""
     reference: Callable[..., Tensor] = getattr(REFERENCE, operator)
     exact = reference(**{name: value.double() for name, value in inputs.items()}, **attributes)
     eager = reference(**inputs, **attributes)
@@ -126,7 +137,8 @@ def assert_kernel_is_exact(operator: str, inputs: Inputs, attributes: dict[str, 
     if eager.dtype == torch.bfloat16:
         allowed += 2**-8 * exact.abs().max().item()  # the interpreter rounds to bfloat16 by cutting off
     problem = problem_of(operator, inputs, attributes)
-    configurations = import_module(f"dat_deploy.plugins.{operator}.kernel").configurations(problem)
+    configurations = list(filter(of, import_module(f"dat_deploy.plugins.{operator}.kernel").configurations(problem)))
+    assert configurations
     for configuration in configurations if every else configurations[:1]:
         got = interpret(operator, inputs, problem, configuration, exact.shape)
         assert (got - exact).abs().max().item() <= allowed, configuration
@@ -187,7 +199,65 @@ def test_deformable_attention_in_every_configuration(half_pixel_queries, dtype, 
         inputs,
         {"num_heads": 2, "half_pixel_queries": half_pixel_queries},
         every=dtype == torch.float16,
+        of=lambda configuration: not has_shared_table(configuration),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("half_pixel_queries", [1, 0], ids=["DAT", "DAT++"])
+@pytest.mark.parametrize(
+    ("size", "sampled", "kind"),
+    [
+        ((9, 10), (4, 5), "network"),  # rows of tiles that overlap, a last block that is not full
+        ((3, 6), (2, 8), "pixels"),
+        ((8, 8), (4, 4), "half pixels"),
+        ((8, 8), (4, 4), "border"),
+        ((8, 8), (4, 4), "outside"),
+    ],
+    ids=str,
+)
+def test_deformable_attention_with_its_table_in_shared_memory(
+    size, sampled, kind, half_pixel_queries, dtype, locations
+):
+    inputs = attention_inputs(locations, size, kind=kind, sampled=sampled, heads=2, groups=1, dtype=dtype)
+    inputs = {name: value[:1] if "table" not in name else value.float() for name, value in inputs.items()}
+    attributes = {"num_heads": 2, "half_pixel_queries": half_pixel_queries}
+    assert_kernel_is_exact("deformable_attention", inputs, attributes, every=kind == "network", of=has_shared_table)
+
+
+HARD = {  # name of the input, by what it is multiplied
+    "large scores": ("query", 1000.0),
+    "a table of 50": ("relative_position_bias_table", 50.0),
+    "a table of 1e3": ("relative_position_bias_table", 1e3),
+    "a table beyond half precision": ("relative_position_bias_table", 1e6),
+    "one enormous key": ("key", torch.ones(16, 1).index_fill(0, torch.tensor(7), 300.0)),
+    "keys that are all alike": ("key", torch.zeros(16, 1)),
+    "points outside on two sides": ("sampling_locations", torch.tensor([1.9, 1.2])),
+}
+
+
+@pytest.mark.parametrize("half_pixel_queries", [1, 0], ids=["DAT", "DAT++"])
+@pytest.mark.parametrize("what", HARD)
+def test_what_the_guessed_shift_does_not_hold_is_computed_again(what, half_pixel_queries, locations):
+    name, factor = HARD[what]
+    inputs = attention_inputs(locations, (8, 8), sampled=(4, 4), heads=1, groups=1, dtype=torch.float16)
+    inputs = {key: value[:1] if "table" not in key else value.float() for key, value in inputs.items()}
+    inputs[name] = (inputs[name] * factor).to(inputs[name].dtype)
+    attributes = {"num_heads": 1, "half_pixel_queries": half_pixel_queries}
+    assert_kernel_is_exact("deformable_attention", inputs, attributes, of=has_shared_table)
+
+
+def test_a_location_that_is_no_number_spoils_as_much_with_the_table_in_shared_memory(locations):
+    inputs = attention_inputs(locations, (8, 8), sampled=(4, 4), heads=2, groups=2, dtype=torch.float16)
+    for axis in (0, 1):
+        inputs["sampling_locations"][1, 1, 0, axis, axis] = float("nan")
+    problem = problem_of("deformable_attention", inputs, {"num_heads": 2, "half_pixel_queries": 1})
+    kernel = import_module("dat_deploy.plugins.deformable_attention.kernel")
+    configuration = next(filter(has_shared_table, kernel.configurations(problem)))
+    got = interpret("deformable_attention", inputs, problem, configuration, inputs["query"].shape)
+    spoilt = got.isnan().reshape(2, 64, 2, 16)
+    assert spoilt.all(dim=1).all(dim=-1).tolist() == spoilt.any(dim=1).any(dim=-1).tolist()
+    assert spoilt.any(dim=1).any(dim=-1).tolist() == [[False, False], [False, True]]
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 64])
