@@ -917,6 +917,12 @@ def tune(
         default = "" if row.default_microseconds is None else f"{row.default_microseconds:.1f}"
         table.add_row(row.operator, size, *cells, default)
     out.print(table)
+    wrong = [(row.operator, configuration) for row in tuning.launches for configuration in row.wrong]
+    for operator, configuration in wrong:
+        tiles = " ".join(f"{name}={value}" for name, value in configuration.tiles)
+        err.print(
+            f"{operator} with {tiles} computes something else on this GPU; it was left out. Report this as a bug."
+        )
     out.print(f"kept for {tuning.gpu} in {tuning.path}")
     _write_json(asdict(tuning), json_file, force=force)
     _next("bench", "--engine", f"pytorch:{variant}")

@@ -17,18 +17,24 @@ from dat_deploy.variants import Variant
 __all__ = ["DTYPES", "TunedLaunch", "Tuning", "tune"]
 
 DEVICE = "cuda"
+ALIKE = {torch.float16: 2**-8, torch.bfloat16: 2**-5, torch.float32: 1e-4}  # of the largest output
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class TunedLaunch:
-    """The fastest configuration for one launch of the network, beside the one taken unmeasured, if that runs here."""
+    """The fastest configuration for one launch of the network, beside the one taken unmeasured, if that runs here.
+
+    Attributes:
+        wrong: configurations whose answer is another one than that of the one taken unmeasured; they are left out.
+    """
 
     operator: str
     problem: Problem
     configuration: Configuration
     microseconds: float
     default_microseconds: float | None
+    wrong: tuple[Configuration, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ def tune(
     precision: str = "fp16",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Tuning:
-    """Time every configuration of every kernel that the network launches, and keep the fastest for this GPU.
+    """Time every configuration of every kernel that the network launches, and keep the fastest right one for this GPU.
 
     The operators of processes that start afterwards take what is kept; see `plugins.tuning`.
 
@@ -83,9 +89,28 @@ def tune(
         if progress is not None:
             progress(done, len(jobs), job.operator)
         candidates = job.kernel.configurations(job.problem)
-        medians = measured(candidates, job.run)
+        wrong = _unlike_the_first(job, candidates)
+        medians = measured([candidate for candidate in candidates if candidate not in wrong], job.run)
         best = min(medians, key=lambda candidate: medians[candidate])
-        tuned.append(TunedLaunch(job.operator, job.problem, best, medians[best], medians.get(candidates[0])))
+        tuned.append(TunedLaunch(job.operator, job.problem, best, medians[best], medians.get(candidates[0]), wrong))
     gpu = torch.cuda.get_device_name()
     path = store(gpu, [(t.operator, t.problem, t.configuration, t.microseconds) for t in tuned])
     return Tuning(gpu, tuned, path)
+
+
+@torch.inference_mode()
+def _unlike_the_first(job: Job, candidates: Sequence[Configuration]) -> tuple[Configuration, ...]:
+    """Of those that run here, the ones that compute something else: what is fast must be right first."""
+    answers: dict[Configuration, torch.Tensor] = {}
+    for candidate in candidates:
+        job.output.fill_(torch.nan)  # what is not written shows
+        try:
+            job.run(candidate)
+            answers[candidate] = job.output.float().clone()
+        except Exception:  # noqa: S112  # too large for this GPU, for one: `measured` leaves it out or raises its error
+            continue
+    if not answers:
+        return ()
+    first, *others = answers
+    allowed = ALIKE[job.output.dtype] * answers[first].abs().max()
+    return tuple(other for other in others if not (answers[other] - answers[first]).abs().max() <= allowed)
