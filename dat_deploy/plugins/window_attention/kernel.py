@@ -421,8 +421,9 @@ def configurations(problem: Problem) -> list[Configuration]:
     chunks = [4, 16, 1]
     if are_known(problem, "batch", "height", "width"):
         windows = problem["batch"] * (problem["height"] * problem["width"] // pixels) * problem["heads"]
-        enough = 512 if _is_whole(problem) else 1024
-        chunks = sorted((16, 4, 1), key=lambda chunk: windows < enough * chunk)
+        chunks = sorted((16, 4, 1), key=lambda chunk: windows < 1024 * chunk)
+        if _is_whole(problem):  # of 16 only large windows have some use, and only if there are many
+            chunks = [4, 16, 1] if windows >= 2048 else [1, 4, 16]
     key_bytes = problem["head_dim"] * problem["element_bytes"]
     tiles = [tile for tile in TILES if tile[1] * key_bytes <= BLOCK_BYTES]
 
@@ -439,7 +440,7 @@ def configurations(problem: Problem) -> list[Configuration]:
         with_mask = problem["shift_size"] > 0 and pixels > 64  # of which two warps spill registers
         blocks = WHOLE_TILES[:1] if with_mask else WHOLE_TILES
         whole = [
-            Configuration((("BLOCK_QUERIES", queries), ("WINDOWS", chunk)), num_warps, 2)
+            Configuration((("BLOCK_QUERIES", queries), ("WINDOWS", chunk)), num_warps, 1 if pixels <= 64 else 2)
             for queries, num_warps in sorted(blocks, key=lambda tile: ceil_div(pixels, tile[0]) * tile[0])
             for chunk in chunks
         ]
