@@ -34,7 +34,14 @@ LAYERS = [
 ]
 HOMES = {
     "tensorrt": ("trt_plugin.py", "engine/", "tensorrt_runner.py"),
-    "triton": ("kernel.py", "online_softmax.py", "ahead_of_time.py"),
+    "triton": (
+        "kernel.py",
+        "general_form.py",
+        "shared_table_form.py",
+        "half2.py",
+        "online_softmax.py",
+        "ahead_of_time.py",
+    ),
     "onnxruntime": ("onnxruntime_runner.py", "runners/__init__.py", "quantize.py"),
     "openvino": ("openvino_runner.py", "runners/__init__.py"),
     "matplotlib": ("plotting.py",),

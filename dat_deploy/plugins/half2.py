@@ -4,8 +4,6 @@ A pair is an int32, its first number in the low half. Triton has no such type: o
 that every GPU since sm_53 has, and in Triton's interpreter, which takes none, the same arithmetic in float32.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
@@ -23,7 +21,7 @@ __all__ = [
     "half2_sub",
 ]
 
-ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit

@@ -42,6 +42,7 @@ class Entry:
     spilled_bytes: int
     code_bytes: int
     launch: str
+    static_shared_memory_bytes: int = 0
 
 
 def key(launch: Launch, dtypes: Mapping[str, torch.dtype], unaligned: Collection[str]) -> str:
@@ -84,6 +85,7 @@ def precompile(needed: Iterable[Needed], folder: Path, architecture: int) -> dic
             spilled_bytes=made.spilled_bytes,
             code_bytes=len(made.cubin),
             launch=f"{constants} warps={launch.num_warps} stages={launch.num_stages} {types}",
+            static_shared_memory_bytes=made.static_shared_memory_bytes,
         )
     return entries
 
@@ -121,12 +123,16 @@ class Driver:
             self.library.cuGetErrorString(ctypes.c_int(code), ctypes.byref(text))
             raise EngineRunError(f"the CUDA driver's {name} failed: {code}, {(text.value or b'unknown').decode()}.")
 
-    def function(self, code: bytes, name: str, shared_memory_bytes: int) -> ctypes.c_void_p:
-        """The entry point of a cubin; it stays loaded. Raises EngineRunError if the driver refuses it."""
+    def function(self, code: bytes, name: str, shared_memory_bytes: int, static_bytes: int = 0) -> ctypes.c_void_p:
+        """The entry point of a cubin, which declares the static bytes itself; it stays loaded.
+
+        Raises:
+            EngineRunError: if the driver refuses it.
+        """
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(code))
         self._call("cuModuleGetFunction", ctypes.byref(function), module, ctypes.c_char_p(name.encode()))
-        if shared_memory_bytes > DEFAULT_SHARED_BYTES:
+        if shared_memory_bytes + static_bytes > DEFAULT_SHARED_BYTES:
             attribute, size = ctypes.c_int(MAX_DYNAMIC_SHARED_SIZE_BYTES), ctypes.c_int(shared_memory_bytes)
             self._call("cuFuncSetAttribute", function, attribute, size)
         return function
@@ -185,7 +191,7 @@ class Precompiled:
         shared = entry.shared_memory_bytes
         if name not in self._functions:
             code = (self.folder / f"{name}.cubin").read_bytes()
-            self._functions[name] = self.driver.function(code, entry.name, shared)
+            self._functions[name] = self.driver.function(code, entry.name, shared, entry.static_shared_memory_bytes)
         stream = torch.cuda.current_stream().cuda_stream
         self.driver.launch(self._functions[name], launch, shared, stream, arguments(launch, inputs, output))
         self.launched += 1

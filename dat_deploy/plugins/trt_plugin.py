@@ -757,9 +757,10 @@ def _compiled(node: Node, shapes: Shapes, dtypes: Dtypes, configuration: Configu
     launch = node.specification.kernel.launch(node.problem(shapes, dtypes), configuration)
     types = dict(zip((*node.specification.inputs, "output"), (*dtypes, dtypes[0]), strict=True))
     compiled = compile_launch(launch, types, target.architecture, ptx_version=target.ptx_version)
-    if compiled.shared_memory_bytes > LARGEST_SHARED_MEMORY:
+    shared_memory_bytes = compiled.shared_memory_bytes + compiled.static_shared_memory_bytes
+    if shared_memory_bytes > LARGEST_SHARED_MEMORY:
         raise UnsupportedError(
-            f"{node} for sm_{target.architecture} needs {compiled.shared_memory_bytes} bytes of shared memory; "
+            f"{node} for sm_{target.architecture} needs {shared_memory_bytes} bytes of shared memory; "
             f"TensorRT gives a plugin {LARGEST_SHARED_MEMORY}. Use another configuration."
         )
     return compiled

@@ -132,7 +132,15 @@ def test_half_precision_products_run_on_tensor_cores():
 def test_the_table_in_shared_memory_is_counted():
     *_, last = configurations("DAT")
     assert "COLUMN_TILES" in dict(last.tiles)
-    assert compiled("DAT", last, 90).static_shared_memory_bytes == 9 * 1024  # 35 rows of 30 entries of 8 bytes
+    made = compiled("DAT", last, 90)
+    assert made.static_shared_memory_bytes == 9 * 1024  # 35 rows of 30 entries of 8 bytes
+    assert made.ptx.count(".shared .align 1024") == 1  # a second one would not be what was written
+    writes, waits, reads = (
+        [match.start() for match in re.finditer(instruction, made.ptx)]
+        for instruction in (r"st\.shared\.v2\.b32", "bar.warp.sync 0x", r"ld\.shared\.v2\.b32 {")
+    )
+    assert len(waits) == 1
+    assert max(writes) < waits[0] < min(reads)
 
 
 def test_a_kernel_that_needs_scratch_memory_is_refused(monkeypatch):

@@ -251,6 +251,18 @@ def test_what_the_guessed_shift_does_not_hold_is_computed_again(what, half_pixel
     assert_kernel_is_exact("deformable_attention", inputs, attributes, of=has_shared_table)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_key_that_no_guess_met_is_computed_again_in_bfloat16(locations):
+    """Its weight is finite there, and so is the sum; what it multiplies is not."""
+    inputs = attention_inputs(locations, (8, 8), sampled=(5, 8), heads=1, groups=1, dtype=torch.bfloat16)
+    inputs = {key: value[:1] if "table" not in key else value.float() * 0 for key, value in inputs.items()}
+    inputs["query"], inputs["key"] = torch.zeros_like(inputs["query"]), torch.zeros_like(inputs["key"])
+    inputs["query"][..., 0], inputs["key"][0, 39, 0] = 16, 83 / 4
+    inputs["value"] = torch.full_like(inputs["value"], 3).index_fill(1, torch.tensor(39), 50)
+    attributes = {"num_heads": 1, "half_pixel_queries": 1}
+    assert_kernel_is_exact("deformable_attention", inputs, attributes, of=has_shared_table)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN and infinity, which send a tile the other way
 def test_a_location_that_is_no_number_spoils_as_much_with_the_table_in_shared_memory(locations):
     inputs = attention_inputs(locations, (8, 8), sampled=(4, 4), heads=2, groups=2, dtype=torch.float16)

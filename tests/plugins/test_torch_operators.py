@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
@@ -21,6 +22,10 @@ from dat_deploy.plugins.launch import Configuration
 from dat_deploy.plugins.tuning import configurations_path, store, tuned_configuration
 
 OPERATORS = ["deformable_sample", "deformable_attention", "window_attention", "neighborhood_attention"]
+SECOND_FORMS = {
+    "window_attention": "whole_window_kernel",
+    "deformable_attention": "deformable_attention_shared_table_kernel",
+}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -154,21 +159,38 @@ class Traced(Exception):  # noqa: N818  # no error
     pass
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    ("name", "dynamic", "dtype"),
+    [
+        *((name, dynamic, torch.float32) for name in OPERATORS for dynamic in (False, True)),
+        ("window_attention", False, torch.float16),
+        ("deformable_attention", False, torch.float16),
+    ],
+    ids=str,
+)
 def test_on_cuda_compile_sees_the_kernel_and_that_it_writes_the_output_alone(
-    name, dynamic, triton_driver_without_a_gpu
+    name, dynamic, dtype, triton_driver_without_a_gpu, monkeypatch
 ):
-    """One launch, and no copy of an input: torch copies what a kernel might write."""
+    """One launch, and no copy of an input: torch copies what a kernel might write. In half precision second forms."""
+    if (name, dtype) == ("deformable_attention", torch.float16):
+        module = import_module("dat_deploy.plugins.deformable_attention.kernel")
+        every = module.configurations
+        monkeypatch.setattr(module, "configurations", lambda problem: every(problem)[-1:])
 
     def trace(graph: torch.fx.GraphModule, _: list[Tensor]) -> None:
         nodes = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
         assert len(nodes) == 1
         assert nodes[0].kwargs["tensors_to_clone"] == ["output"]
+        kernel = kernel_side_table.get_kernel(nodes[0].kwargs["kernel_idx"])
+        kernel_name = getattr(kernel, "fn", kernel).__name__  # torch keeps some in an autotuner
+        assert kernel_name == (SECOND_FORMS[name] if dtype == torch.float16 else f"{name}_kernel")
         assert not [node for node in graph.graph.nodes if f"dat_deploy.{name}" in str(node.target)]
         raise Traced
 
-    inputs = arguments(name)
+    inputs = arguments(name, dtype=dtype)
+    if dtype == torch.float16:  # heads of 24 are not for these forms, heads of 32 are
+        of_channels = inputs.keys() & {"query", "key", "value", "qkv"}
+        inputs |= {each: torch.cat([inputs[each], inputs[each][..., ::3]], dim=-1) for each in of_channels}
     with FakeTensorMode():
         fake = {
             key: torch.empty(value.shape, dtype=value.dtype, device="cuda") if isinstance(value, Tensor) else value

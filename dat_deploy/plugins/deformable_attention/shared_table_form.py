@@ -51,6 +51,7 @@ BLOCK_KEYS = 16  # of one matrix product of a warp
 SAMPLES = tl.constexpr(2)  # blocks of keys that the shift is guessed from
 LIFT = tl.constexpr(6.0)
 LEAST_TOTAL = tl.constexpr(0.0625)  # below it weights are rounded more than the products are
+MOST_TOTAL = tl.constexpr(1e6)  # above it bfloat16, which holds larger weights, loses what they multiply
 LARGEST_ENTRY = tl.constexpr(30000.0)  # times sqrt(HEAD_DIM), so that a step between two is finite in half precision
 PAD_COLUMNS = tl.constexpr(2)
 
@@ -78,23 +79,28 @@ def table_bytes(height: int, table_height: int, table_width: int) -> int:
 
 @triton.jit
 def _declare_shared(KIB: tl.constexpr, any_scalar):
-    """The address of so much shared memory, 0 in the interpreter."""
+    """The address of so much shared memory, 0 in the interpreter.
+
+    It is called pure, as all assembly here, for torch takes a kernel with any other to write all of its arguments. What
+    comes before what is then said by the data: `_fill_shared` returns what its stores return, and the address that is
+    read from is made of that.
+    """
     if not ASSEMBLY:
         return 0
     elif KIB == 3:
-        return tl.inline_asm_elementwise(DECLARE_3, "=r,r", [any_scalar], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(DECLARE_3, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
     elif KIB == 7:
-        return tl.inline_asm_elementwise(DECLARE_7, "=r,r", [any_scalar], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(DECLARE_7, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
     elif KIB == 9:
-        return tl.inline_asm_elementwise(DECLARE_9, "=r,r", [any_scalar], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(DECLARE_9, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
     elif KIB == 16:
-        return tl.inline_asm_elementwise(DECLARE_16, "=r,r", [any_scalar], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(DECLARE_16, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
     elif KIB == 22:
-        return tl.inline_asm_elementwise(DECLARE_22, "=r,r", [any_scalar], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(DECLARE_22, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
     elif KIB == 29:
-        return tl.inline_asm_elementwise(DECLARE_29, "=r,r", [any_scalar], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(DECLARE_29, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
     else:
-        return tl.inline_asm_elementwise(DECLARE_36, "=r,r", [any_scalar], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(DECLARE_36, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -124,30 +130,37 @@ def _fill_shared(
     FILL_WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Write the table to shared memory. Returns the largest entry, and whether half precision holds all."""
+    """Write the table to shared memory.
+
+    Returns the largest entry, whether half precision holds all, and 0, which there is once all is written.
+    """
     PITCH: tl.constexpr = TABLE_WIDTH + 3
     ROWS: tl.constexpr = TABLE_HEIGHT + 2 * PAD_ROWS
     FILL_ROWS: tl.constexpr = 1024 // FILL_WIDTH
     largest = tl.full((FILL_ROWS, FILL_WIDTH), float("-inf"), tl.float32)
     smallest = tl.full((FILL_ROWS, FILL_WIDTH), float("inf"), tl.float32)
+    written = tl.zeros((FILL_ROWS, FILL_WIDTH), tl.int32)
     column = tl.arange(0, FILL_WIDTH)[None, :]
+    is_column = (column >= PAD_COLUMNS) & (column < PAD_COLUMNS + TABLE_WIDTH)
     for first_row in range(0, ROWS, FILL_ROWS):
         row = first_row + tl.arange(0, FILL_ROWS)[:, None]
         two, steps, entry = _table_entry(
             table, row - PAD_ROWS, column - PAD_COLUMNS, TABLE_HEIGHT, TABLE_WIDTH, HEAD_DIM
         )
-        largest, smallest = tl.maximum(largest, entry), tl.minimum(smallest, entry)
+        is_entry = is_column & (row >= PAD_ROWS) & (row < PAD_ROWS + TABLE_HEIGHT)
+        largest = tl.maximum(largest, tl.where(is_entry, entry, float("-inf")))
+        smallest = tl.minimum(smallest, entry)
         if ASSEMBLY:
-            tl.inline_asm_elementwise(
+            written |= tl.inline_asm_elementwise(
                 "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p st.shared.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0; }",
                 "=r,r,r,r,r",
                 [address + 8 * (row * PITCH + column), two, steps, ((column < PITCH) & (row < ROWS)).to(tl.int32)],
                 dtype=tl.int32,
-                is_pure=False,
+                is_pure=True,
                 pack=1,
             )
     largest, smallest = tl.max(largest), tl.min(smallest)
-    return largest, (largest < LARGEST_ENTRY) & (smallest > -LARGEST_ENTRY)
+    return largest, (largest < LARGEST_ENTRY) & (smallest > -LARGEST_ENTRY), tl.max(written)
 
 
 @triton.jit
@@ -195,8 +208,8 @@ def _table_rows(
 
     Returns:
         How far below the first (HALF_PIXEL: the second) of these rows the first row of queries lies, 0 to 1, [8, 1]
-        float32; and the rows, each of int32 [8, 4]: pairs of columns of queries. They are NaN where the location is no
-        number, or so far outside of the map that there is no such row.
+        float32; and the rows, each of int32 [8, 4]: pairs of columns of queries. The first of each pair, and so a
+        query of every tile, is NaN where the location is no number, or so far outside that there is no such row.
     """
     ABOVE: tl.constexpr = 1 if HALF_PIXEL else 0
     PITCH: tl.constexpr = TABLE_WIDTH + 3
@@ -437,10 +450,19 @@ def deformable_attention_shared_table_kernel(
     table = relative_position_bias_table + head * (TABLE_HEIGHT * TABLE_WIDTH)
 
     address = _declare_shared(SHARED_KIB, program)
-    largest_bias, is_held = _fill_shared(address, table, TABLE_HEIGHT, TABLE_WIDTH, PAD_ROWS, FILL_WIDTH, HEAD_DIM)
+    largest_bias, is_held, written = _fill_shared(
+        address, table, TABLE_HEIGHT, TABLE_WIDTH, PAD_ROWS, FILL_WIDTH, HEAD_DIM
+    )
     tl.debug_barrier()
-    if ASSEMBLY:  # what reads from here on comes after the barrier
-        address = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
+    if ASSEMBLY:
+        address = tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff; add.s32 $0, $1, $2;",
+            "=r,r,r",
+            [address, written],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
     keys_held = tl.where(is_held, keys, 0)
 
     lag_y, lag_x = 0.0, 0.0
@@ -521,13 +543,14 @@ def deformable_attention_shared_table_kernel(
             total = tl.dot(weights, ones, acc=total)
 
         sums = tl.max(total, 1)
-        is_exact = (sums >= LEAST_TOTAL) & (sums < float("inf"))
+        is_exact = (sums >= LEAST_TOTAL) & (sums < MOST_TOTAL)
         are_exact = are_exact & (tl.min((is_exact | ~is_query).to(tl.int32), 0) == 1)
         attended *= (1 / sums)[:, None]
         is_new = (is_query & (row >= first_new_row))[:, None]
         tl.store(output + query_offset, attended.to(output.dtype.element_ty), mask=is_new)
 
     if not are_exact:
+        tl.debug_barrier()  # other threads may store there now
         _tiles_again(
             query,
             key,
