@@ -196,8 +196,12 @@ def disassemble(cubin: bytes) -> str:
 
 
 def rows_of(case: Case, precision: str, what: str, architecture: int) -> Iterator[Row]:
-    """Of each launch of the case; `what` as in `gpu_operators.check`."""
-    for launch, dtypes, unaligned in launches(case, precision, what):
+    """Of each launch of the case; `what` as in `gpu_operators.check`, but default is the first of each kernel."""
+    each_kernel, seen = what == "default", set()
+    for launch, dtypes, unaligned in launches(case, precision, "configurations" if each_kernel else what):
+        if each_kernel and launch.kernel in seen:
+            continue
+        seen.add(launch.kernel)
         made = compile_launch(launch, dtypes, architecture, unaligned=unaligned)
         (trip, every), (counted, code) = scores(case, launch), hottest(*parse(disassemble(made.cubin)))
         threads = 32 * launch.num_warps
