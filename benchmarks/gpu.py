@@ -43,7 +43,7 @@ OPENER = "gpu:open_gpu"
 START_LIMIT_SECONDS = 120.0
 OUT_OF_TIME, NO_ANSWER, CONFIGURATIONS = "out of time", "gave no answer", "configurations.json"
 PARTS = {
-    "ceilings": "what this card reaches: a copy, a matrix product",
+    "ceilings": "what this card reaches: an addition, a matrix product",
     "correctness": "every kernel against float64",
     "operators": "tuned, then beside their peers",
     "networks": "as they ship, fused and eager",

@@ -176,10 +176,10 @@ def networks(record: Record | None) -> str:
 def _sentences(record: Record) -> list[str]:
     said = []
     for row in rows(record, "ceilings"):
-        found = row.numbers
+        found, moved = row.numbers, "copy" if any("copy of" in note for note in row.notes) else "addition"
         said.append(
             f"This card reached {found['tflop_per_s']:.0f} TFLOP/s (float16 product, {found['product_mhz']:.0f} MHz) "
-            f"and {found['tb_per_s']:.2f} TB/s (addition); exponentials: 16 a clock a multiprocessor, "
+            f"and {found['tb_per_s']:.2f} TB/s ({moved}); exponentials: 16 a clock a multiprocessor, "
             "at each row's clock."
         )
     for part in ("memory", "operators", "engines", "tests", "profile", "ncu"):

@@ -4,8 +4,8 @@ One program computes one head of one block of queries, for the same place in WIN
 never moves: the roll is in the addresses. There are two forms.
 
 - `whole_window_kernel`, for half precision and up to MOST_PIXELS pixels a window: the scores of all keys of a window
-  are in registers at once, so that the softmax is a plain one and no key is padded but in the last 16. So is the bias,
-  which is the same in every window: the head's table goes through shared memory once a program.
+  are in registers at once, so that the softmax is a plain one. So is the bias, which is the same in every window: the
+  head's table goes through shared memory once a program.
 - `window_attention_kernel`, for the rest: blocks of keys with a running softmax.
 """
 
