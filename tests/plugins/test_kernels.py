@@ -206,26 +206,32 @@ def test_deformable_attention_in_every_configuration(half_pixel_queries, dtype, 
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN and infinity, which send a tile the other way
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("half_pixel_queries", [1, 0], ids=["DAT", "DAT++"])
 @pytest.mark.parametrize(
-    ("size", "sampled", "kind"),
+    ("size", "sampled", "kind", "dtype"),
     [
-        ((9, 10), (4, 5), "network"),  # rows of tiles that overlap, a last block that is not full
-        ((3, 6), (2, 8), "pixels"),
-        ((8, 8), (4, 4), "half pixels"),
-        ((8, 8), (4, 4), "border"),
-        ((8, 8), (4, 4), "outside"),
+        ((9, 10), (4, 5), "network", torch.float16),  # rows of tiles that overlap, a last block that is not full
+        ((3, 6), (2, 8), "pixels", torch.float16),
+        ((8, 8), (4, 4), "half pixels", torch.float16),
+        ((8, 8), (4, 4), "border", torch.float16),
+        ((8, 8), (4, 4), "outside", torch.float16),
+        ((8, 9), (4, 5), "network", torch.bfloat16),
     ],
     ids=str,
 )
 def test_deformable_attention_with_its_table_in_shared_memory(
-    size, sampled, kind, half_pixel_queries, dtype, locations
+    size, sampled, kind, dtype, half_pixel_queries, locations
 ):
-    inputs = attention_inputs(locations, size, kind=kind, sampled=sampled, heads=2, groups=1, dtype=dtype)
+    inputs = attention_inputs(locations, size, kind=kind, sampled=sampled, heads=1, groups=1, dtype=dtype)
     inputs = {name: value[:1] if "table" not in name else value.float() for name, value in inputs.items()}
-    attributes = {"num_heads": 2, "half_pixel_queries": half_pixel_queries}
-    assert_kernel_is_exact("deformable_attention", inputs, attributes, every=kind == "network", of=has_shared_table)
+    attributes = {"num_heads": 1, "half_pixel_queries": half_pixel_queries}
+    assert_kernel_is_exact(
+        "deformable_attention",
+        inputs,
+        attributes,
+        every=dtype == torch.float16 and kind == "network",
+        of=has_shared_table,
+    )
 
 
 HARD = {  # name of the input, by what it is multiplied
