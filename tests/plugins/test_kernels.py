@@ -348,7 +348,13 @@ def test_keys_that_only_fill_a_block_read_no_table(height, width, table, y, half
     inputs = attention_inputs(locations, (height, width), sampled=(1, 3), table=table, dtype=torch.float16)
     inputs["sampling_locations"][..., 0] = y
     attributes = {"num_heads": 4, "half_pixel_queries": half_pixel_queries}
-    assert_kernel_is_exact("deformable_attention", inputs, attributes, every=True)
+    assert_kernel_is_exact(
+        "deformable_attention",
+        inputs,
+        attributes,
+        every=True,
+        of=lambda configuration: height < 9 or not has_shared_table(configuration),  # the interpreter takes minutes
+    )
 
 
 @pytest.mark.parametrize("head_dim", range(8, 65))
