@@ -15,14 +15,24 @@ from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_eng
 from dat_deploy.system import tool_version
 from dat_deploy.validate.accuracy import Accuracy
 from dat_deploy.validate.checks import ENGINE_CHECKS, SIZE_CHECKS, check_accuracy, check_drift
-from dat_deploy.validate.comparison import FP32_TOLERANCE, Comparison, open_reference, precision_of
+from dat_deploy.validate.comparison import FP32_TOLERANCE, Comparison, precision_of
 from dat_deploy.validate.data_set import open_data_set
 from dat_deploy.validate.drift import BlockDrift
 from dat_deploy.validate.gates import OF_DATA, OF_LABELS, default_gates
+from dat_deploy.validate.reference import Reference, open_reference
 from dat_deploy.validate.report import Check, ValidationReport
 from dat_deploy.validate.trace import trace_blocks
 
-__all__ = ["BATCHES", "CHECKS", "FP32_TOLERANCE", "Check", "ValidationReport", "validate"]
+__all__ = [
+    "BATCHES",
+    "CHECKS",
+    "FP32_TOLERANCE",
+    "Check",
+    "Reference",
+    "ValidationReport",
+    "open_reference",
+    "validate",
+]
 
 BATCHES = (1, 2, 3, 8)
 CHECKS = (*SIZE_CHECKS, *ENGINE_CHECKS, "drift", "data")
@@ -45,6 +55,7 @@ def validate(
     gates: Mapping[str, float] | None = None,
     skip: Collection[str] = (),
     trace: bool = False,
+    reference: Reference | None = None,
     progress: Progress = lambda _: None,
     data_progress: DataProgress = lambda done, of: None,
 ) -> ValidationReport:
@@ -64,6 +75,8 @@ def validate(
         gates: largest values that pass, by name, where they are not to be the defaults; see `Gates`.
         skip: kinds of checks to leave out, of CHECKS; the verdict says so.
         trace: also follow one photograph through the blocks of both sides, for a page; see `Trace`.
+        reference: of `open_reference`, which is left open, for engines of the same weights one after another: what
+            PyTorch answers is then computed once. Without one, it is opened from `checkpoint`.
         progress: called with the name of each check before it runs; data_progress: see `compare_on_data`.
 
     Returns:
@@ -103,7 +116,9 @@ def validate(
                     f"gate '{name.replace('_', '-')}' needs labels, and data '{data}' has none; put its images into a "
                     f"folder for each class."
                 )
-        reference = stack.enter_context(open_reference(about, checkpoint))
+        if reference is None:
+            reference = stack.enter_context(open_reference(about, checkpoint))
+        reference.check_fits(about)
         described = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]
         checks: list[Check] = []
         accuracy: Accuracy | None = None

@@ -11,7 +11,6 @@ if it were wrong in one of the usual ways.
 """
 
 import contextlib
-import copy
 import functools
 import json
 import math
@@ -31,15 +30,15 @@ from dat_deploy.export.boundaries import Block, Step, block_boundaries, network_
 from dat_deploy.export.lowering import OperatorRecord, operator_records
 from dat_deploy.export.subgraph import model_up_to, operator_model
 from dat_deploy.files import atomic_output
-from dat_deploy.model import DAT, REFERENCE, half_network
+from dat_deploy.model import DAT, REFERENCE
 from dat_deploy.photographs import photographs
 from dat_deploy.plugins.deformable_attention.reference import attention_with_bias, interpolated_bias
 from dat_deploy.preprocess import preprocess_files
 from dat_deploy.runners import EngineDescription, Runner, Runtime, open_runner, parse_engine
 from dat_deploy.runners.base import Graph
-from dat_deploy.runners.pytorch_runner import PytorchRunner
-from dat_deploy.validate.comparison import DTYPES, FP32_TOLERANCE, open_reference, precision_of, rounds_everything
+from dat_deploy.validate.comparison import DTYPES, FP32_TOLERANCE, precision_of, rounds_everything
 from dat_deploy.validate.hooks import captured
+from dat_deploy.validate.reference import Reference, open_reference
 from dat_deploy.validate.stress import stress_images
 
 __all__ = ["BisectReport", "Run", "bisect"]
@@ -140,6 +139,7 @@ def bisect(
     checkpoint: Path | None = None,
     images: Sequence[Path] | None = None,
     tolerance: float | None = None,
+    reference: Reference | None = None,
     progress: Progress = lambda _: None,
 ) -> BisectReport:
     """Find the first block, and the operator in it, where an exported file differs from eager PyTorch.
@@ -153,6 +153,7 @@ def bisect(
         tolerance: largest error of an output, and of another tensor in proportion to its largest element, if that
             exceeds 1; by default FP32_TOLERANCE, and in a lower precision twice the largest error of eager PyTorch in
             that precision at the same tensor.
+        reference: see `validate`.
         progress: called with the name of each place before it is run.
 
     Returns:
@@ -167,7 +168,9 @@ def bisect(
         raise _no_onnx(engine, runtime, target)
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(open_runner(engine, checkpoint=checkpoint))
-        reference = stack.enter_context(open_reference(runner.description, checkpoint))
+        if reference is None:
+            reference = stack.enter_context(open_reference(runner.description, checkpoint))
+        reference.check_fits(runner.description)
         search = _Search(runner, reference, images, tolerance, progress)
         block, operator = search.find()
         is_inside = block is not None and operator is not None and operator.name != block.name
@@ -209,7 +212,7 @@ class _Search:
     def __init__(
         self,
         runner: Runner,
-        reference: PytorchRunner,
+        reference: Reference,
         images: Sequence[Path] | None,
         tolerance: float | None,
         progress: Progress,
@@ -438,12 +441,10 @@ class _Search:
 
     def networks(self) -> list[tuple[DAT, torch.dtype]]:
         """The reference, with the type of its images, and in a lower precision the same network in that."""
-        model = self.reference.model
+        exact = (self.reference.model, torch.float32)
         if self.dtype is None:
-            return [(model, torch.float32)]
-        if rounds_everything(self.about):
-            return [(model, torch.float32), (copy.deepcopy(model).to(self.dtype), self.dtype)]
-        return [(model, torch.float32), (half_network(model, self.dtype), torch.float32)]
+            return [exact]
+        return [exact, self.reference.rounded(self.dtype, rounds_everything(self.about))]
 
     def compare(self, sources: Sequence[tuple[str, str]]) -> None:
         """Let PyTorch make the tensors `sources`, and with them what each is allowed.

@@ -1,5 +1,6 @@
 """The tester tested: known faults are put into a sound file one at a time, and validate has to catch each."""
 
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -19,7 +20,7 @@ from dat_deploy.model import reference_points
 from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
 from dat_deploy.runners.base import Graph, Images
 from dat_deploy.validate import ValidationReport, validate
-from dat_deploy.validate.comparison import Outputs
+from dat_deploy.validate.reference import Outputs, Reference, open_reference
 
 __all__ = ["FAULTS", "Fault", "SelfTest", "Tried", "faulty_report", "self_test"]
 
@@ -92,7 +93,8 @@ def self_test(
         DatDeployError: if the engine is no ONNX file, or one in which some faults could not show.
         VerificationError: if it fails without a fault.
     """
-    with tempfile.TemporaryDirectory(prefix="dat-deploy-") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dat-deploy-"))
         if engine is None:
             progress("exporting demo")
             engine = str(Path(folder, "demo.onnx"))
@@ -108,13 +110,14 @@ def self_test(
                     f"the self-test takes an fp32 file that classifies batches, and {engine} is none; export it with "
                     f"--batch dynamic and --precision fp32, without --features."
                 )
-            sound = validate(runner, checkpoint=checkpoint, batches=BATCHES)
+            reference = stack.enter_context(open_reference(about, checkpoint))
+            sound = validate(runner, batches=BATCHES, reference=reference)
         if not sound.passed:
             raise VerificationError(f"the self-test needs an engine that is right. {sound.verdict}")
         found = []
         for fault in FAULTS:
             progress(fault.name)
-            report = faulty_report(fault, runtime.name, Path(target), Path(folder), checkpoint=checkpoint)
+            report = faulty_report(fault, runtime.name, Path(target), Path(folder), reference)
             failed = [check for check in report.checks if check.passed is False]
             kinds = tuple(dict.fromkeys(check.kind for check in failed))
             found.append(Tried(fault.name, fault.story, kinds, failed[0].name if failed else ""))
@@ -126,8 +129,8 @@ def faulty_report(
     runtime: str,
     source: Path,
     folder: Path,
+    reference: Reference,
     *,
-    checkpoint: Path | None = None,
     skip: Sequence[str] = (),
 ) -> ValidationReport:
     """What validate says of a file with the fault, less the kinds of checks in `skip`."""
@@ -139,7 +142,7 @@ def faulty_report(
         ir.save(model, path)
     with open_runner(f"{runtime}:{path}") as runner:
         tested = runner if fault.misbehave is None else _Misbehaving(runner, fault.misbehave)
-        return validate(tested, checkpoint=checkpoint, batches=BATCHES, skip=skip)
+        return validate(tested, batches=BATCHES, skip=skip, reference=reference)
 
 
 class _Misbehaving(Runner):
