@@ -1,23 +1,77 @@
-"""Shared fixtures: exported files and networks are made once for the whole run."""
+"""Shared fixtures: networks are traced once for all workers, exported files made once a worker."""
 
+import hashlib
 import importlib.util
 import json
+import os
+import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnxscript
 import pytest
 import torch
+from filelock import FileLock
 
+import dat_deploy
+from dat_deploy import export as export_package
 from dat_deploy.checkpoint import load_model
 from dat_deploy.export import LOWERINGS, export, relower
 from dat_deploy.model import DAT
 from dat_deploy.variants import VARIANTS, StageConfig, Variant
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers share the cores: each has one, and so have the processes that it starts."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(pytestconfig: pytest.Config) -> Iterator[None]:
+    """What torch makes of a network is kept on disk, for all workers and until a source of it changes.
+
+    Everything behind it (precision, lowering, metadata, writing) runs in each export. Tests of the tracing itself call
+    `dat_deploy.export.onnx_model.onnx_from_model`, which is as it was.
+    """
+    original = export_package.onnx_from_model
+    package = Path(dat_deploy.__file__).parent
+    sources = hashlib.sha256(f"{torch.__version__} {onnxscript.__version__}".encode())
+    for path in sorted(package.rglob("*.py")):
+        sources.update(path.read_bytes())
+    folder = pytestconfig.cache.mkdir("traces") / sources.hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder.parent / "lock"):
+        for other in folder.parent.iterdir():
+            if other.is_dir() and other != folder:
+                shutil.rmtree(other)
+
+    def onnx_from_model(model: DAT, **options: Any) -> ir.Model:
+        key = hashlib.sha256(repr((model.variant, model.sampled_points, sorted(options.items()))).encode())
+        for name, weight in model.state_dict().items():
+            key.update(f"{name} {tuple(weight.shape)}".encode())
+            key.update(weight.contiguous().numpy().data)
+        path = folder / f"{key.hexdigest()[:32]}.onnx"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                ir.save(original(model, **options), path.with_suffix(".new"))
+                path.with_suffix(".new").rename(path)
+        return ir.load(path)
+
+    export_package.onnx_from_model = onnx_from_model
+    yield
+    export_package.onnx_from_model = original
 
 
 @pytest.fixture(scope="session")

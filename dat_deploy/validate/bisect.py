@@ -272,9 +272,13 @@ class _Search:
         self.progress("the whole engine")
         expected: dict[str, list[Array]] = {name: [] for name in self.about.outputs}
         rounded: dict[str, float] = dict.fromkeys(expected, 0.0)
-        networks = self.networks()
+        networks, lowered = self.networks(), (self.dtype, rounds_everything(self.about))
+
+        def answers(image: Array) -> list[list[Array]]:
+            return [_outputs(network, image, dtype) for network, dtype in networks]
+
         for image in self.images:
-            exact, *lower = [_outputs(network, image, dtype) for network, dtype in networks]
+            exact, *lower = self.reference.remembered(("bisect", *lowered), image, functools.partial(answers, image))
             for name, value in zip(self.about.outputs, exact, strict=True):
                 expected[name].append(value)
             for (name, values), value in zip(expected.items(), lower[0] if lower else (), strict=bool(lower)):
@@ -456,9 +460,14 @@ class _Search:
             return
         rounded = dict.fromkeys(sources, 0.0)
         found: dict[tuple[str, str], list[Array]] = {source: [] for source in sources}
-        networks = self.networks()
+        networks, lowered = self.networks(), (self.dtype, rounds_everything(self.about))
+
+        def inside(image: Array) -> list[dict[tuple[str, str], Array]]:
+            return [captured(network, sources, image[None], dtype) for network, dtype in networks]
+
         for image in self.images:
-            exact, *lower = [captured(network, sources, image[None], dtype) for network, dtype in networks]
+            what = ("bisect", *lowered, *sources)
+            exact, *lower = self.reference.remembered(what, image, functools.partial(inside, image))
             for source, value in exact.items():
                 found[source].append(value)
                 if lower:

@@ -25,7 +25,8 @@ class Reference(PytorchRunner):
     """A network in eager PyTorch, float32, for any number of engines that hold its weights.
 
     It may be given to `validate` and `bisect` of one engine after another: PyTorch's side is most of a comparison, and
-    is then computed once for the same images. What is kept grows with the number of images, about 10 KB each.
+    is then computed once for the same images. What is kept grows with the images, about 10 KB each; `bisect` keeps what
+    it looked at inside the network, too.
     """
 
     def __init__(self, about: EngineDescription, checkpoint: Path | None) -> None:
