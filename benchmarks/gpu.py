@@ -137,7 +137,10 @@ def plan_text(jobs: Sequence[Job], seconds: float) -> str:
 def serve(handle: int, opener: str, kit: str) -> None:
     """The worker: say what GPU this is, then answer each job and its context with what was found, and whether the GPU
     can be used on."""
+    import torch
+
     from dat_deploy.benchmark.worker import end_with_parent
+    from dat_deploy.plugins import cache_key
 
     end_with_parent()
     module, _, name = opener.partition(":")
@@ -156,6 +159,7 @@ def serve(handle: int, opener: str, kit: str) -> None:
         while True:
             job, context = connection.recv()
             os.environ["DAT_DEPLOY_CONFIGURATIONS"] = str(context["path"].with_name(CONFIGURATIONS))
+            torch.compiler.config.cache_key_tag = cache_key()
             gpu.release()
             found = attempt(job, context | {"gpu": gpu})
             if gpu.kit is not None and gpu.kit.missed:

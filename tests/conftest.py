@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +59,13 @@ def deterministic_weights() -> ModuleType:
 def harness() -> ModuleType:
     """tests/tensorrt_harness.py: TensorRT's Python layer over TensorRT-RTX's libraries."""
     return _loaded(Path(__file__).with_name("tensorrt_harness.py"))
+
+
+@pytest.fixture(scope="session")
+def process_state() -> Callable[[], dict[str, str]]:
+    """What belongs to everybody in this process, by name."""
+    state: Callable[[], dict[str, str]] = _loaded(Path(__file__).with_name("process_state.py")).process_state
+    return state
 
 
 @pytest.fixture(scope="session")
