@@ -96,7 +96,7 @@ def less_stages(text: str) -> str:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """`run("export", "--variant", "tiny")` as the shell would, with all that any library writes on stderr; less stages."""
+    """`run("export", "--variant", "tiny")` as the shell would, with what any library writes on stderr; less stages."""
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
 
