@@ -1191,6 +1191,4 @@ def test_the_demo_runs_and_leaves_its_files(tmp_path: Path) -> None:
     assert [step.groups() for step in steps if step] == [(str(i), name) for i, name in enumerate(commands, 1)]
     took = re.findall(r"^\[(\d)/6\] took \d+ s$", done.stdout, re.MULTILINE)
     assert took == list("123456")
-    total = re.search(r"^All of it worked in (\d+) s; the files are in demo\.", done.stdout, re.MULTILINE)
-    assert total is not None
-    assert int(total[1]) < 240
+    assert re.search(r"^All of it worked in \d+ s; the files are in demo\.", done.stdout, re.MULTILINE)
