@@ -15,6 +15,7 @@ from rich.table import Table
 __all__ = ["Stages"]
 
 _LEAST_S = 0.1  # of a stage that is worth a line
+_STARTING = "starting"
 
 
 class Stages:
@@ -32,6 +33,7 @@ class Stages:
     def __init__(self, command: str, console: Console) -> None:
         self._command, self._console = command, console
         self._stage = self._text = ""
+        self._had_torch = "torch" in sys.modules
         self._bar: tuple[int, int] | None = None
         self._began = 0.0
         self._spinner = Spinner("dots")
@@ -39,8 +41,7 @@ class Stages:
         self._live = Live(console=console, transient=True, get_renderable=self._line) if animated else None
 
     def __enter__(self) -> Self:
-        # whichever side of the library's first call the import is on, it takes most of the time until then
-        self.begin("starting" if "torch" in sys.modules else "importing torch")
+        self.begin(_STARTING)
         if self._live is not None:
             self._live.start(refresh=True)
         return self
@@ -70,11 +71,16 @@ class Stages:
     def _print_finished(self) -> None:
         seconds = time.monotonic() - self._began
         if seconds >= _LEAST_S:
-            self._console.print(f"{self._command}: {self._stage}, {seconds:.1f} s")
+            self._console.print(f"{self._command}: {self._named(self._stage)}, {seconds:.1f} s")
+
+    def _named(self, text: str) -> str:
+        """Where torch is imported before the first stage, that is what takes the time."""
+        imports = text == _STARTING and not self._had_torch and "torch" in sys.modules
+        return "importing torch" if imports else text
 
     def _line(self) -> Table:
         line = Table.grid(padding=(0, 1))
-        cells: list[RenderableType] = [self._spinner, f"{self._command}: {self._text}"]
+        cells: list[RenderableType] = [self._spinner, f"{self._command}: {self._named(self._text)}"]
         if self._bar is not None:
             done, of = self._bar
             cells += [ProgressBar(of, done, width=20), f"{done}/{of}"]

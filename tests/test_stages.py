@@ -66,14 +66,20 @@ def test_details_are_of_one_stage_and_a_stage_of_no_time_is_no_line(clock):
     assert text.getvalue() == "quantize: calibrating, 6.0 s\nquantize: data, 2.0 s\n"
 
 
-@pytest.mark.parametrize("loaded", [True, False])
-def test_the_first_stage_is_the_import_of_torch_unless_it_is_there(loaded, clock, monkeypatch):
-    if not loaded:
+@pytest.mark.parametrize(
+    ("before", "after", "stage"),
+    [(True, True, "starting"), (False, True, "importing torch"), (False, False, "starting")],
+    ids=["it is there", "it comes", "it never comes"],
+)
+def test_the_time_before_the_first_stage_is_torchs_if_it_is_imported_then(before, after, stage, clock, monkeypatch):
+    if not before:
         monkeypatch.delitem(sys.modules, "torch", raising=False)
     out, text = console()
     with Stages("export", out):
         clock.now += 3
-    assert text.getvalue() == f"export: {'starting' if loaded else 'importing torch'}, 3.0 s\n"
+        if after:
+            monkeypatch.setitem(sys.modules, "torch", object())
+    assert text.getvalue() == f"export: {stage}, 3.0 s\n"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
