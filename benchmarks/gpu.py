@@ -137,10 +137,7 @@ def plan_text(jobs: Sequence[Job], seconds: float) -> str:
 def serve(handle: int, opener: str, kit: str) -> None:
     """The worker: say what GPU this is, then answer each job and its context with what was found, and whether the GPU
     can be used on."""
-    import torch
-
     from dat_deploy.benchmark.worker import end_with_parent
-    from dat_deploy.plugins import cache_key
 
     end_with_parent()
     module, _, name = opener.partition(":")
@@ -151,6 +148,10 @@ def serve(handle: int, opener: str, kit: str) -> None:
         except UnsupportedError as error:
             connection.send(error)
             return
+        import torch  # which is there, if there is a GPU
+
+        from dat_deploy.plugins import cache_key
+
         connection.recv()  # the question what GPU this is
         kit_used = f"Triton {gpu.kit.triton}, sm_{gpu.kit.architecture}" if gpu.kit is not None else "none"
         connection.send(replace(gpu.machine, versions=gpu.machine.versions | {"kit": kit_used}))
