@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -112,6 +112,13 @@ def deterministic_weights() -> ModuleType:
 def harness() -> ModuleType:
     """tests/tensorrt_harness.py: TensorRT's Python layer over TensorRT-RTX's libraries."""
     return _loaded(Path(__file__).with_name("tensorrt_harness.py"))
+
+
+@pytest.fixture(scope="session")
+def process_state() -> Callable[[], dict[str, str]]:
+    """What belongs to everybody in this process, by name."""
+    state: Callable[[], dict[str, str]] = _loaded(Path(__file__).with_name("process_state.py")).process_state
+    return state
 
 
 @pytest.fixture(scope="session")

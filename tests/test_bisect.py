@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -526,7 +527,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *wo
     monkeypatch.setattr("sys.argv", ["dat-deploy", *map(str, words)])
     code = cli._run()  # main, less its signal handlers
     captured = capsys.readouterr()
-    return int(code or 0), captured.out, captured.err
+    stages = r"^bisect: .+, \d+\.\d s\n"  # that have ended
+    return int(code or 0), captured.out, re.sub(stages, "", captured.err, flags=re.MULTILINE)
 
 
 def test_command_prints_the_runs_then_the_finding_then_what_is_next(

@@ -30,6 +30,7 @@ LAYERS = [
     {"engine"},
     {"runners"},
     {"validate", "benchmark", "serving", "classify", "visualize", "doctor", "tune", "preprocess_check"},
+    {"stages"},
     {"api", "cli"},
 ]
 HOMES = {

@@ -166,6 +166,7 @@ def build(
             command=command,
             progress=progress,
         )
+    progress("writing")
     write_engine(target, content, passport, force=force)
     return BuildReport(target, passport, time.monotonic() - started, notes)
 

@@ -57,6 +57,7 @@ def package_and_passport(
             f"torch {torch.__version__} sees no CUDA device here; build this package on one, or with --device cpu."
         )
     network = find_variant(variant, image_size=image_size, features=features)
+    progress("loading weights")
     weights = load_weights(network, checkpoint)
     model = model_from_weights(weights, network, fused=device == "cuda")
     with tempfile.TemporaryDirectory() as folder:

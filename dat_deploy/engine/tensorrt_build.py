@@ -189,7 +189,7 @@ def _monitor(trt: ModuleType, progress: Progress) -> _Monitor:
 
         def tell(self, name: str, done: int) -> None:
             try:  # an exception must not pass through TensorRT
-                progress(f"{name} ({done}/{steps.get(name, done)})")
+                progress(f"building the engine, {name} ({done}/{steps.get(name, done)})")
             except BaseException as error:
                 monitor.stopped = error
 

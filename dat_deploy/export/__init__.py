@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 PRECISIONS = tuple(DTYPES)
+Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ def export(
     sampling_locations: bool = False,
     opset_version: int = 18,
     force: bool = False,
+    progress: Progress = lambda _: None,
 ) -> ExportReport:
     """Write a network with the weights of `checkpoint` as one self-contained ONNX file.
 
@@ -93,6 +95,7 @@ def export(
             point receives, for `visualize`; slower, and for a fixed image size alone.
         opset_version: one of OPSET_VERSIONS.
         force: replace `output` if it exists.
+        progress: called with what is being done.
 
     Raises:
         DatDeployError: one of its subclasses for each thing that can be wrong with the arguments.
@@ -108,6 +111,7 @@ def export(
     network = find_variant(variant, image_size=image_size, features=features)
     if dynamic_image_size:
         _check_dynamic_image_size(network, sampling_locations=sampling_locations)
+    progress("loading weights")
     weights = load_weights(network, checkpoint)
     module = model_from_weights(weights, network, fused=True, sampled_points=sampling_locations)
     preprocessing = Preprocessing.from_variant(network)
@@ -127,10 +131,20 @@ def export(
         version=tool_version(),
         golden_sha256=golden_sha256(preprocessing),
     )
-    model = onnx_from_model(module, batch=batch, dynamic_image_size=dynamic_image_size, opset_version=opset_version)
+    model = onnx_from_model(
+        module,
+        batch=batch,
+        dynamic_image_size=dynamic_image_size,
+        opset_version=opset_version,
+        progress=progress,
+    )
     operators = len(operator_nodes(model))
+    if precision != "fp32":
+        progress(f"casting to {precision}")
     cast_graph(model, precision, fp32=fp32, no_fp32=no_fp32)
+    progress("lowering")
     model = lower(model, lowering)
+    progress("writing")
     _save(model, metadata, output, force=force)
     return ExportReport(
         path=output,
@@ -145,7 +159,9 @@ def export(
     )
 
 
-def relower(source: Path, output: Path, lowering: str, *, force: bool = False) -> ExportReport:
+def relower(
+    source: Path, output: Path, lowering: str, *, force: bool = False, progress: Progress = lambda _: None
+) -> ExportReport:
     """Give the operators of an exported file another form, in its precision; it must still have them as nodes.
 
     Raises:
@@ -153,10 +169,13 @@ def relower(source: Path, output: Path, lowering: str, *, force: bool = False) -
     """
     started = time.monotonic()
     check_output(output, force=force)
+    progress("reading the file")
     metadata = read_metadata(source)
     model = ir.load(source)
     operators = len(operator_nodes(model))
+    progress("lowering")
     model = lower(model, lowering)
+    progress("writing")
     metadata = dataclasses.replace(metadata, lowering=lowering)
     _save(model, metadata, output, force=force)
     return ExportReport(

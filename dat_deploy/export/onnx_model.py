@@ -34,7 +34,12 @@ _Value = ir.Value
 
 
 def onnx_from_model(
-    model: DAT, *, batch: int | None = None, dynamic_image_size: bool = False, opset_version: int = 18
+    model: DAT,
+    *,
+    batch: int | None = None,
+    dynamic_image_size: bool = False,
+    opset_version: int = 18,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> ir.Model:
     """Capture `model` with torch.export; every operator is one node that carries all its attributes.
 
@@ -43,6 +48,7 @@ def onnx_from_model(
         batch: the fixed batch, or None for a dynamic one.
         dynamic_image_size: height and width are free, in the multiples that the network takes.
         opset_version: 17, 18 or 19.
+        progress: called with what is being done.
 
     Returns:
         A graph with input `image` [batch, 3, H, W] and outputs as `model.output_names` says, all float32. A node's
@@ -60,6 +66,7 @@ def onnx_from_model(
         step, least = model.variant.side_multiple, model.variant.min_side
         for axis, name in ((2, "height"), (3, "width")):
             dims[axis] = step * torch.export.Dim(f"{name}_{step}", min=least // step)
+    progress("tracing")
     with _quiet(), _uncollected():
         program = torch.onnx.export(
             model,
@@ -74,6 +81,7 @@ def onnx_from_model(
             custom_translation_table=_translations(),
         )
     assert program is not None
+    progress("optimizing the graph")
     graph_model = program.model
     graph_model.functions.clear()
     onnxscript.optimizer.fold_constants(graph_model)

@@ -103,6 +103,7 @@ def quantize(
         raise ExportError(f"no calibration method '{method}'. Methods: {', '.join(METHODS)}.")
     if images < 1:
         raise ExportError(f"{images} images cannot calibrate anything; give a number from 1, such as 512.")
+    progress("reading the file")
     metadata = read_metadata(source)
     _check_source(source, metadata)
     files = image_files(data)

@@ -94,6 +94,7 @@ def validate(
     if tolerance is not None and not tolerance > 0:
         raise DatDeployError(f"tolerance got {tolerance}; it takes a number above 0, such as 1e-4.")
     with contextlib.ExitStack() as stack:
+        progress("opening the engine")
         runner = (
             engine if isinstance(engine, Runner) else stack.enter_context(open_runner(engine, checkpoint=checkpoint))
         )
@@ -117,6 +118,7 @@ def validate(
                     f"folder for each class."
                 )
         if reference is None:
+            progress("opening PyTorch")
             reference = stack.enter_context(open_reference(about, checkpoint))
         reference.check_fits(about)
         described = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]

@@ -237,7 +237,7 @@ def test_progress_is_told_and_an_interruption_ends_the_build(exported: Exported,
     source = exported("mini", "fp32", "hat")
     build(source, tmp_path / "x.engine", backend="tensorrt-rtx", progress=said.append)
     assert said[0] == "reading the file"
-    assert any(re.fullmatch(r"Optimizing graph \(\d+/\d+\)", text) for text in said)
+    assert any(re.fullmatch(r"building the engine, Optimizing graph \(\d+/\d+\)", text) for text in said)
 
     class Interruption(BaseException):
         pass
