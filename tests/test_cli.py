@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.helper
+import onnx_ir as export_ir
 import pytest
 import torch
 import typer.main
@@ -33,7 +34,6 @@ from typer.core import TyperCommand, TyperGroup
 from dat_deploy import cli
 from dat_deploy.checkpoint import official_state_dict_shapes
 from dat_deploy.export import LOWERINGS, export
-from dat_deploy.export import ir as export_ir
 from dat_deploy.photographs import photographs
 from dat_deploy.runners import RUNTIMES
 from dat_deploy.variants import VARIANTS, StageConfig, Variant
@@ -613,7 +613,7 @@ def test_an_export_interrupted_while_it_writes_leaves_nothing(
 EXPORT_THAT_TELLS = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-import dat_deploy.export as library
+import dat_deploy.export.onnx_model as library
 
 def announced(*arguments, capture=library.onnx_from_model, **settings):
     print("capturing", flush=True)

@@ -23,13 +23,14 @@ LAYERS = [
         "metadata",
         "typed_json",
         "system",
+        "checkpoint_file",
     },
     {"plugins"},
-    {"untrusted", "model", "checkpoint"},
+    {"untrusted", "model", "checkpoint", "convert"},
     {"export"},
     {"engine"},
     {"runners"},
-    {"validate", "benchmark", "serving", "classify", "visualize", "doctor", "tune", "preprocess_check"},
+    {"validate", "benchmark", "serving", "classify", "visualize", "doctor", "tune", "tune_network", "preprocess_check"},
     {"api", "cli"},
 ]
 HOMES = {
