@@ -775,8 +775,10 @@ def test_quantize_says_what_it_was_calibrated_on_and_names_the_file_int8(
     again = run("quantize", source, "--data", tmp_path)
     assert (again.code, again.error) == (1, f"{path} exists; pass --force to replace it, or choose another name.")
     inspected = run("inspect", path)
-    assert inspected.out.splitlines()[0] == f"{path}: mini, lowering function, int8"
-    assert f"{layers} int8" in inspected.out
+    rows = dict(re.findall(r"^ (\S[\w ]*?)  +(\S.*?) *$", inspected.out, re.MULTILINE))
+    assert rows["precision"] == "int8"
+    assert rows["nodes"].startswith(f"int8 {layers} nodes (")
+    assert rows["calibrated on"].startswith(f"1 images of {tmp_path.name}, percentile of onnxruntime ")
 
 
 @pytest.mark.usefixtures("mini")

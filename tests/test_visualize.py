@@ -91,6 +91,7 @@ def draw(photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     def call(*runners: FakeRunner, output: Path = tmp_path / "points.png", force: bool = False) -> Visualization:
         by_name = {runner.description.name: runner for runner in runners}
         monkeypatch.setattr(module, "open_runner", lambda engine, **_: by_name[engine])
+        monkeypatch.setattr(module, "check_engine", lambda engine, **_: by_name[engine].description)
         return visualize(photograph, list(by_name), output, force=force)
 
     return call

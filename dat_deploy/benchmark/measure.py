@@ -12,7 +12,7 @@ import numpy as np
 
 from dat_deploy.benchmark import environment
 from dat_deploy.benchmark.record import EngineSettings, LatencyRatio, Record, Row, Settings
-from dat_deploy.benchmark.worker import SEED, EngineProcess, Opened, Opening, Timings, Turn
+from dat_deploy.benchmark.worker import SEED, EngineProcess, Opened, Opening, Timings, Turn, named
 from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError
 from dat_deploy.runners import EngineDescription, EngineOutline, check_engine, parse_engine
 
@@ -69,7 +69,10 @@ def benchmark(
     _check_counts(batches, rounds=rounds, calls=calls, warmup_calls=warmup_calls, threads=threads, seconds=seconds)
     if _opener == OPENER:
         for label, engine in zip(labels, engines, strict=True):
-            outline = check_engine(engine, checkpoint=checkpoint, image_size=image_size, features=features)
+            try:
+                outline = check_engine(engine, checkpoint=checkpoint, image_size=image_size, features=features)
+            except DatDeployError as error:
+                raise named(error, label) from error
             _check_batches(label, outline, batches)
 
     total = len(labels) * (1 + len(batches) * (1 + rounds))

@@ -12,12 +12,13 @@ from dat_deploy.engine.build import BACKENDS
 from dat_deploy.engine.passport import Verdict, read_passport, record_verdict
 from dat_deploy.errors import DatDeployError, OutputError, PassportError, ShapeError
 from dat_deploy.labels import class_names
+from dat_deploy.photographs import photographs
 from dat_deploy.preprocess import check_images
 from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
 from dat_deploy.system import tool_version
 from dat_deploy.validate.data_set import DataSet, open_data_set
 from dat_deploy.validate.gates import OF_DATA, OF_LABELS, check_gates, default_gates
-from dat_deploy.validate.kinds import CHECKS, FP32_TOLERANCE
+from dat_deploy.validate.kinds import CHECKS, FP32_TOLERANCE, PHOTOGRAPHS
 from dat_deploy.validate.report import Check, ValidationReport
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def validate(
                 f"gate '{name.replace('_', '-')}' needs labels, and data '{data}' has none; put its images into a "
                 f"folder for each class."
             )
+    if not images and "photographs" not in skip:
+        photographs(PHOTOGRAPHS)
     from dat_deploy.validate.checks import ENGINE_CHECKS, SIZE_CHECKS, check_accuracy, check_drift
     from dat_deploy.validate.comparison import Comparison, open_reference, precision_of
     from dat_deploy.validate.trace import trace_blocks

@@ -21,12 +21,15 @@ from typing import Any
 from dat_deploy.engine.passport import read_passport
 from dat_deploy.errors import PassportError, UnsupportedError, VerificationError
 from dat_deploy.files import atomic_output
+from dat_deploy.photographs import photographs
 from dat_deploy.preprocess import check_images
 from dat_deploy.runners import EngineDescription, Runtime, check_engine, parse_engine
 
 # What loads torch or a graph library is imported after the checks, so that a wrong argument is told at once.
 
 __all__ = ["BisectReport", "Run", "bisect"]
+
+PHOTOGRAPHS = 2  # that are looked at where the user names none
 
 Progress = Callable[[str], None]
 
@@ -147,7 +150,7 @@ def bisect(
     if not target.endswith(".onnx"):
         raise _no_onnx(engine, runtime, target)
     check_engine(engine, checkpoint=checkpoint)
-    check_images(images or ())
+    check_images(images or photographs(PHOTOGRAPHS))
     from dat_deploy.validate.bisect_search import find_difference
 
     return find_difference(engine, checkpoint=checkpoint, images=images, tolerance=tolerance, progress=progress)

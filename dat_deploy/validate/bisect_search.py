@@ -25,7 +25,7 @@ from dat_deploy.preprocess import preprocess_files
 from dat_deploy.runners import Runner, open_runner, parse_engine
 from dat_deploy.runners.base import Graph
 from dat_deploy.runners.pytorch_runner import PytorchRunner
-from dat_deploy.validate.bisect import BisectReport, Progress, Run
+from dat_deploy.validate.bisect import PHOTOGRAPHS, BisectReport, Progress, Run
 from dat_deploy.validate.comparison import DTYPES, open_reference, precision_of, rounds_everything
 from dat_deploy.validate.hooks import captured
 from dat_deploy.validate.kinds import FP32_TOLERANCE
@@ -103,7 +103,7 @@ class _Search:
                 f"{self.about.name} does not list the tensors between its blocks: it was made by another version, or "
                 f"edited. Export it again with: dat-deploy export --variant {self.about.variant}"
             )
-        paths = list(images) if images else photographs(2)
+        paths = list(images) if images else photographs(PHOTOGRAPHS)
         self.images = preprocess_files(paths, self.about.preprocessing)
         if not images:
             self.images = np.concatenate([self.images, *stress_images(self.about.image_size).values()])

@@ -22,7 +22,7 @@ from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate.data_set import DataSet
 from dat_deploy.validate.drift import Locations, engine_locations, network_locations
 from dat_deploy.validate.gates import Gates
-from dat_deploy.validate.kinds import FP32_TOLERANCE
+from dat_deploy.validate.kinds import FP32_TOLERANCE, PHOTOGRAPHS
 from dat_deploy.validate.stress import stress_images
 
 __all__ = [
@@ -71,7 +71,7 @@ class Comparison:
 
     @cached_property
     def photos(self) -> Images:
-        return preprocess_files(list(self.files) if self.files else photographs(8), self.about.preprocessing)
+        return preprocess_files(list(self.files) if self.files else photographs(PHOTOGRAPHS), self.about.preprocessing)
 
     @cached_property
     def expected(self) -> Outputs:
