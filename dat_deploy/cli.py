@@ -1191,7 +1191,8 @@ def _print_file(path: Path, metadata: "FileMetadata", file: "OnnxFile") -> None:
         f"{_size(rule.image_size)}, mean {mean}, std {std}",
     )
     operators = ", ".join(f"{count} {name}" for name, count in file.operators.items()) or "none"
-    table.add_row("lowering", f"{metadata.lowering}; operators, {file.operator_form}: {operators}")
+    table.add_row("lowering", metadata.lowering)
+    table.add_row("operators", f"{operators}; {file.operator_form}")
     table.add_row("precision", _precision(metadata))
     table.add_row("nodes", str(file.census).removeprefix("precision: "))
     table.add_row("weights", f"{metadata.weights_source}, sha256 {metadata.weights_sha256}")

@@ -912,7 +912,8 @@ def test_inspecting_an_exported_file_prints_what_is_in_it_and_loads_nothing_slow
         "classes 1000: tench to toilet tissue",
         "preprocessing RGB, resized to 256x256 (bicubic), center crop of 224x224, mean 0.485 0.456 0.406, std 0.229 "
         "0.224 0.225",
-        "lowering function; operators, nodes without bodies: 1 window_attention",
+        "lowering function",
+        "operators 1 window_attention; nodes without bodies",
         "precision fp32",
         "nodes fp32 1 nodes",
         f"weights seeded random weights (seed 0), sha256 {'5' * 64}",
