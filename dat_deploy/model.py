@@ -74,11 +74,16 @@ def reference_points(height: int, width: int, *, half_pixel: bool, device: torch
     return torch.stack(torch.meshgrid(axis(height), axis(width), indexing="ij"), dim=-1)
 
 
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)` where there is something to do; torch.export records, checks and traces those that do nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm in the type of its weights, which `half_network` leaves in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return _in_dtype(super().forward(_in_dtype(x, self.weight.dtype)), x.dtype)
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -170,7 +175,7 @@ class OffsetNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B·G, C/G, H, W] -> [B·G, Hk, Wk, 2], last axis (y, x)."""
-        x = self.depthwise(x).permute(0, 2, 3, 1).to(self.norm.weight.dtype)
+        x = _in_dtype(self.depthwise(x).permute(0, 2, 3, 1), self.norm.weight.dtype)
         return self.pointwise(self.act(self.norm(x)))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
 
@@ -200,7 +205,7 @@ class DeformableAttention(nn.Module):
         batch, height, width, channels = query.shape
         groups = self.offset_groups
         grouped = query.permute(0, 3, 1, 2).reshape(batch * groups, channels // groups, height, width)
-        offsets: Tensor = self.conv_offset(grouped).float()  # B·G, Hk, Wk, 2
+        offsets = _in_dtype(self.conv_offset(grouped), torch.float32)  # B·G, Hk, Wk, 2
         _, sampled_height, sampled_width, _ = offsets.shape
         reference = reference_points(sampled_height, sampled_width, half_pixel=self.half_pixel, device=offsets.device)
         if self.offset_range_factor < 0:
@@ -393,7 +398,7 @@ class DAT(nn.Module):
             The output of each stage, [B, H, W, C], and what each deformable block sampled, by its module name:
             `stages.2.attns.1`.
         """
-        x = self.patch_proj(image.to(self.patch_proj.conv.weight.dtype))
+        x = self.patch_proj(_in_dtype(image, self.patch_proj.conv.weight.dtype))
         outputs: list[Tensor] = []
         sampled: dict[str, SampledPoints] = {}
         for i, stage in enumerate(self.stages):
@@ -415,7 +420,7 @@ class DAT(nn.Module):
             results = [self.norms[str(i)](outputs[i]).permute(0, 3, 1, 2) for i in self.variant.features]
         else:
             results = [self.cls_head(self.cls_norm(outputs[-1]).mean(dim=(1, 2)))]
-        results = [result.to(image.dtype) for result in results]
+        results = [_in_dtype(result, image.dtype) for result in results]
         if self.sampled_points:
             results += [points.locations for points in sampled.values()]
             results += [points.attention.to(image.dtype) for points in sampled.values() if points.attention is not None]

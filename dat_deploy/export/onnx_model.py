@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import gc
 import logging
 import math
 import warnings
@@ -59,7 +60,7 @@ def onnx_from_model(
         step, least = model.variant.side_multiple, model.variant.min_side
         for axis, name in ((2, "height"), (3, "width")):
             dims[axis] = step * torch.export.Dim(f"{name}_{step}", min=least // step)
-    with _quiet():
+    with _quiet(), _uncollected():
         program = torch.onnx.export(
             model,
             (example,),
@@ -234,6 +235,18 @@ def _name_sides(graph_model: ir.Model, model: DAT) -> None:
         if shape is not None and len(shape) == 4:
             suffix = f"/{strides[str(value.name)]}" if value.name in strides else ""
             value.shape = ir.Shape([shape[0], shape[1], f"height{suffix}", f"width{suffix}"])
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Tracing makes objects by the million that all live until it ends; looking through them took a seventh of it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

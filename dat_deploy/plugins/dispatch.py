@@ -5,7 +5,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -50,11 +50,23 @@ def _cache_key_tag() -> str:
 torch.compiler.config.cache_key_tag += _cache_key_tag()
 
 
-def operator(function: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
-    """Register the function as `torch.ops.dat_deploy.NAME`, whose kernels torch.compile and AOTInductor compile in.
+def operator(
+    result_shape: Callable[Arguments, Sequence[int]],
+) -> Callable[[Callable[Arguments, Tensor]], Callable[Arguments, Tensor]]:
+    """Register a function as `torch.ops.dat_deploy.NAME`, whose kernels torch.compile and AOTInductor compile in.
 
-    Its first argument is a tensor; autocast is off inside, so that the result has the type that it promises.
+    Its first argument is a tensor, of whose type the result is; autocast is off inside, so that it keeps to that.
+
+    Args:
+        result_shape: checks the arguments, and says what shape the result has; while torch traces a network, this is
+            all that runs.
     """
+    return functools.partial(_registered, result_shape)
+
+
+def _registered(
+    result_shape: Callable[Arguments, Sequence[int]], function: Callable[Arguments, Tensor]
+) -> Callable[Arguments, Tensor]:
     name = function.__name__
     signature = inspect.signature(function)
     kinds = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
@@ -66,12 +78,18 @@ def operator(function: Callable[Arguments, Tensor]) -> Callable[Arguments, Tenso
         with torch.autocast(first.device.type if first.is_cuda else "cpu", enabled=False):
             return function(*args, **kwargs)
 
+    def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        (first, *_) = args
+        assert isinstance(first, Tensor)
+        return first.new_empty(result_shape(*args, **kwargs))
+
     def backward(*_: object) -> None:
         raise UnsupportedError(
             f"{name} has no gradient, it is for inference; call it under torch.inference_mode() or torch.no_grad()."
         )
 
     definition = torch.library.triton_op(f"dat_deploy::{name}", computed, mutates_args={})
+    definition.register_fake(traced)  # type: ignore[attr-defined]  # torch says it returns a function
     definition.register_autograd(backward)  # type: ignore[attr-defined]  # torch says it returns a function
 
     @functools.wraps(function)  # of which help() shows the docstring

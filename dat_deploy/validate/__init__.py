@@ -24,6 +24,7 @@ from dat_deploy.validate.report import Check, ValidationReport
 if TYPE_CHECKING:
     from dat_deploy.validate.accuracy import Accuracy
     from dat_deploy.validate.drift import BlockDrift
+    from dat_deploy.validate.reference import Reference
 
 # What loads torch or a graph library is imported after the checks, so that a wrong argument is told at once.
 
@@ -49,6 +50,7 @@ def validate(
     gates: Mapping[str, float] | None = None,
     skip: Collection[str] = (),
     trace: bool = False,
+    reference: "Reference | None" = None,
     progress: Progress = lambda _: None,
     data_progress: DataProgress = lambda done, of: None,
 ) -> ValidationReport:
@@ -68,6 +70,8 @@ def validate(
         gates: largest values that pass, by name, where they are not to be the defaults; see `Gates`.
         skip: kinds of checks to leave out, of CHECKS; the verdict says so.
         trace: also follow one photograph through the blocks of both sides, for a page; see `Trace`.
+        reference: of `reference.open_reference`, which is left open, for engines of the same weights one after another:
+            what PyTorch answers is then computed once. Without one, it is opened from `checkpoint`.
         progress: called with the name of each check before it runs; data_progress: see `compare_on_data`.
 
     Returns:
@@ -101,7 +105,8 @@ def validate(
     if not images and "photographs" not in skip:
         photographs(PHOTOGRAPHS)
     from dat_deploy.validate.checks import ENGINE_CHECKS, SIZE_CHECKS, check_accuracy, check_drift
-    from dat_deploy.validate.comparison import Comparison, open_reference, precision_of
+    from dat_deploy.validate.comparison import Comparison, precision_of
+    from dat_deploy.validate.reference import open_reference
     from dat_deploy.validate.trace import trace_blocks
 
     with contextlib.ExitStack() as stack:
@@ -111,7 +116,9 @@ def validate(
         identity = None if isinstance(engine, Runner) else _identity(engine)
         about = runner.description
         limits = default_gates(precision_of(about), gates)
-        reference = stack.enter_context(open_reference(about, checkpoint))
+        if reference is None:
+            reference = stack.enter_context(open_reference(about, checkpoint))
+        reference.check_fits(about)
         described = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]
         checks: list[Check] = []
         accuracy: Accuracy | None = None

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dat_deploy.engine.passport import read_passport
 from dat_deploy.errors import PassportError, UnsupportedError, VerificationError
@@ -24,6 +24,9 @@ from dat_deploy.files import atomic_output
 from dat_deploy.photographs import photographs
 from dat_deploy.preprocess import check_images
 from dat_deploy.runners import EngineDescription, Runtime, check_engine, parse_engine
+
+if TYPE_CHECKING:
+    from dat_deploy.validate.reference import Reference
 
 # What loads torch or a graph library is imported after the checks, so that a wrong argument is told at once.
 
@@ -124,6 +127,7 @@ def bisect(
     checkpoint: Path | None = None,
     images: Sequence[Path] | None = None,
     tolerance: float | None = None,
+    reference: "Reference | None" = None,
     progress: Progress = lambda _: None,
 ) -> BisectReport:
     """Find the first block, and the operator in it, where an exported file differs from eager PyTorch.
@@ -137,6 +141,7 @@ def bisect(
         tolerance: largest error of an output, and of another tensor in proportion to its largest element, if that
             exceeds 1; by default FP32_TOLERANCE, and in a lower precision twice the largest error of eager PyTorch in
             that precision at the same tensor.
+        reference: see `validate`.
         progress: called with the name of each place before it is run.
 
     Returns:
@@ -153,7 +158,9 @@ def bisect(
     check_images(images or photographs(PHOTOGRAPHS))
     from dat_deploy.validate.bisect_search import find_difference
 
-    return find_difference(engine, checkpoint=checkpoint, images=images, tolerance=tolerance, progress=progress)
+    return find_difference(
+        engine, checkpoint=checkpoint, images=images, tolerance=tolerance, reference=reference, progress=progress
+    )
 
 
 def _no_onnx(engine: str, runtime: Runtime, target: str) -> UnsupportedError:

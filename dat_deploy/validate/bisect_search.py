@@ -1,7 +1,6 @@
 """The search of `bisect`: few runs, over the tensors between the blocks, then between the operators of one."""
 
 import contextlib
-import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,17 +17,17 @@ from dat_deploy.errors import DatDeployError
 from dat_deploy.export.boundaries import Block, Step, block_boundaries, network_blocks
 from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.export.subgraph import model_up_to, operator_model
-from dat_deploy.model import DAT, REFERENCE, half_network
+from dat_deploy.model import DAT, REFERENCE
 from dat_deploy.photographs import photographs
 from dat_deploy.plugins.deformable_attention.reference import attention_with_bias, interpolated_bias
 from dat_deploy.preprocess import preprocess_files
 from dat_deploy.runners import Runner, open_runner, parse_engine
 from dat_deploy.runners.base import Graph
-from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate.bisect import PHOTOGRAPHS, BisectReport, Progress, Run
-from dat_deploy.validate.comparison import DTYPES, open_reference, precision_of, rounds_everything
+from dat_deploy.validate.comparison import DTYPES, precision_of, rounds_everything
 from dat_deploy.validate.hooks import captured
 from dat_deploy.validate.kinds import FP32_TOLERANCE
+from dat_deploy.validate.reference import Reference, open_reference
 from dat_deploy.validate.stress import stress_images
 
 __all__ = ["find_difference"]
@@ -44,12 +43,15 @@ def find_difference(
     checkpoint: Path | None,
     images: Sequence[Path] | None,
     tolerance: float | None,
+    reference: Reference | None,
     progress: Progress,
 ) -> BisectReport:
     """As `bisect`, whose arguments were checked."""
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(open_runner(engine, checkpoint=checkpoint))
-        reference = stack.enter_context(open_reference(runner.description, checkpoint))
+        if reference is None:
+            reference = stack.enter_context(open_reference(runner.description, checkpoint))
+        reference.check_fits(runner.description)
         search = _Search(runner, reference, images, tolerance, progress)
         block, operator = search.find()
         is_inside = block is not None and operator is not None and operator.name != block.name
@@ -80,7 +82,7 @@ class _Search:
     def __init__(
         self,
         runner: Runner,
-        reference: PytorchRunner,
+        reference: Reference,
         images: Sequence[Path] | None,
         tolerance: float | None,
         progress: Progress,
@@ -309,12 +311,10 @@ class _Search:
 
     def networks(self) -> list[tuple[DAT, torch.dtype]]:
         """The reference, with the type of its images, and in a lower precision the same network in that."""
-        model = self.reference.model
+        exact = (self.reference.model, torch.float32)
         if self.dtype is None:
-            return [(model, torch.float32)]
-        if rounds_everything(self.about):
-            return [(model, torch.float32), (copy.deepcopy(model).to(self.dtype), self.dtype)]
-        return [(model, torch.float32), (half_network(model, self.dtype), torch.float32)]
+            return [exact]
+        return [exact, self.reference.rounded(self.dtype, rounds_everything(self.about))]
 
     def compare(self, sources: Sequence[tuple[str, str]]) -> None:
         """Let PyTorch make the tensors `sources`, and with them what each is allowed.

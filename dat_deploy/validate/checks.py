@@ -19,7 +19,6 @@ from dat_deploy.metadata import FileMetadata, load_onnx
 from dat_deploy.model import REFERENCE
 from dat_deploy.preprocess import Preprocessing, golden_sha256
 from dat_deploy.runners import parse_engine
-from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate.accuracy import Accuracy, compare_on_data
 from dat_deploy.validate.comparison import (
     DTYPES,
@@ -29,9 +28,10 @@ from dat_deploy.validate.comparison import (
     precision_of,
     rounds_everything,
 )
-from dat_deploy.validate.drift import BlockDrift, block_drift, distances_px, network_locations
+from dat_deploy.validate.drift import BlockDrift, block_drift, distances_px
 from dat_deploy.validate.gates import Gates
 from dat_deploy.validate.kinds import FP32_TOLERANCE, OF_ENGINE, OF_SIZE
+from dat_deploy.validate.reference import Reference
 from dat_deploy.validate.report import Check
 from dat_deploy.validate.stress import LOCATIONS, stress_locations
 
@@ -241,8 +241,7 @@ def check_drift(comparison: Comparison) -> tuple[list[Check], tuple[BlockDrift, 
     if comparison.gates.drift_px is None and precision == "int8":
         allowed = dict.fromkeys(expected, INT8_DRIFT_PX)
     elif comparison.gates.drift_px is None and precision != "fp32":
-        rounded = network_locations(comparison.rounded, comparison.drift_images, comparison.rounded_input)
-        for block, locations in rounded.items():
+        for block, locations in comparison.rounded_locations.items():
             allowed[block] += ROUNDED_DRIFTS * float(distances_px(locations, expected[block], network, block).max())
     for block, locations in expected.items():
         rows.append(block_drift(block, got[block], locations, network, allowed[block]))
@@ -360,9 +359,7 @@ def _filled(images: Images, batch: int) -> Iterable[tuple[Images, list[int]]]:
         yield images[slots], slots
 
 
-def _operator_inputs(
-    record: OperatorRecord, reference: PytorchRunner, kind: str, batch: int
-) -> dict[str, torch.Tensor]:
+def _operator_inputs(record: OperatorRecord, reference: Reference, kind: str, batch: int) -> dict[str, torch.Tensor]:
     stage = int(record.name.split(".")[1])
     config = reference.model.variant.stages[stage]
     height, width = reference.model.variant.feature_map(stage)
@@ -382,7 +379,7 @@ def _operator_inputs(
 
 def _operator_reference(
     record: OperatorRecord,
-    reference: PytorchRunner,
+    reference: Reference,
     inputs: dict[str, torch.Tensor],
     dtype: torch.dtype,
     of_locations: torch.dtype,

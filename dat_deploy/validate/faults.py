@@ -16,7 +16,7 @@ from dat_deploy.model import reference_points
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.runners.base import Graph, Images
 from dat_deploy.validate import ValidationReport, validate
-from dat_deploy.validate.comparison import Outputs
+from dat_deploy.validate.reference import Outputs, Reference
 from dat_deploy.validate.self_test import BATCHES
 
 __all__ = ["FAULTS", "Fault", "faulty_report"]
@@ -43,8 +43,8 @@ def faulty_report(
     runtime: str,
     source: Path,
     folder: Path,
+    reference: Reference,
     *,
-    checkpoint: Path | None = None,
     skip: Sequence[str] = (),
 ) -> ValidationReport:
     """What validate says of a file with the fault, less the kinds of checks in `skip`."""
@@ -56,7 +56,7 @@ def faulty_report(
         ir.save(model, path)
     with open_runner(f"{runtime}:{path}") as runner:
         tested = runner if fault.misbehave is None else _Misbehaving(runner, fault.misbehave)
-        return validate(tested, checkpoint=checkpoint, batches=BATCHES, skip=skip)
+        return validate(tested, batches=BATCHES, skip=skip, reference=reference)
 
 
 class _Misbehaving(Runner):

@@ -1,5 +1,6 @@
 """Known faults put into a file, one at a time; what validate makes of each."""
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,8 +74,10 @@ def self_test(
         _check(engine)
     check_checkpoint(checkpoint)
     from dat_deploy.validate.faults import FAULTS, faulty_report
+    from dat_deploy.validate.reference import open_reference
 
-    with tempfile.TemporaryDirectory(prefix="dat-deploy-") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dat-deploy-"))
         if engine is None:
             progress("exporting demo")
             engine = str(Path(folder, "demo.onnx"))
@@ -83,13 +86,14 @@ def self_test(
         progress("no fault")
         with open_runner(engine) as runner:
             about = runner.description
-            sound = validate(runner, checkpoint=checkpoint, batches=BATCHES)
+            reference = stack.enter_context(open_reference(about, checkpoint))
+            sound = validate(runner, batches=BATCHES, reference=reference)
         if not sound.passed:
             raise VerificationError(f"the self-test needs an engine that is right. {sound.verdict}")
         found = []
         for fault in FAULTS:
             progress(fault.name)
-            report = faulty_report(fault, runtime.name, Path(target), Path(folder), checkpoint=checkpoint)
+            report = faulty_report(fault, runtime.name, Path(target), Path(folder), reference)
             failed = [check for check in report.checks if check.passed is False]
             kinds = tuple(dict.fromkeys(check.kind for check in failed))
             found.append(Tried(fault.name, fault.story, kinds, failed[0].name if failed else ""))

@@ -1,5 +1,6 @@
 """`torch.ops.dat_deploy.deformable_attention`: the kernel on CUDA, else the reference; one node for torch.export."""
 
+import torch
 from torch import Tensor
 
 from dat_deploy.plugins.deformable_attention import reference
@@ -15,8 +16,7 @@ from dat_deploy.plugins.dispatch import (
 __all__ = ["deformable_attention"]
 
 
-@operator
-def deformable_attention(
+def _result_shape(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -24,32 +24,7 @@ def deformable_attention(
     relative_position_bias_table: Tensor,
     num_heads: int,
     half_pixel_queries: bool,
-) -> Tensor:
-    """Attention of every pixel of a map to keys that were read at points between the pixels.
-
-    `softmax(q · k / sqrt(D) + bias) v`, where the bias of a query and a key depends on how far apart they are on the
-    map: it is the bilinear read, `align_corners=True` and zeros outside, of the head's table at
-    `(position of the query - location of the key) / 2`. Keys and values are usually projections of what
-    `deformable_sample` read at the same locations. On CUDA neither scores nor bias reach memory: what is read and
-    written is the arguments and the result. It has no gradient. Source: arXiv 2201.00520, §3.2.
-
-    Args:
-        query: [B, H, W, C], heads side by side in the channels.
-        key, value: [B, Ns, C].
-        sampling_locations: [B, G, Hk, Wk, 2] float32 with Hk·Wk = Ns, where the keys are, last axis (y, x), -1 and +1
-            at the centres of the first and last pixel; head m reads group m // (M / G).
-        relative_position_bias_table: [M, Th, Tw], one table a head, in the type of `query` or float32. Its middle is
-            the bias at no distance; with Th = 2H - 1 its rows are as far apart as pixels.
-        num_heads: M; the head dim D is C / M.
-        half_pixel_queries: which position a pixel i of H has: `(i + 0.5) / H · 2 - 1` (True, DAT) or
-            `i / (H - 1) · 2 - 1` (False, DAT+ and DAT++).
-
-    Returns:
-        [B, H, W, C] in the type of `query`.
-
-    Raises:
-        ShapeError: if shapes, types or devices do not fit each other.
-    """
+) -> torch.Size:
     name = "deformable_attention"
     require(
         query.ndim == 4 and query.shape[1:].numel() > 0, name, f"query of shape {list(query.shape)}", "[B, H, W, C]"
@@ -88,13 +63,53 @@ def deformable_attention(
         f"relative_position_bias_table of shape {list(table.shape)}",
         f"one table a head, [{num_heads}, Th, Tw]",
     )
-    if not kernel_computes(query, channels // num_heads):
+    return query.shape
+
+
+@operator(_result_shape)
+def deformable_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sampling_locations: Tensor,
+    relative_position_bias_table: Tensor,
+    num_heads: int,
+    half_pixel_queries: bool,
+) -> Tensor:
+    """Attention of every pixel of a map to keys that were read at points between the pixels.
+
+    `softmax(q · k / sqrt(D) + bias) v`, where the bias of a query and a key depends on how far apart they are on the
+    map: it is the bilinear read, `align_corners=True` and zeros outside, of the head's table at
+    `(position of the query - location of the key) / 2`. Keys and values are usually projections of what
+    `deformable_sample` read at the same locations. On CUDA neither scores nor bias reach memory: what is read and
+    written is the arguments and the result. It has no gradient. Source: arXiv 2201.00520, §3.2.
+
+    Args:
+        query: [B, H, W, C], heads side by side in the channels.
+        key, value: [B, Ns, C].
+        sampling_locations: [B, G, Hk, Wk, 2] float32 with Hk·Wk = Ns, where the keys are, last axis (y, x), -1 and +1
+            at the centres of the first and last pixel; head m reads group m // (M / G).
+        relative_position_bias_table: [M, Th, Tw], one table a head, in the type of `query` or float32. Its middle is
+            the bias at no distance; with Th = 2H - 1 its rows are as far apart as pixels.
+        num_heads: M; the head dim D is C / M.
+        half_pixel_queries: which position a pixel i of H has: `(i + 0.5) / H · 2 - 1` (True, DAT) or
+            `i / (H - 1) · 2 - 1` (False, DAT+ and DAT++).
+
+    Returns:
+        [B, H, W, C] in the type of `query`.
+
+    Raises:
+        ShapeError: if shapes, types or devices do not fit each other.
+    """
+    table = relative_position_bias_table
+    shape = _result_shape(query, key, value, sampling_locations, table, num_heads, half_pixel_queries)
+    if not kernel_computes(query, query.shape[-1] // num_heads):
         return reference.deformable_attention(
             query, key, value, sampling_locations, table, num_heads, half_pixel_queries
         )
     from dat_deploy.plugins.deformable_attention import kernel
 
-    output = query.new_empty(query.shape)
+    output = query.new_empty(shape)
     problem = kernel.problem(
         query.shape,
         key.shape,
@@ -112,5 +127,5 @@ def deformable_attention(
         "sampling_locations": sampling_locations.float(),
         "relative_position_bias_table": table,
     }
-    launch_kernel(name, kernel, problem, inputs, output)
+    launch_kernel("deformable_attention", kernel, problem, inputs, output)
     return output

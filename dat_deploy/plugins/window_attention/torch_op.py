@@ -8,7 +8,35 @@ from dat_deploy.plugins.window_attention import reference
 __all__ = ["window_attention"]
 
 
-@operator
+def _result_shape(
+    qkv: Tensor, relative_position_bias_table: Tensor, num_heads: int, window_size: int, shift_size: int
+) -> tuple[int, int, int, int]:
+    name, table = "window_attention", relative_position_bias_table
+    require(qkv.ndim == 4 and qkv.shape[1:].numel() > 0, name, f"qkv of shape {list(qkv.shape)}", "[B, H, W, 3C]")
+    batch, height, width, channels3 = qkv.shape
+    require(
+        num_heads > 0 and channels3 % (3 * num_heads) == 0,
+        name,
+        f"{channels3} channels of query, key and value and {num_heads} heads",
+        "heads that divide each of the three",
+    )
+    require(
+        window_size > 0 and height % window_size == 0 and width % window_size == 0 and 0 <= shift_size < window_size,
+        name,
+        f"a map of {height}x{width}, window_size {window_size} and shift_size {shift_size}",
+        "windows that tile the map, and a shift of less than a window",
+    )
+    require_alike(name, {"qkv": qkv}, tables={"relative_position_bias_table": table})
+    require(
+        tuple(table.shape) == ((2 * window_size - 1) ** 2, num_heads),
+        name,
+        f"relative_position_bias_table of shape {list(table.shape)}",
+        f"a row a distance, [{(2 * window_size - 1) ** 2}, {num_heads}]",
+    )
+    return batch, height, width, channels3 // 3
+
+
+@operator(_result_shape)
 def window_attention(
     qkv: Tensor, relative_position_bias_table: Tensor, num_heads: int, window_size: int, shift_size: int
 ) -> Tensor:
@@ -32,33 +60,13 @@ def window_attention(
     Raises:
         ShapeError: if shapes, types or devices do not fit each other.
     """
-    name, table = "window_attention", relative_position_bias_table
-    require(qkv.ndim == 4 and qkv.shape[1:].numel() > 0, name, f"qkv of shape {list(qkv.shape)}", "[B, H, W, 3C]")
-    batch, height, width, channels3 = qkv.shape
-    require(
-        num_heads > 0 and channels3 % (3 * num_heads) == 0,
-        name,
-        f"{channels3} channels of query, key and value and {num_heads} heads",
-        "heads that divide each of the three",
-    )
-    require(
-        window_size > 0 and height % window_size == 0 and width % window_size == 0 and 0 <= shift_size < window_size,
-        name,
-        f"a map of {height}x{width}, window_size {window_size} and shift_size {shift_size}",
-        "windows that tile the map, and a shift of less than a window",
-    )
-    require_alike(name, {"qkv": qkv}, tables={"relative_position_bias_table": table})
-    require(
-        tuple(table.shape) == ((2 * window_size - 1) ** 2, num_heads),
-        name,
-        f"relative_position_bias_table of shape {list(table.shape)}",
-        f"a row a distance, [{(2 * window_size - 1) ** 2}, {num_heads}]",
-    )
-    if not kernel_computes(qkv, channels3 // (3 * num_heads)):
+    table = relative_position_bias_table
+    shape = _result_shape(qkv, table, num_heads, window_size, shift_size)
+    if not kernel_computes(qkv, shape[-1] // num_heads):
         return reference.window_attention(qkv, table, num_heads, window_size, shift_size)
     from dat_deploy.plugins.window_attention import kernel
 
-    output = qkv.new_empty(batch, height, width, channels3 // 3)
+    output = qkv.new_empty(shape)
     problem = kernel.problem(qkv.shape, num_heads, window_size, shift_size, qkv.element_size(), table.element_size())
-    launch_kernel(name, kernel, problem, {"qkv": qkv, "relative_position_bias_table": table}, output)
+    launch_kernel("window_attention", kernel, problem, {"qkv": qkv, "relative_position_bias_table": table}, output)
     return output
