@@ -24,7 +24,9 @@ from dat_deploy.variants import VARIANTS, Variant, get_variant
 if TYPE_CHECKING:
     from dat_deploy.benchmark import Record
     from dat_deploy.classify import Classification
+    from dat_deploy.engine.inspector import OnnxFile
     from dat_deploy.engine.passport import Passport
+    from dat_deploy.metadata import FileMetadata
     from dat_deploy.serving.client import ServedClassification
     from dat_deploy.validate.accuracy import Accuracy
 
@@ -75,6 +77,7 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the 
 @app.command()
 def variants(json_file: JsonOption = None, force: ForceOption = False) -> None:
     """List the networks."""
+    _check_json(json_file, force=force)
     table = Table("variant", "family", "image", box=None)
     for heading in ("params", "GMACs", "top-1"):
         table.add_column(heading, justify="right")
@@ -103,11 +106,11 @@ def convert(
     json_file: JsonOption = None,
 ) -> None:
     """Turn a checkpoint into a .safetensors file, which cannot hold code."""
-    from dat_deploy.checkpoint import convert_checkpoint
+    from dat_deploy import convert as library
 
     _check_json(json_file, force=force)
     with err.status(f"reading {checkpoint.name}"):
-        variant, weights = convert_checkpoint(checkpoint, output, force=force)
+        variant, weights = library.convert(checkpoint, output, force=force)
     out.print(f"{output}: variant {variant.name}, weights sha256 {weights.sha256[:12]}")
     _notes(weights.notes)
     _write_json({"variant": variant.name, "weights_sha256": weights.sha256}, json_file, force=force)
@@ -350,11 +353,9 @@ def inspect(
 
     _check_json(json_file, force=force)
     found = library.inspect(engine)
-    if found.passport is None:
-        metadata = found.metadata
-        out.print(f"{engine}: {metadata.variant}, lowering {metadata.lowering}, {metadata.precision}")
-        out.print(f"nodes: {_counts(found.layers)}")
-    else:
+    if found.file is not None:
+        _print_file(engine, found.metadata, found.file)
+    elif found.passport is not None:
         _print_passport(engine, found.passport)
     if found.unseen is not None:
         out.print(f"layers of the built engine: not seen; {found.unseen}")
@@ -580,9 +581,9 @@ def validate(
 def _self_test(engine: str | None, checkpoint: Path | None, json_file: Path | None, *, force: bool) -> None:
     _check_json(json_file, force=force)
     with Stages("self-test", err) as shown:
-        from dat_deploy.validate import faults
+        from dat_deploy.validate import self_test as library
 
-        found = faults.self_test(engine, checkpoint=checkpoint, progress=shown.begin)
+        found = library.self_test(engine, checkpoint=checkpoint, progress=shown.begin)
     table = Table("fault", "caught by", "", box=None)
     for tried in found.tried:
         table.add_row(tried.fault, ", ".join(tried.caught_by) or "NOTHING", tried.story)
@@ -751,6 +752,7 @@ def compare(
     json_file: JsonOption = None,
 ) -> None:
     """Compare two benchmark records; refused if their settings differ."""
+    _check_json(json_file, force=force)
     from dat_deploy.benchmark import Record
     from dat_deploy.benchmark import compare as compare_records
 
@@ -1067,6 +1069,7 @@ def client(
 @app.command()
 def doctor(force: ForceOption = False, json_file: JsonOption = None) -> None:
     """Print what a bug report needs, and what can run here."""
+    _check_json(json_file, force=force)
     from dat_deploy import doctor as library
 
     with err.status("looking"):
@@ -1177,6 +1180,48 @@ def _run() -> int | str | None:
     return 0
 
 
+def _print_file(path: Path, metadata: "FileMetadata", file: "OnnxFile") -> None:
+    size = "any size" if metadata.dynamic_image_size else _size(metadata.image_size)
+    rule = metadata.preprocessing
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (rule.mean, rule.std))
+    names = metadata.class_names
+    table = Table(box=None, show_header=False)
+    table.add_row("file", f"{path}, {file.size_bytes / 1e6:.1f} MB, sha256 {file.sha256}")
+    table.add_row("written by", f"{file.written_by}; opset {file.opset_version}, IR version {file.ir_version}")
+    table.add_row(
+        "network", f"{metadata.variant} {size}, {metadata.network.family}, batch {metadata.batch or 'dynamic'}"
+    )
+    for side, tensors in (("input", file.inputs), ("output", file.outputs)):
+        for tensor in tensors:
+            table.add_row(side, f"{tensor.name} {tensor.type} [{', '.join(map(str, tensor.shape))}]")
+    table.add_row("classes", f"{len(names)}: {names[0]} to {names[-1]}" if names else "none: it is a backbone")
+    table.add_row(
+        "preprocessing",
+        f"{rule.color}, resized to {_size(rule.resize_size)} ({rule.interpolation}), {rule.crop} crop of "
+        f"{_size(rule.image_size)}, mean {mean}, std {std}",
+    )
+    operators = ", ".join(f"{count} {name}" for name, count in file.operators.items()) or "none"
+    table.add_row("lowering", metadata.lowering)
+    table.add_row("operators", f"{operators}; {file.operator_form}")
+    table.add_row("precision", _precision(metadata))
+    table.add_row("nodes", str(file.census).removeprefix("precision: "))
+    table.add_row("weights", f"{metadata.weights_source}, sha256 {metadata.weights_sha256}")
+    calibration = metadata.calibration
+    if calibration is not None:
+        table.add_row(
+            "calibrated on",
+            f"{calibration.images} images of {calibration.folder}, {calibration.method} of {calibration.library} "
+            f"{calibration.library_version}",
+        )
+    out.print(table)
+
+
+def _precision(metadata: "FileMetadata") -> str:
+    kept = f"; kept in fp32: {', '.join(metadata.fp32_added)}" if metadata.fp32_added else ""
+    less = f"; no fp32 in: {', '.join(metadata.fp32_removed)}" if metadata.fp32_removed else ""
+    return metadata.precision + kept + less
+
+
 def _print_passport(path: Path, passport: "Passport") -> None:
     metadata = passport.metadata
     table = Table(box=None, show_header=False)
@@ -1190,9 +1235,7 @@ def _print_passport(path: Path, passport: "Passport") -> None:
         "ahead-of-time": ", plugins baked in",
     }
     table.add_row("lowering", metadata.lowering + forms.get(passport.plugin_form or "", ""))
-    kept = f"; kept in fp32: {', '.join(metadata.fp32_added)}" if metadata.fp32_added else ""
-    less = f"; no fp32 in: {', '.join(metadata.fp32_removed)}" if metadata.fp32_removed else ""
-    table.add_row("precision", metadata.precision + kept + less)
+    table.add_row("precision", _precision(metadata))
     if passport.layers:
         table.add_row("layers", f"{_counts(passport.layers)} in the network that was parsed")
     if passport.engine_layers is not None:

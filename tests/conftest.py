@@ -20,9 +20,8 @@ import torch
 from filelock import FileLock
 
 import dat_deploy
-from dat_deploy import export as export_package
 from dat_deploy.checkpoint import load_model
-from dat_deploy.export import LOWERINGS, export, relower
+from dat_deploy.export import LOWERINGS, export, onnx_model, relower
 from dat_deploy.model import DAT
 from dat_deploy.variants import VARIANTS, StageConfig, Variant
 
@@ -42,10 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def _traced_once(pytestconfig: pytest.Config) -> Iterator[None]:
     """What torch makes of a network is kept on disk, for all workers and until a source of it changes.
 
-    Everything behind it (precision, lowering, metadata, writing) runs in each export. Tests of the tracing itself call
-    `dat_deploy.export.onnx_model.onnx_from_model`, which is as it was.
+    Everything behind it (precision, lowering, metadata, writing) runs in each export.
     """
-    original = export_package.onnx_from_model
+    original = onnx_model.onnx_from_model
     package = Path(dat_deploy.__file__).parent
     sources = hashlib.sha256(f"{torch.__version__} {onnxscript.__version__}".encode())
     for path in sorted(package.rglob("*.py")):
@@ -57,7 +55,8 @@ def _traced_once(pytestconfig: pytest.Config) -> Iterator[None]:
             if other.is_dir() and other != folder:
                 shutil.rmtree(other)
 
-    def onnx_from_model(model: DAT, **options: Any) -> ir.Model:
+    def onnx_from_model(model: DAT, *, progress: Callable[[str], None] = lambda _: None, **options: Any) -> ir.Model:
+        progress("tracing")
         key = hashlib.sha256(repr((model.variant, model.sampled_points, sorted(options.items()))).encode())
         for name, weight in model.state_dict().items():
             key.update(f"{name} {tuple(weight.shape)}".encode())
@@ -69,9 +68,9 @@ def _traced_once(pytestconfig: pytest.Config) -> Iterator[None]:
                 path.with_suffix(".new").rename(path)
         return ir.load(path)
 
-    export_package.onnx_from_model = onnx_from_model
+    onnx_model.onnx_from_model = onnx_from_model
     yield
-    export_package.onnx_from_model = original
+    onnx_model.onnx_from_model = original
 
 
 @pytest.fixture(scope="session")

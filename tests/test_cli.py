@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.helper
+import onnx_ir as export_ir
 import pytest
 import torch
 import typer.main
@@ -33,7 +34,6 @@ from typer.core import TyperCommand, TyperGroup
 from dat_deploy import cli
 from dat_deploy.checkpoint import official_state_dict_shapes
 from dat_deploy.export import LOWERINGS, export
-from dat_deploy.export import ir as export_ir
 from dat_deploy.photographs import photographs
 from dat_deploy.runners import RUNTIMES
 from dat_deploy.variants import VARIANTS, StageConfig, Variant
@@ -619,7 +619,7 @@ def test_an_export_interrupted_while_it_writes_leaves_nothing(
 EXPORT_THAT_TELLS = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-import dat_deploy.export as library
+import dat_deploy.export.onnx_model as library
 
 def announced(*arguments, capture=library.onnx_from_model, **settings):
     print("capturing", flush=True)
@@ -781,8 +781,10 @@ def test_quantize_says_what_it_was_calibrated_on_and_names_the_file_int8(
     again = run("quantize", source, "--data", tmp_path)
     assert (again.code, again.error) == (1, f"{path} exists; pass --force to replace it, or choose another name.")
     inspected = run("inspect", path)
-    assert inspected.out.splitlines()[0] == f"{path}: mini, lowering function, int8"
-    assert f"{layers} int8" in inspected.out
+    rows = dict(re.findall(r"^ (\S[\w ]*?)  +(\S.*?) *$", inspected.out, re.MULTILINE))
+    assert rows["precision"] == "int8"
+    assert rows["nodes"].startswith(f"int8 {layers} nodes (")
+    assert rows["calibrated on"].startswith(f"1 images of {tmp_path.name}, percentile of onnxruntime ")
 
 
 @pytest.mark.usefixtures("mini")

@@ -20,13 +20,13 @@ from onnxscript import opset18 as op
 from dat_deploy.errors import ExportError
 from dat_deploy.export.boundaries import record_boundaries
 from dat_deploy.export.cleanup import constant_reshape_shapes, name_results
+from dat_deploy.export.options import check_opset
 from dat_deploy.model import DAT
 from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
 from dat_deploy.variants import stride
 
-__all__ = ["IR_VERSION", "OPSET_VERSIONS", "check_opset", "onnx_from_model"]
+__all__ = ["IR_VERSION", "onnx_from_model"]
 
-OPSET_VERSIONS = (17, 18, 19)
 IR_VERSION = 10
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # torch's own property of a node: the modules around it, outermost first
@@ -96,15 +96,6 @@ def onnx_from_model(
     if dynamic_image_size:
         _name_sides(graph_model, model)
     return graph_model
-
-
-def check_opset(opset_version: int) -> None:
-    """Raises ExportError unless `opset_version` is one of OPSET_VERSIONS."""
-    if opset_version not in OPSET_VERSIONS:
-        raise ExportError(
-            f"opset {opset_version} is not supported; it takes 17, 18 or 19. From opset 20 on, TensorRT up to 11.1 "
-            f"reads GridSample's 'linear' as nearest (NVIDIA/TensorRT#4646). Use --opset 18."
-        )
 
 
 def _operator(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...]) -> Callable[..., _Value]:

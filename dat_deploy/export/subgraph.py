@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from dat_deploy.export.lowering import OperatorRecord
+from dat_deploy.export.records import OperatorRecord
 
 __all__ = ["model_up_to", "operator_model"]
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dat_deploy.engine.aotinductor import check_fits, model_name
-from dat_deploy.engine.passport import open_engine
-from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError, UnsupportedError
+from dat_deploy.engine.passport import check_backend, open_engine
+from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError
 from dat_deploy.runners.base import Images, Runner, available_cores, describe
 from dat_deploy.runners.torch_threads import torch_threads
 
@@ -36,11 +36,7 @@ class AotinductorRunner(Runner):
         self, path: Path, name: str, *, image_size: tuple[int, int] | None = None, threads: int | None = None
     ) -> None:
         passport, content = open_engine(path)
-        if passport.backend != "aotinductor":
-            raise UnsupportedError(
-                f"{path} was built with backend {passport.backend}, not aotinductor. "
-                f"Open it as {passport.backend}:{path}"
-            )
+        check_backend(path, passport, "aotinductor")
         check_fits(passport, name)
         device = "cpu" if passport.architectures[0] == "cpu" else "cuda"
         self.description = describe(

@@ -19,12 +19,12 @@ from dat_deploy.runners import EngineDescription, Runner, parse_engine
 from dat_deploy.validate.data_set import DataSet
 from dat_deploy.validate.drift import Locations, engine_locations, network_locations
 from dat_deploy.validate.gates import Gates
+from dat_deploy.validate.kinds import FP32_TOLERANCE, PHOTOGRAPHS
 from dat_deploy.validate.reference import Outputs, Reference
 from dat_deploy.validate.stress import stress_images
 
 __all__ = [
     "DTYPES",
-    "FP32_TOLERANCE",
     "Comparison",
     "Images",
     "Outputs",
@@ -33,10 +33,6 @@ __all__ = [
     "rounds_everything",
 ]
 
-# In float32 two runtimes differ by the order of summation alone, about 2e-6 here; 1e-4 leaves room for other CPUs and
-# is far below what moves a prediction. In a lower precision an engine may err twice as much as eager PyTorch does in
-# that precision on the same inputs, both measured against float32.
-FP32_TOLERANCE = 1e-4
 # PyTorch has no eager int8 to compare with. Half the spread of the logits is far more than eight bits cost a sound
 # network and less than a mixed-up slot or a swapped axis does; what eight bits cost is judged on labelled data.
 INT8_SHARE_OF_SPREAD = 0.5
@@ -71,7 +67,7 @@ class Comparison:
 
     @cached_property
     def photos(self) -> Images:
-        return preprocess_files(list(self.files) if self.files else photographs(8), self.about.preprocessing)
+        return preprocess_files(list(self.files) if self.files else photographs(PHOTOGRAPHS), self.about.preprocessing)
 
     @cached_property
     def expected(self) -> Outputs:
