@@ -23,6 +23,8 @@ import dat_deploy
 from dat_deploy.checkpoint import load_model
 from dat_deploy.export import LOWERINGS, export, onnx_model, relower
 from dat_deploy.model import DAT
+from dat_deploy.runners import open_runner
+from dat_deploy.validate.reference import Reference, open_reference
 from dat_deploy.variants import VARIANTS, StageConfig, Variant
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -155,6 +157,24 @@ def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("demo_onnx") / "demo.onnx"
     export("demo", path)
     return path
+
+
+@pytest.fixture(scope="session")
+def demo_lowerings(demo_onnx: Path) -> dict[str, Path]:
+    """The same, once for each lowering."""
+    paths = {"function": demo_onnx}
+    for lowering in LOWERINGS:
+        if lowering != "function":
+            paths[lowering] = demo_onnx.with_suffix(f".{lowering}.onnx")
+            relower(demo_onnx, paths[lowering], lowering)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def demo_reference(demo_onnx: Path) -> Iterator[Reference]:
+    """PyTorch's side of the files of `demo_lowerings`, whose answers all tests share."""
+    with open_runner(str(demo_onnx)) as runner, open_reference(runner.description) as reference:
+        yield reference
 
 
 @pytest.fixture(scope="session")
