@@ -19,7 +19,6 @@ from dat_deploy.validate import FP32_TOLERANCE, validate
 from dat_deploy.validate.reference import Reference, open_reference
 from dat_deploy.variants import Variant
 
-
 INSIDE = ("coordinates", "drift")  # checks that cut a file into parts, of which OpenVINO compiles each
 
 
@@ -271,7 +270,8 @@ def test_an_unknown_check_cannot_be_skipped(demo_onnx):
 def test_a_backbone_takes_no_data(demo_onnx, tmp_path):
     with open_runner(str(demo_onnx)) as runner:
         backbone = _MixesSlots(runner)
-        backbone.description = replace(runner.description, outputs=("feature_map_3",))
+        about = runner.description
+        backbone.description = replace(about, network=replace(about.network, features=(3,)), outputs=("feature_map_3",))
         with pytest.raises(DatDeployError) as error:
             validate(backbone, data=tmp_path)
     assert str(error.value) == (
