@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from dat_deploy import cli
 from dat_deploy.checkpoint import load_model
 from dat_deploy.export import LOWERINGS, export, relower
 from dat_deploy.model import DAT
@@ -149,3 +153,29 @@ def tiny_model() -> DAT:
 def noise() -> np.ndarray:
     """Eight different normalised images [8, 3, 224, 224]."""
     return np.random.default_rng(7).standard_normal((8, 3, 224, 224)).astype(np.float32)
+
+
+@pytest.fixture
+def call_main(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """`call_main("export", "--variant", "tiny")` as a shell runs it, in this process, and all that comes on stderr."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words: object) -> "subprocess.CompletedProcess[str]":
+        arguments = ["dat-deploy", *map(str, words)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        assert isinstance(stop.value.code, int)
+        return subprocess.CompletedProcess(arguments, stop.value.code, *capfd.readouterr())
+
+    return run
