@@ -41,6 +41,39 @@ def mini_pp() -> Variant:
     )
 
 
+@pytest.fixture(scope="session")
+def mini_dat() -> Variant:
+    """Every kind of block of DAT, in a network for 64×64 pixels that exports in a second."""
+    return replace(
+        VARIANTS["tiny"],
+        name="mini-dat",
+        image_size=(64, 64),
+        trained_size=64,
+        resize_size=73,
+        stages=(
+            StageConfig(16, "LS", 1, 4),
+            StageConfig(32, "L", 1, 4),
+            StageConfig(64, "D", 2, offset_groups=2, offset_kernel_size=5, offset_range_factor=2.0),
+            StageConfig(128, "D", 4, offset_groups=2, offset_kernel_size=3, offset_range_factor=2.0),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def any_size(mini_pp: Variant) -> Variant:
+    """Both kinds of block of DAT++ in a network that is quick at any image size."""
+    stages = (replace(stage, blocks=blocks) for stage, blocks in zip(mini_pp.stages, "NNDN", strict=True))
+    return replace(mini_pp, name="any-size", stages=tuple(stages)).with_image_size(64, 64)
+
+
+@pytest.fixture(scope="session")
+def any_size_onnx(any_size: Variant, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`any_size` with a dynamic batch and image size."""
+    path = tmp_path_factory.mktemp("any_size") / "any-size.onnx"
+    export(any_size, path, dynamic_image_size=True)
+    return path
+
+
 def _loaded(path: Path) -> ModuleType:
     """A file of Python that is no module of a package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -98,6 +131,14 @@ def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """demo with the weights that ship, and a dynamic batch."""
     path = tmp_path_factory.mktemp("demo_onnx") / "demo.onnx"
     export("demo", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_batch_3_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """demo with the weights that ship, for batches of 3 alone."""
+    path = tmp_path_factory.mktemp("demo_batch_3_onnx") / "demo.onnx"
+    export("demo", path, batch=3)
     return path
 
 

@@ -394,16 +394,16 @@ def test_rows_carry_no_folder_of_an_absolute_path_and_an_engine_may_be_repeated(
 
 
 def test_real_engines_from_a_script_without_a_main_guard_and_no_torch_in_the_caller(
-    tiny_onnx: dict[str, Path], tmp_path: Path
+    demo_onnx: Path, tmp_path: Path
 ) -> None:
-    path = tiny_onnx["function"]
+    path = demo_onnx
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(f"""
             import sys
             from pathlib import Path
             from dat_deploy.benchmark import benchmark
-            engines = ["pytorch:tiny", {str(path)!r}]
+            engines = ["pytorch:demo", {str(path)!r}]
             found = benchmark(engines, rounds=1, seconds=0, calls=2, warmup_calls=1)
             assert "torch" not in sys.modules
             assert "onnxruntime" not in sys.modules
@@ -413,10 +413,10 @@ def test_real_engines_from_a_script_without_a_main_guard_and_no_torch_in_the_cal
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)  # noqa: S603  # ours
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     found = Record.read(tmp_path / "record.json")
-    assert [row.engine for row in found.rows] == ["pytorch:tiny", path.name]
+    assert [row.engine for row in found.rows] == ["pytorch:demo", path.name]
     assert {"python", "numpy", "dat-deploy", "os", "pytorch", "onnxruntime"} <= set(found.versions)
     assert found.settings.engines[path.name].lowering == "function"
-    assert found.settings.engines[path.name].image_size == (224, 224)
+    assert found.settings.engines[path.name].image_size == (64, 64)
     assert all(0 < row.min_ms <= row.p50_ms <= row.p90_ms <= row.p99_ms for row in found.rows)
     assert found.hardware == environment.hardware()
 

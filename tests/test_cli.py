@@ -788,10 +788,10 @@ def test_visualize_draws_two_engines_and_prints_their_drift(run: Run, tmp_path: 
 
 
 def test_a_backbone_of_a_configuration_with_any_size_goes_all_the_way(
-    run: Run, mini_pp: Variant, tmp_path: Path
+    run: Run, any_size: Variant, tmp_path: Path
 ) -> None:
     """The detector's checkpoint, its YAML file, a dynamic file, validation at two sizes, timing."""
-    stages = [replace(stage, blocks=blocks) for stage, blocks in zip(mini_pp.stages, "NNDN", strict=True)]
+    stages = any_size.stages
     section = json.loads((GOLDEN / "manifests" / "pp-tiny.json").read_text())["config"] | {
         "depths": [1, 1, 1, 1],
         "stage_spec": [[stage.blocks] for stage in stages],
@@ -801,8 +801,8 @@ def test_a_backbone_of_a_configuration_with_any_size_goes_all_the_way(
         "groups": [stage.offset_groups or -1 for stage in stages],
     }
     config = tmp_path / "detector.yaml"
-    config.write_text(yaml.safe_dump({"MODEL": {"DAT": section}}))
-    backbone = replace(mini_pp, stages=tuple(stages)).as_backbone((0, 1, 2, 3))
+    config.write_text(yaml.safe_dump({"MODEL": {"DAT": section}, "DATA": {"IMG_SIZE": 64}}))
+    backbone = any_size.as_backbone((0, 1, 2, 3))
     tensors = torch.load(checkpoint_of(backbone, tmp_path / "bare.pth"))
     tensors = {f"backbone.{name}": tensor for name, tensor in tensors.get("model", tensors).items()}
     checkpoint = tmp_path / "mask_rcnn.pth"
