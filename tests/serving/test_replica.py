@@ -163,12 +163,12 @@ def test_a_picture_of_endless_scans_is_refused_at_once(demo_onnx):
     out = io.BytesIO()
     Image.new("RGB", (2000, 2000)).save(out, "JPEG", progressive=True)
     scan = bytes.fromhex("ffda 0008 01 01 00 01 01 00")  # of nothing: a pass over all pixels each
-    started = time.monotonic()
+    started = time.process_time()
     bomb = out.getvalue()[:-2] + 20_000 * scan + b"\xff\xd9"
     reply = asyncio.run(one.classify(bomb, 1, points=False, seconds=30))
     assert reply.status == 400
     assert "scans; accepted are at most 100" in json.loads(reply.body)["error"]
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert asyncio.run(one.classify(out.getvalue(), 1, points=False, seconds=30)).status == 200
 
 
@@ -176,11 +176,11 @@ def test_a_picture_of_endless_scans_is_refused_at_once(demo_onnx):
 def test_json_of_millions_of_objects_is_refused_before_they_are_made(demo_onnx, item):
     one, _ = replica(demo_onnx)
     body = b'{"inputs": [{"name": "image", "datatype": "FP32", "shape": [1], "data": [' + b",".join([item] * 5_000_000)
-    started = time.monotonic()
+    started = time.process_time()
     reply = asyncio.run(one.infer(body + b"]}]}", None, 30))
     sentence = "the request's JSON has more than 200000 brackets and quotes; send flat 'data'."
     assert (reply.status, json.loads(reply.body)) == (400, {"error": sentence})
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_call_that_never_ends_is_seen(demo_onnx, images, monkeypatch):
