@@ -1,27 +1,80 @@
-"""Shared fixtures: exported files and networks are made once for the whole run."""
+"""Shared fixtures: networks are traced once for all workers, exported files made once a worker."""
 
+import hashlib
 import importlib.util
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnxscript
 import pytest
 import torch
+from filelock import FileLock
 
+import dat_deploy
 from dat_deploy import cli
 from dat_deploy.checkpoint import load_model
-from dat_deploy.export import LOWERINGS, export, relower
+from dat_deploy.export import LOWERINGS, export, onnx_model, relower
 from dat_deploy.model import DAT
 from dat_deploy.variants import VARIANTS, StageConfig, Variant
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers share the cores: each has one, and so have the processes that it starts."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(pytestconfig: pytest.Config) -> Iterator[None]:
+    """What torch makes of a network is kept on disk, for all workers and until a source of it changes.
+
+    Everything behind it (precision, lowering, metadata, writing) runs in each export.
+    """
+    original = onnx_model.onnx_from_model
+    package = Path(dat_deploy.__file__).parent
+    sources = hashlib.sha256(f"{torch.__version__} {onnxscript.__version__}".encode())
+    for path in sorted(package.rglob("*.py")):
+        sources.update(path.read_bytes())
+    folder = pytestconfig.cache.mkdir("traces") / sources.hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder.parent / "lock"):
+        for other in folder.parent.iterdir():
+            if other.is_dir() and other != folder:
+                shutil.rmtree(other)
+
+    def onnx_from_model(model: DAT, *, progress: Callable[[str], None] = lambda _: None, **options: Any) -> ir.Model:
+        progress("tracing")
+        key = hashlib.sha256(repr((model.variant, model.sampled_points, sorted(options.items()))).encode())
+        for name, weight in model.state_dict().items():
+            key.update(f"{name} {tuple(weight.shape)}".encode())
+            key.update(weight.contiguous().numpy().data)
+        path = folder / f"{key.hexdigest()[:32]}.onnx"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                ir.save(original(model, **options), path.with_suffix(".new"))
+                path.with_suffix(".new").rename(path)
+        return ir.load(path)
+
+    onnx_model.onnx_from_model = onnx_from_model
+    yield
+    onnx_model.onnx_from_model = original
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +148,13 @@ def deterministic_weights() -> ModuleType:
 def harness() -> ModuleType:
     """tests/tensorrt_harness.py: TensorRT's Python layer over TensorRT-RTX's libraries."""
     return _loaded(Path(__file__).with_name("tensorrt_harness.py"))
+
+
+@pytest.fixture(scope="session")
+def process_state() -> Callable[[], dict[str, str]]:
+    """What belongs to everybody in this process, by name."""
+    state: Callable[[], dict[str, str]] = _loaded(Path(__file__).with_name("process_state.py")).process_state
+    return state
 
 
 @pytest.fixture(scope="session")
@@ -200,7 +260,10 @@ def noise() -> np.ndarray:
 def call_main(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """`call_main("export", "--variant", "tiny")` as a shell runs it, in this process, and all that comes on stderr."""
+    """`call_main("export", "--variant", "tiny")` as a shell runs it, in this process, and what is written on stderr.
+
+    Lines of stages that have ended are left out of that; tests/test_stages.py is about them.
+    """
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -217,6 +280,8 @@ def call_main(
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         assert isinstance(stop.value.code, int)
-        return subprocess.CompletedProcess(arguments, stop.value.code, *capfd.readouterr())
+        text, errors = capfd.readouterr()
+        errors = re.sub(r"^[a-z-]+: .+, \d+\.\d s\n", "", errors, flags=re.MULTILINE)
+        return subprocess.CompletedProcess(arguments, stop.value.code, text, errors)
 
     return run

@@ -8,7 +8,8 @@ import pytest
 from dat_deploy.errors import DatDeployError, VerificationError
 from dat_deploy.runners import open_runner
 from dat_deploy.validate import CHECKS
-from dat_deploy.validate.faults import FAULTS, SelfTest, Tried, faulty_report, self_test
+from dat_deploy.validate.faults import FAULTS, faulty_report
+from dat_deploy.validate.self_test import SelfTest, Tried, self_test
 
 # The kinds of checks that are meant for a fault; others may catch it, too.
 MEANT_FOR = {

@@ -122,11 +122,9 @@ def test_an_exported_file_carries_the_hash_of_its_own_preprocessing(demo_onnx: P
 def test_a_package_carries_it_in_its_passport(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(package_module, "compile_package", lambda _, path, **__: path.write_bytes(b"compiled"))
     content, passport, _ = package_module.package_and_passport(
-        "demo",
+        VARIANTS["demo"],
         profiles=[Profile.parse("1")],
         checkpoint=None,
-        image_size=None,
-        features=None,
         precision="fp32",
         device="cpu",
         command=["dat-deploy", "build"],
