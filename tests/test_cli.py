@@ -605,7 +605,7 @@ def test_an_export_interrupted_while_it_writes_leaves_nothing(
     assert names(tmp_path) == []
 
 
-# Says when the network is about to be captured, which is where an export spends its time, and waits there to be stopped.
+# Says when the network is to be captured, which is where an export spends its time, and waits there to be stopped.
 EXPORT_THAT_TELLS = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
