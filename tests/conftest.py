@@ -4,7 +4,10 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,6 +23,7 @@ import torch
 from filelock import FileLock
 
 import dat_deploy
+from dat_deploy import cli
 from dat_deploy.checkpoint import load_model
 from dat_deploy.export import LOWERINGS, export, onnx_model, relower
 from dat_deploy.model import DAT
@@ -90,6 +94,39 @@ def mini_pp() -> Variant:
             StageConfig(128, "DN", 4, offset_groups=4, offset_kernel_size=3, offset_stride=1, **shared),
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def mini_dat() -> Variant:
+    """Every kind of block of DAT, in a network for 64×64 pixels that exports in a second."""
+    return replace(
+        VARIANTS["tiny"],
+        name="mini-dat",
+        image_size=(64, 64),
+        trained_size=64,
+        resize_size=73,
+        stages=(
+            StageConfig(16, "LS", 1, 4),
+            StageConfig(32, "L", 1, 4),
+            StageConfig(64, "D", 2, offset_groups=2, offset_kernel_size=5, offset_range_factor=2.0),
+            StageConfig(128, "D", 4, offset_groups=2, offset_kernel_size=3, offset_range_factor=2.0),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def any_size(mini_pp: Variant) -> Variant:
+    """Both kinds of block of DAT++ in a network that is quick at any image size."""
+    stages = (replace(stage, blocks=blocks) for stage, blocks in zip(mini_pp.stages, "NNDN", strict=True))
+    return replace(mini_pp, name="any-size", stages=tuple(stages)).with_image_size(64, 64)
+
+
+@pytest.fixture(scope="session")
+def any_size_onnx(any_size: Variant, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`any_size` with a dynamic batch and image size."""
+    path = tmp_path_factory.mktemp("any_size") / "any-size.onnx"
+    export(any_size, path, dynamic_image_size=True)
+    return path
 
 
 def _loaded(path: Path) -> ModuleType:
@@ -178,6 +215,14 @@ def demo_reference(demo_onnx: Path) -> Iterator[Reference]:
 
 
 @pytest.fixture(scope="session")
+def demo_batch_3_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """demo with the weights that ship, for batches of 3 alone."""
+    path = tmp_path_factory.mktemp("demo_batch_3_onnx") / "demo.onnx"
+    export("demo", path, batch=3)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """tiny with seeded random weights and a dynamic batch, once for each lowering."""
     folder = tmp_path_factory.mktemp("onnx")
@@ -229,3 +274,34 @@ def tiny_model() -> DAT:
 def noise() -> np.ndarray:
     """Eight different normalised images [8, 3, 224, 224]."""
     return np.random.default_rng(7).standard_normal((8, 3, 224, 224)).astype(np.float32)
+
+
+@pytest.fixture
+def call_main(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """`call_main("export", "--variant", "tiny")` as a shell runs it, in this process, and what is written on stderr.
+
+    Lines of stages that have ended are left out of that; tests/test_stages.py is about them.
+    """
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words: object) -> "subprocess.CompletedProcess[str]":
+        arguments = ["dat-deploy", *map(str, words)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        assert isinstance(stop.value.code, int)
+        text, errors = capfd.readouterr()
+        errors = re.sub(r"^[a-z-]+: .+, \d+\.\d s\n", "", errors, flags=re.MULTILINE)
+        return subprocess.CompletedProcess(arguments, stop.value.code, text, errors)
+
+    return run
