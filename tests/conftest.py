@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from dat_deploy.checkpoint import load_model
-from dat_deploy.export import LOWERINGS, export, relower
+from dat_deploy.export import export, relower
 from dat_deploy.model import DAT
 from dat_deploy.variants import VARIANTS, StageConfig, Variant
 
@@ -35,6 +36,69 @@ def mini_pp() -> Variant:
             StageConfig(128, "DN", 4, offset_groups=4, offset_kernel_size=3, offset_stride=1, **shared),
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def mini() -> Variant:
+    """DAT with every kind of block, small enough to be exported, run and built in seconds."""
+    points: dict[str, Any] = {"offset_stride": 1, "offset_range_factor": 2.0}
+    return replace(
+        VARIANTS["tiny"],
+        name="mini",
+        stages=(
+            StageConfig(16, "LS", 2, window_size=7),
+            StageConfig(32, "L", 2, window_size=7),
+            StageConfig(64, "LD", 4, window_size=7, offset_groups=2, offset_kernel_size=5, **points),
+            StageConfig(128, "D", 4, window_size=7, offset_groups=4, offset_kernel_size=3, **points),
+        ),
+    )
+
+
+class Lowered(dict[str, Path]):
+    """The file of a network by its lowering, made when it is first asked for."""
+
+    def __init__(self, network: str | Variant, folder: Path, **options: Any) -> None:
+        super().__init__()
+        self.network, self.folder, self.options = network, folder, options
+
+    def __missing__(self, lowering: str) -> Path:
+        name = self.network if isinstance(self.network, str) else self.network.name
+        path = self.folder / f"{name}.{lowering}.onnx"
+        if lowering == "function":
+            export(self.network, path, **self.options)
+        else:
+            relower(self["function"], path, lowering)
+        self[lowering] = path
+        return path
+
+
+@pytest.fixture(scope="session")
+def lowered(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Path]]:
+    """`lowered(network, **options)["hat"]` is a file of that lowering; the options are those of `export`."""
+    return lambda network, **options: Lowered(network, tmp_path_factory.mktemp("lowered"), **options)
+
+
+@pytest.fixture(scope="session")
+def exported(
+    mini: Variant, mini_pp: Variant, lowered: Callable[..., dict[str, Path]]
+) -> Callable[[str, str, str], Path]:
+    """(network, precision, lowering) -> an exported file, made once; a network is `mini` or `mini-pp`."""
+    networks = {"mini": mini, "mini-pp": mini_pp}
+    files: dict[tuple[str, str], dict[str, Path]] = {}
+
+    def file(network: str, precision: str, lowering: str) -> Path:
+        key = (network, precision)
+        if key not in files:
+            files[key] = lowered(networks[network], precision=precision)
+        return files[key][lowering]
+
+    return file
+
+
+@pytest.fixture(scope="session")
+def mini_pp_dynamic(mini_pp: Variant, lowered: Callable[..., dict[str, Path]]) -> dict[str, Path]:
+    """`mini_pp` with a dynamic batch and image size, by lowering."""
+    return lowered(mini_pp, dynamic_image_size=True)
 
 
 def _loaded(path: Path) -> ModuleType:
@@ -98,39 +162,15 @@ def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """tiny with seeded random weights and a dynamic batch, once for each lowering."""
-    folder = tmp_path_factory.mktemp("onnx")
-    paths = {lowering: folder / f"tiny.{lowering}.onnx" for lowering in LOWERINGS}
-    export("tiny", paths["function"])
-    for lowering, path in paths.items():
-        if lowering != "function":
-            relower(paths["function"], path, lowering)
-    return paths
+def tiny_onnx(lowered: Callable[..., dict[str, Path]]) -> dict[str, Path]:
+    """tiny with seeded random weights and a dynamic batch, by lowering."""
+    return lowered("tiny")
 
 
 @pytest.fixture(scope="session")
-def tiny_fp16_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same network as `tiny_onnx` in fp16, once for each lowering."""
-    folder = tmp_path_factory.mktemp("fp16_onnx")
-    paths = {lowering: folder / f"tiny.fp16.{lowering}.onnx" for lowering in LOWERINGS}
-    export("tiny", paths["function"], precision="fp16")
-    for lowering, path in paths.items():
-        if lowering != "function":
-            relower(paths["function"], path, lowering)
-    return paths
-
-
-@pytest.fixture(scope="session")
-def pp_tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """pp-tiny with seeded random weights, dynamic batch and image size, once for each lowering."""
-    folder = tmp_path_factory.mktemp("pp_onnx")
-    paths = {lowering: folder / f"pp-tiny.{lowering}.onnx" for lowering in LOWERINGS}
-    export("pp-tiny", paths["function"], dynamic_image_size=True)
-    for lowering, path in paths.items():
-        if lowering != "function":
-            relower(paths["function"], path, lowering)
-    return paths
+def pp_tiny_onnx(lowered: Callable[..., dict[str, Path]]) -> dict[str, Path]:
+    """pp-tiny with seeded random weights, dynamic batch and image size, by lowering."""
+    return lowered("pp-tiny", dynamic_image_size=True)
 
 
 @pytest.fixture(scope="session")
