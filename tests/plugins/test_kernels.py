@@ -395,7 +395,7 @@ def test_a_block_without_a_neighbor_weighs_nothing_on_a_gpu(head_dim):
 WINDOWS = [  # the last with the number of images and of heads
     (7, 7, 7, 0, 2, 2),
     (7, 7, 7, 4, 2, 2),
-    (14, 21, 7, 4, 2, 2),
+    (14, 21, 7, 4, 1, 2),
     (12, 24, 12, 6, 1, 2),
     (4, 2, 2, 1, 2, 2),
     (2, 5, 1, 0, 2, 1),  # 20 windows, of which a program takes up to 16
