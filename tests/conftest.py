@@ -25,7 +25,7 @@ from filelock import FileLock
 import dat_deploy
 from dat_deploy import cli
 from dat_deploy.checkpoint import load_model
-from dat_deploy.export import LOWERINGS, export, onnx_model, relower
+from dat_deploy.export import export, onnx_model, relower
 from dat_deploy.model import DAT
 from dat_deploy.runners import open_runner
 from dat_deploy.validate.reference import Reference, open_reference
@@ -115,6 +115,22 @@ def mini_dat() -> Variant:
 
 
 @pytest.fixture(scope="session")
+def mini() -> Variant:
+    """DAT with every kind of block, small enough to be exported, run and built in seconds."""
+    points: dict[str, Any] = {"offset_stride": 1, "offset_range_factor": 2.0}
+    return replace(
+        VARIANTS["tiny"],
+        name="mini",
+        stages=(
+            StageConfig(16, "LS", 2, window_size=7),
+            StageConfig(32, "L", 2, window_size=7),
+            StageConfig(64, "LD", 4, window_size=7, offset_groups=2, offset_kernel_size=5, **points),
+            StageConfig(128, "D", 4, window_size=7, offset_groups=4, offset_kernel_size=3, **points),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
 def any_size(mini_pp: Variant) -> Variant:
     """Both kinds of block of DAT++ in a network that is quick at any image size."""
     stages = (replace(stage, blocks=blocks) for stage, blocks in zip(mini_pp.stages, "NNDN", strict=True))
@@ -127,6 +143,53 @@ def any_size_onnx(any_size: Variant, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("any_size") / "any-size.onnx"
     export(any_size, path, dynamic_image_size=True)
     return path
+
+
+class Lowered(dict[str, Path]):
+    """The file of a network by its lowering, made when it is first asked for."""
+
+    def __init__(self, network: str | Variant, folder: Path, **options: Any) -> None:
+        super().__init__()
+        self.network, self.folder, self.options = network, folder, options
+
+    def __missing__(self, lowering: str) -> Path:
+        name = self.network if isinstance(self.network, str) else self.network.name
+        path = self.folder / f"{name}.{lowering}.onnx"
+        if lowering == "function":
+            export(self.network, path, **self.options)
+        else:
+            relower(self["function"], path, lowering)
+        self[lowering] = path
+        return path
+
+
+@pytest.fixture(scope="session")
+def lowered(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Path]]:
+    """`lowered(network, **options)["hat"]` is a file of that lowering; the options are those of `export`."""
+    return lambda network, **options: Lowered(network, tmp_path_factory.mktemp("lowered"), **options)
+
+
+@pytest.fixture(scope="session")
+def exported(
+    mini: Variant, mini_pp: Variant, lowered: Callable[..., dict[str, Path]]
+) -> Callable[[str, str, str], Path]:
+    """(network, precision, lowering) -> an exported file, made once; a network is `mini` or `mini-pp`."""
+    networks = {"mini": mini, "mini-pp": mini_pp}
+    files: dict[tuple[str, str], dict[str, Path]] = {}
+
+    def file(network: str, precision: str, lowering: str) -> Path:
+        key = (network, precision)
+        if key not in files:
+            files[key] = lowered(networks[network], precision=precision)
+        return files[key][lowering]
+
+    return file
+
+
+@pytest.fixture(scope="session")
+def mini_pp_dynamic(mini_pp: Variant, lowered: Callable[..., dict[str, Path]]) -> dict[str, Path]:
+    """`mini_pp` with a dynamic batch and image size, by lowering."""
+    return lowered(mini_pp, dynamic_image_size=True)
 
 
 def _loaded(path: Path) -> ModuleType:
@@ -189,22 +252,14 @@ def golden_checkpoint(golden_checkpoints: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """demo with the weights that ship, and a dynamic batch."""
-    path = tmp_path_factory.mktemp("demo_onnx") / "demo.onnx"
-    export("demo", path)
-    return path
+def demo_lowerings(lowered: Callable[..., dict[str, Path]]) -> dict[str, Path]:
+    """demo with the weights that ship, and a dynamic batch, by lowering."""
+    return lowered("demo")
 
 
 @pytest.fixture(scope="session")
-def demo_lowerings(demo_onnx: Path) -> dict[str, Path]:
-    """The same, once for each lowering."""
-    paths = {"function": demo_onnx}
-    for lowering in LOWERINGS:
-        if lowering != "function":
-            paths[lowering] = demo_onnx.with_suffix(f".{lowering}.onnx")
-            relower(demo_onnx, paths[lowering], lowering)
-    return paths
+def demo_onnx(demo_lowerings: dict[str, Path]) -> Path:
+    return demo_lowerings["function"]
 
 
 @pytest.fixture(scope="session")
@@ -223,39 +278,15 @@ def demo_batch_3_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """tiny with seeded random weights and a dynamic batch, once for each lowering."""
-    folder = tmp_path_factory.mktemp("onnx")
-    paths = {lowering: folder / f"tiny.{lowering}.onnx" for lowering in LOWERINGS}
-    export("tiny", paths["function"])
-    for lowering, path in paths.items():
-        if lowering != "function":
-            relower(paths["function"], path, lowering)
-    return paths
+def tiny_onnx(lowered: Callable[..., dict[str, Path]]) -> dict[str, Path]:
+    """tiny with seeded random weights and a dynamic batch, by lowering."""
+    return lowered("tiny")
 
 
 @pytest.fixture(scope="session")
-def tiny_fp16_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same network as `tiny_onnx` in fp16, once for each lowering."""
-    folder = tmp_path_factory.mktemp("fp16_onnx")
-    paths = {lowering: folder / f"tiny.fp16.{lowering}.onnx" for lowering in LOWERINGS}
-    export("tiny", paths["function"], precision="fp16")
-    for lowering, path in paths.items():
-        if lowering != "function":
-            relower(paths["function"], path, lowering)
-    return paths
-
-
-@pytest.fixture(scope="session")
-def pp_tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """pp-tiny with seeded random weights, dynamic batch and image size, once for each lowering."""
-    folder = tmp_path_factory.mktemp("pp_onnx")
-    paths = {lowering: folder / f"pp-tiny.{lowering}.onnx" for lowering in LOWERINGS}
-    export("pp-tiny", paths["function"], dynamic_image_size=True)
-    for lowering, path in paths.items():
-        if lowering != "function":
-            relower(paths["function"], path, lowering)
-    return paths
+def pp_tiny_onnx(lowered: Callable[..., dict[str, Path]]) -> dict[str, Path]:
+    """pp-tiny with seeded random weights, dynamic batch and image size, by lowering."""
+    return lowered("pp-tiny", dynamic_image_size=True)
 
 
 @pytest.fixture(scope="session")

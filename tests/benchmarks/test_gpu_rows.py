@@ -384,6 +384,7 @@ def test_the_kit_has_every_launch_of_the_networks(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
 def test_what_the_networks_launch_by_default_hardly_spills_registers_on_sm_90(harness):
     """At the shapes of all variants, 224 and 384; batches share what is compiled."""
     compiled = {}

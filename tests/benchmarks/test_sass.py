@@ -129,6 +129,7 @@ LAUNCHES = [
 ]
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("case", LAUNCHES, ids=[case.operator for case in LAUNCHES])
 def test_registers_and_instructions_are_within_a_tenth_of_what_is_on_record(case):
     path = sass.RECORDS / f"{sass.record_name(90)}.json"

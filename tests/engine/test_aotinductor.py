@@ -176,11 +176,13 @@ def errors(model: DAT, answers: dict[int, np.ndarray], images: np.ndarray) -> li
     return [float(np.abs(logits - expected[:batch]).max()) for batch, logits in answers.items()]
 
 
+@pytest.mark.compiler
 def test_a_process_without_dat_deploy_gets_the_answers_of_pytorch(package, model, images, tmp_path):
     answers = answers_of_a_stranger(package, images, tmp_path)
     assert max(errors(model, answers, images)) < TOLERANCE
 
 
+@pytest.mark.compiler
 def test_the_comparison_sees_every_kind_of_block(package, model, images, runner):
     """Swapping y and x, or a bias table, in any one block shows."""
     answers = {batch: runner(images[:batch]) for batch in (1, 3)}
@@ -224,6 +226,7 @@ def test_what_depends_on_nothing_is_folded_and_the_rest_is_not():
     assert module(-x).tolist() == [-12.0, -13.0, -14.0, -11.0]
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("precision", DTYPES)
 def test_half_precision_errs_like_eager_half_precision(plain_blocks, images, tmp_path, precision):
     """Not more than twice as much, against float32."""
@@ -254,6 +257,7 @@ def test_half_networks_keep_coordinates_norms_and_tables_in_float32(model, preci
     assert not torch.equal(locations, locations.to(DTYPES[precision]).float())
 
 
+@pytest.mark.compiler
 def test_another_batch_is_refused_with_the_way_to_get_it(runner, images):
     with pytest.raises(ShapeError) as error:
         runner(images[:2])
@@ -263,6 +267,7 @@ def test_another_batch_is_refused_with_the_way_to_get_it(runner, images):
     )
 
 
+@pytest.mark.compiler
 def test_a_closed_runner_says_so(runner, images):
     with runner:
         runner(images)
@@ -271,6 +276,7 @@ def test_a_closed_runner_says_so(runner, images):
     assert str(error.value) == "every-block.pt2 is closed; open it again."
 
 
+@pytest.mark.compiler
 def test_threads_get_the_answers_to_their_own_images(runner, images):
     alone = [runner(images[i : i + 1]) for i in range(3)]
     wrong: list[int] = []
@@ -303,7 +309,10 @@ def test_threads_get_the_answers_to_their_own_images(runner, images):
     ],
     ids=["torch", "gpu"],
 )
-def test_a_package_for_another_place_is_refused(package, model, changes, sentence, monkeypatch):
+def test_a_package_for_another_place_is_refused(model, changes, sentence, monkeypatch, tmp_path):
+    """Before it is opened: what stands in for it is no package."""
+    package = tmp_path / "p.pt2"
+    package.write_bytes(b"nothing")
     monkeypatch.setattr(aotinductor, "gpu_architecture", lambda: None)
     with pytest.raises(UnsupportedError) as error:
         AotinductorRunner(beside(package, model, **changes), "p.pt2")
@@ -317,6 +326,7 @@ def test_a_file_that_is_no_package_is_refused(model, tmp_path):
         AotinductorRunner(beside(path, model), "p.pt2")
 
 
+@pytest.mark.compiler
 def test_without_a_compiler_it_says_so(model, tmp_path, capfd):
     missing = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
     with missing, pytest.raises(UnsupportedError) as error:
@@ -388,6 +398,7 @@ def test_on_cuda_the_kernels_are_in_the_program_and_no_operator_of_ours(every_bl
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
 @pytest.mark.parametrize("name", ["tiny", "pp-tiny"])
 def test_the_packages_of_real_networks(
     name: str, request: pytest.FixtureRequest, noise: np.ndarray, tmp_path: Path

@@ -77,6 +77,7 @@ def test_small_networks_are_built(
     check_built(report, {"mini": mini, "mini-pp": mini_pp}[network], precision, lowering)
 
 
+@pytest.mark.slow
 def test_tiny_is_built_with_plugins(tiny_onnx: dict[str, Path], tmp_path: Path) -> None:
     report = build(tiny_onnx["plugin"], tmp_path / "tiny.engine", backend="tensorrt-rtx")
     check_built(report, VARIANTS["tiny"], "fp32", "plugin")
@@ -224,9 +225,9 @@ def test_profiles_and_architectures_are_kept(exported: Exported, tmp_path: Path)
     assert report.passport.architectures == ("sm_80", "sm_89")
 
 
-def test_a_file_of_dynamic_size_is_built_for_one(pp_tiny_onnx: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_of_dynamic_size_is_built_for_one(mini_pp_dynamic: dict[str, Path], tmp_path: Path) -> None:
     target = tmp_path / "x.engine"
-    report = build(pp_tiny_onnx["plugin"], target, backend="tensorrt-rtx", image_size=(256, 320))
+    report = build(mini_pp_dynamic["plugin"], target, backend="tensorrt-rtx", image_size=(256, 320))
     assert report.passport.metadata.image_size == (256, 320)
     assert not report.passport.metadata.dynamic_image_size
     assert report.passport.metadata.preprocessing.image_size == (256, 320)

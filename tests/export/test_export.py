@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,24 @@ import pytest
 import torch
 import yaml
 
-from dat_deploy.checkpoint import load_model
+from dat_deploy.checkpoint import load_model, save_checkpoint
 from dat_deploy.errors import DatDeployError, ExportError, OutputError, ShapeError
 from dat_deploy.export import LOWERINGS, OPSET_VERSIONS, export, relower
 from dat_deploy.labels import imagenet_class_names
 from dat_deploy.metadata import FileMetadata, read_metadata
+from dat_deploy.model import DAT
 from dat_deploy.photographs import photographs
 from dat_deploy.preprocess import Preprocessing, golden_sha256
 from dat_deploy.runners import open_runner
 from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate import validate
-from dat_deploy.variants import VARIANTS, get_variant
+from dat_deploy.variants import VARIANTS, Variant
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 INLINED = ("gather", "gridsample", "hat")
+BODIED = ("function", *INLINED)
+OTHER_OPSETS = [version for version in OPSET_VERSIONS if version != 18]  # all that follows is of 18, but for these
+Files = dict[str, Path]
 
 
 def logits(path: Path, images: np.ndarray) -> np.ndarray:
@@ -38,16 +43,28 @@ def pytorch_logits(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(images)).numpy()
 
 
-def test_metadata_says_what_the_file_is(tiny_onnx):
-    metadata = read_metadata(tiny_onnx["hat"])
+@pytest.fixture(scope="session")
+def mini_model(mini: Variant) -> DAT:
+    """The network whose weights the files of `mini` hold."""
+    return load_model(mini)
+
+
+@pytest.fixture(scope="session")
+def mini_onnx(mini: Variant, exported: Callable[[str, str, str], Path]) -> Callable[[str], Path]:
+    """Lowering -> `mini` in float32, with a dynamic batch."""
+    return lambda lowering: exported("mini", "fp32", lowering)
+
+
+def test_metadata_says_what_the_file_is(mini, mini_onnx):
+    metadata = read_metadata(mini_onnx("hat"))
     assert metadata == FileMetadata(
-        network=VARIANTS["tiny"],
+        network=mini,
         batch=None,
         dynamic_image_size=False,
         lowering="hat",
         precision="fp32",
         opset_version=18,
-        preprocessing=Preprocessing.from_variant(get_variant("tiny")),
+        preprocessing=Preprocessing.from_variant(mini),
         class_names=imagenet_class_names(),
         weights_sha256=metadata.weights_sha256,
         weights_source="seeded random weights (seed 0)",
@@ -57,35 +74,31 @@ def test_metadata_says_what_the_file_is(tiny_onnx):
     assert len(metadata.weights_sha256) == 64
 
 
-def test_a_file_of_dynamic_size_has_the_golden_hash_of_its_default_size(pp_tiny_onnx):
-    metadata = read_metadata(pp_tiny_onnx["function"])
-    assert metadata.preprocessing == Preprocessing.from_variant(VARIANTS["pp-tiny"])
+def test_a_file_of_dynamic_size_has_the_golden_hash_of_its_default_size(mini_pp, mini_pp_dynamic):
+    metadata = read_metadata(mini_pp_dynamic["function"])
+    assert metadata.preprocessing == Preprocessing.from_variant(mini_pp)
     assert metadata.golden_sha256 == golden_sha256(metadata.preprocessing)
 
 
-def test_file_holds_no_path_or_stack_trace_of_the_machine(tiny_onnx):
-    for path in tiny_onnx.values():
-        proto = onnx.load(path)
-        proto.graph.ClearField("initializer")
-        text = proto.SerializeToString()
-        assert b".py" not in text
-        assert str(Path.home()).encode() + b"/" not in text
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_file_holds_no_path_or_stack_trace_of_the_machine(lowering, mini_onnx):
+    proto = onnx.load(mini_onnx(lowering))
+    proto.graph.ClearField("initializer")
+    text = proto.SerializeToString()
+    assert b".py" not in text
+    assert str(Path.home()).encode() + b"/" not in text
 
 
-@pytest.mark.parametrize("opset", OPSET_VERSIONS)
-def test_every_opset_gives_the_same_logits(opset, tmp_path, tiny_model, noise):
-    path = tmp_path / "tiny.onnx"
-    export("tiny", path, opset_version=opset)
-    expected = pytorch_logits(tiny_model, noise[:2])
-    assert read_metadata(path).opset_version == opset
-    for lowering in ("function", *INLINED):
-        if lowering != "function":
-            relower(tmp_path / "tiny.onnx", tmp_path / f"{lowering}.onnx", lowering)
-            path = tmp_path / f"{lowering}.onnx"
-        model = onnx.load(path)
+@pytest.mark.parametrize("opset", OTHER_OPSETS)
+def test_every_opset_gives_the_same_logits(opset, mini, mini_model, noise, lowered):
+    expected = pytorch_logits(mini_model, noise[:2])
+    files = lowered(mini, opset_version=opset)
+    for lowering in BODIED:
+        model = onnx.load(files[lowering])
         onnx.checker.check_model(model, full_check=True)
         assert {entry.domain: entry.version for entry in model.opset_import}[""] == opset
-        np.testing.assert_allclose(logits(path, noise[:2]), expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(logits(files[lowering], noise[:2]), expected, rtol=0, atol=1e-4)
+    assert read_metadata(files["hat"]).opset_version == opset
 
 
 def test_opset_20_is_refused_with_its_reason(tmp_path):
@@ -99,53 +112,44 @@ def test_opset_20_is_refused_with_its_reason(tmp_path):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_fixed_batch_is_in_the_file_and_gives_the_same_logits(batch, tmp_path, tiny_model, noise):
-    export("tiny", tmp_path / "function.onnx", batch=batch)
-    expected = pytorch_logits(tiny_model, noise[:batch])
-    for lowering in ("function", *INLINED):
-        path = tmp_path / f"{lowering}.onnx"
-        if lowering != "function":
-            relower(tmp_path / "function.onnx", path, lowering)
-        graph = onnx.load(path).graph
+def test_fixed_batch_is_in_the_file_and_gives_the_same_logits(batch, mini, mini_model, noise, lowered):
+    files = lowered(mini, batch=batch)
+    expected = pytorch_logits(mini_model, noise[:batch])
+    for lowering in BODIED:
+        graph = onnx.load(files[lowering]).graph
         assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [batch, 3, 224, 224]
-        np.testing.assert_allclose(logits(path, noise[:batch]), expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(logits(files[lowering], noise[:batch]), expected, rtol=0, atol=1e-4)
     with pytest.raises(ShapeError) as error:
-        logits(path, noise[:2])
+        logits(files["hat"], noise[:2])
     assert str(error.value) == (
-        f"{path}: input 'image' has shape [2, 3, 224, 224]; it takes [{batch}, 3, 224, 224]. "
+        f"{files['hat']}: input 'image' has shape [2, 3, 224, 224]; it takes [{batch}, 3, 224, 224]. "
         f"Export again with --batch or --image-size for another."
     )
 
 
-def test_rectangular_image_gives_the_logits_of_pytorch(tmp_path):
-    path = tmp_path / "tiny.onnx"
-    export("tiny", path, image_size=(224, 448), lowering="hat")
-    images = np.random.default_rng(0).standard_normal((2, 3, 224, 448)).astype(np.float32)
-    expected = pytorch_logits(load_model("tiny", image_size=(224, 448)), images)
-    np.testing.assert_allclose(logits(path, images), expected, rtol=0, atol=1e-4)
-
-
-def test_checkpoint_at_another_size_is_resized_and_says_so(tmp_path, golden_checkpoint):
-    path = tmp_path / "tiny.onnx"
-    report = export("tiny", path, image_size=(448, 224), checkpoint=golden_checkpoint)
+def test_checkpoint_at_another_size_is_resized_and_says_so_and_gives_the_logits_of_pytorch(mini, mini_model, tmp_path):
+    """The image is no square, so sides that change places show."""
+    path, checkpoint = tmp_path / "mini.onnx", tmp_path / "mini.safetensors"
+    save_checkpoint(mini_model, checkpoint)
+    report = export(mini, path, image_size=(448, 224), checkpoint=checkpoint, lowering="hat")
     assert report.notes == (
         "stage 2: bias tables resized from 27x27 to 55x27 (bicubic)",
         "stage 3: bias tables resized from 13x13 to 27x13 (bicubic)",
     )
-    images = np.random.default_rng(0).standard_normal((1, 3, 448, 224)).astype(np.float32)
-    expected = pytorch_logits(load_model("tiny", golden_checkpoint, image_size=(448, 224)), images)
+    images = np.random.default_rng(0).standard_normal((2, 3, 448, 224)).astype(np.float32)
+    expected = pytorch_logits(load_model(mini, checkpoint, image_size=(448, 224)), images)
     np.testing.assert_allclose(logits(path, images), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 8])
-@pytest.mark.parametrize("lowering", [name for name in LOWERINGS if name != "plugin"])
-def test_tiny_agrees_with_pytorch_at_every_batch_in_every_slot(lowering, batch, tiny_onnx, tiny_model, noise):
-    expected = pytorch_logits(tiny_model, noise)
-    order = np.random.default_rng(batch).permutation(8)[:batch]
-    with open_runner(str(tiny_onnx[lowering])) as runner:
-        np.testing.assert_allclose(runner(noise[order]), expected[order], rtol=0, atol=1e-4)
-        same = runner(np.repeat(noise[:1], batch, axis=0))
-    np.testing.assert_allclose(same, np.repeat(expected[:1], batch, axis=0), rtol=0, atol=1e-4)
+@pytest.mark.parametrize("lowering", BODIED)
+def test_every_lowering_agrees_with_pytorch_at_every_batch_in_every_slot(lowering, mini_onnx, mini_model, noise):
+    expected = pytorch_logits(mini_model, noise)
+    with open_runner(str(mini_onnx(lowering))) as runner:
+        for batch in (1, 2, 3, 8):
+            order = np.random.default_rng(batch).permutation(8)[:batch]
+            np.testing.assert_allclose(runner(noise[order]), expected[order], rtol=0, atol=1e-4)
+            same = runner(np.repeat(noise[:1], batch, axis=0))
+            np.testing.assert_allclose(same, np.repeat(expected[:1], batch, axis=0), rtol=0, atol=1e-4)
 
 
 def assert_agrees_at_every_batch_in_every_slot(
@@ -159,24 +163,29 @@ def assert_agrees_at_every_batch_in_every_slot(
             np.testing.assert_allclose(same, np.repeat(expected[:1], batch, axis=0), rtol=0, atol=1e-4)
 
 
-def test_small_agrees_with_pytorch_at_the_smallest_and_largest_batch(tmp_path, noise):
-    expected = pytorch_logits(load_model("small"), noise)
-    export("small", tmp_path / "function.onnx")
-    relower(tmp_path / "function.onnx", tmp_path / "hat.onnx", "hat")
-    for lowering in ("function", "hat"):
-        assert_agrees_at_every_batch_in_every_slot(str(tmp_path / f"{lowering}.onnx"), noise, expected, (1, 8))
+SIZES = ((1, 224, 224), (3, 224, 224), (2, 256, 320), (2, 64, 96))  # batch, height, width
 
 
-@pytest.mark.parametrize("lowering", ["function", *INLINED])
-def test_dynamic_pp_tiny_agrees_with_pytorch_at_every_size_and_batch(lowering, pp_tiny_onnx, pp_tiny_model):
+def assert_agrees_at_every_size(path: Path, model: DAT, sizes: tuple[tuple[int, int, int], ...]) -> None:
     generator = np.random.default_rng(2)
-    with open_runner(str(pp_tiny_onnx[lowering])) as runner:
-        for batch, height, width in ((1, 224, 224), (3, 224, 224), (2, 256, 320), (1, 480, 640), (2, 64, 96)):
+    with open_runner(str(path)) as runner:
+        for batch, height, width in sizes:
             images = generator.standard_normal((batch, 3, height, width)).astype(np.float32)
-            np.testing.assert_allclose(runner(images), pytorch_logits(pp_tiny_model, images), rtol=0, atol=1e-4)
+            np.testing.assert_allclose(runner(images), pytorch_logits(model, images), rtol=0, atol=1e-4)
 
 
-def test_dynamic_file_names_its_free_dimensions(pp_tiny_onnx, mini_pp, tmp_path):
+@pytest.mark.parametrize("lowering", BODIED)
+def test_dynamic_dat_pp_agrees_with_pytorch_at_every_size_and_batch(lowering, mini_pp, mini_pp_dynamic):
+    assert_agrees_at_every_size(mini_pp_dynamic[lowering], load_model(mini_pp), SIZES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", BODIED)
+def test_dynamic_pp_tiny_agrees_with_pytorch_at_every_size_and_batch(lowering, pp_tiny_onnx, pp_tiny_model):
+    assert_agrees_at_every_size(pp_tiny_onnx[lowering], pp_tiny_model, (*SIZES, (1, 480, 640)))
+
+
+def test_dynamic_file_names_its_free_dimensions(mini_pp_dynamic, backbone):
     def dimensions(path: Path) -> dict[str, list[object]]:
         graph = onnx.load(path).graph
         return {
@@ -184,48 +193,52 @@ def test_dynamic_file_names_its_free_dimensions(pp_tiny_onnx, mini_pp, tmp_path)
             for value in (*graph.input, *graph.output)
         }
 
-    assert dimensions(pp_tiny_onnx["hat"]) == {"image": ["batch", 3, "height", "width"], "logits": ["batch", 1000]}
-    export(mini_pp, tmp_path / "backbone.onnx", dynamic_image_size=True, features=(0, 3), batch=2)
-    assert dimensions(tmp_path / "backbone.onnx") == {
+    assert dimensions(mini_pp_dynamic["hat"]) == {"image": ["batch", 3, "height", "width"], "logits": ["batch", 1000]}
+    assert dimensions(backbone["hat"]) == {
         "image": [2, 3, "height", "width"],
         "feature_map_0": [2, 16, "height/4", "width/4"],
+        "feature_map_1": [2, 32, "height/8", "width/8"],
+        "feature_map_2": [2, 64, "height/16", "width/16"],
         "feature_map_3": [2, 128, "height/32", "width/32"],
     }
-    assert read_metadata(tmp_path / "backbone.onnx").dynamic_image_size
+    assert read_metadata(backbone["hat"]).dynamic_image_size
 
 
-@pytest.mark.parametrize("opset", OPSET_VERSIONS)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
-def test_every_opset_gives_the_same_logits_of_dat_pp(opset, dynamic, mini_pp, tmp_path):
+def test_opset_17_gives_the_same_logits_of_dynamic_dat_pp(mini_pp, lowered):
+    """Of a fixed size: test_precision.py, in fp16. A file of opset 19 has the nodes of one of 18."""
     images = np.random.default_rng(3).standard_normal((2, 3, 96, 160)).astype(np.float32)
     expected = pytorch_logits(load_model(mini_pp), images)
-    paths = {lowering: tmp_path / f"{lowering}.onnx" for lowering in ("function", *INLINED)}
-    export(mini_pp, paths["function"], image_size=(96, 160), dynamic_image_size=dynamic, opset_version=opset)
-    for lowering, path in paths.items():
-        if lowering != "function":
-            relower(paths["function"], path, lowering)
-        onnx.checker.check_model(onnx.load(path), full_check=True)
-        np.testing.assert_allclose(logits(path, images), expected, rtol=0, atol=1e-4)
+    files = lowered(mini_pp, image_size=(96, 160), dynamic_image_size=True, opset_version=17)
+    for lowering in BODIED:
+        onnx.checker.check_model(onnx.load(files[lowering]), full_check=True)
+        np.testing.assert_allclose(logits(files[lowering], images), expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="session")
+def backbone(mini_pp: Variant, lowered: Callable[..., Files]) -> Files:
+    """The feature maps of all stages of `mini_pp` for two images of any size, by lowering."""
+    return lowered(mini_pp, dynamic_image_size=True, features=(0, 1, 2, 3), batch=2)
 
 
 @pytest.mark.parametrize("lowering", ["function", "hat"])
-def test_backbone_gives_the_maps_of_pytorch(lowering, mini_pp, tmp_path):
+def test_backbone_gives_the_maps_of_pytorch(lowering, mini_pp, backbone):
     images = np.random.default_rng(4).standard_normal((2, 3, 96, 128)).astype(np.float32)
-    report = export(mini_pp, tmp_path / "backbone.onnx", image_size=(96, 128), features=(0, 1, 2, 3), lowering=lowering)
-    assert (report.outputs, report.metadata.class_names) == (tuple(f"feature_map_{i}" for i in range(4)), ())
+    assert read_metadata(backbone[lowering]).class_names == ()
     with torch.inference_mode():
         expected = load_model(mini_pp, features=(0, 1, 2, 3))(torch.from_numpy(images))
     for runtime in ("onnxruntime", "openvino"):
-        with open_runner(f"{runtime}:{report.path}") as runner:
+        with open_runner(f"{runtime}:{backbone[lowering]}") as runner:
             maps = runner.outputs(images)
+        assert list(maps) == [f"feature_map_{i}" for i in range(4)]
         for feature_map, reference in zip(maps.values(), expected, strict=True):
             np.testing.assert_allclose(feature_map, reference.numpy(), rtol=0, atol=1e-4)
 
 
-def test_backbone_of_dat_gives_the_maps_of_pytorch(tmp_path, noise):
-    export("tiny", tmp_path / "backbone.onnx", features=(1, 2))
+def test_backbone_of_dat_gives_the_maps_of_pytorch(mini, tmp_path, noise):
+    report = export(mini, tmp_path / "backbone.onnx", features=(1, 2))
+    assert (report.outputs, report.metadata.class_names) == (("feature_map_1", "feature_map_2"), ())
     with torch.inference_mode():
-        expected = load_model("tiny", features=(1, 2))(torch.from_numpy(noise[:1]))
+        expected = load_model(mini, features=(1, 2))(torch.from_numpy(noise[:1]))
     with open_runner(str(tmp_path / "backbone.onnx")) as runner:
         maps = runner.outputs(noise[:1])
     assert list(maps) == ["feature_map_1", "feature_map_2"]
@@ -233,16 +246,21 @@ def test_backbone_of_dat_gives_the_maps_of_pytorch(tmp_path, noise):
         np.testing.assert_allclose(feature_map, reference.numpy(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("lowering", ["function", *INLINED])
-def test_sampled_points_of_a_file_are_those_of_pytorch(lowering, mini_pp, tmp_path):
+@pytest.fixture(scope="session")
+def with_points(mini_pp: Variant, lowered: Callable[..., Files]) -> Files:
+    """`mini_pp` with its sampling locations among the outputs, by lowering."""
+    return lowered(mini_pp.with_image_size(128, 96), sampling_locations=True)
+
+
+@pytest.mark.parametrize("lowering", BODIED)
+def test_sampled_points_of_a_file_are_those_of_pytorch(lowering, mini_pp, with_points):
     images = np.random.default_rng(5).standard_normal((2, 3, 128, 96)).astype(np.float32)
     network = mini_pp.with_image_size(128, 96)
-    report = export(network, tmp_path / "points.onnx", sampling_locations=True, lowering=lowering)
     with PytorchRunner(network, "pytorch:mini-pp", sampled_points=True) as reference:
         expected = reference.outputs(images)
-    with open_runner(str(report.path)) as runner:
+    with open_runner(str(with_points[lowering])) as runner:
         got = runner.outputs(images)
-    assert list(got) == list(expected) == list(report.outputs)
+    assert list(got) == list(expected)
     assert len(got) == 1 + 2 * 3
     for name, values in got.items():
         np.testing.assert_allclose(values, expected[name], rtol=0, atol=1e-4, err_msg=name)
@@ -272,11 +290,10 @@ def test_configuration_file_exports_and_the_file_remembers_it(tmp_path):
     assert read_metadata(path).class_names[9] == "class 9"
 
 
-def test_fixed_hat_file_of_dat_pp_gathers_nothing(mini_pp, tmp_path):
+def test_fixed_hat_file_of_dat_pp_gathers_nothing(exported):
     """At 224 px the bias of stage 0 is a constant of a million elements."""
-    export(mini_pp, tmp_path / "hat.onnx", lowering="hat")
     assert not {"Gather", "GatherND", "GatherElements", "GridSample"} & {
-        node.op_type for node in onnx.load(tmp_path / "hat.onnx").graph.node
+        node.op_type for node in onnx.load(exported("mini-pp", "fp32", "hat")).graph.node
     }
 
 
@@ -292,7 +309,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lowering", ["function", *INLINED])
+@pytest.mark.parametrize("lowering", BODIED)
 def test_dynamic_pp_tiny_at_800x1344_is_right_and_takes_less_than_8_gib(
     lowering, pp_tiny_onnx, pp_tiny_model, tmp_path
 ):
@@ -305,14 +322,14 @@ def test_dynamic_pp_tiny_at_800x1344_is_right_and_takes_less_than_8_gib(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "tiny"])
-def test_every_lowering_of_the_larger_variants_agrees_with_pytorch(variant, tmp_path):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_lowering_of_every_variant_agrees_with_pytorch(variant, tmp_path):
     height, width = VARIANTS[variant].image_size
     images = np.random.default_rng(1).standard_normal((4, 3, height, width)).astype(np.float32)
     expected = pytorch_logits(load_model(variant), images)
     plugin = tmp_path / "plugin.onnx"
     export(variant, plugin, lowering="plugin")
-    for lowering in ("function", *INLINED):
+    for lowering in BODIED:
         path = tmp_path / "lowered.onnx"
         relower(plugin, path, lowering, force=True)
         assert_agrees_at_every_batch_in_every_slot(str(path), images, expected, (1, 2, 3, 8))
@@ -348,14 +365,16 @@ def test_existing_file_is_kept_unless_forced(tmp_path):
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["^C", "full"])
-def test_export_that_stops_while_writing_leaves_nothing(failure, tiny_onnx, tmp_path, monkeypatch):
+def test_export_that_stops_while_writing_leaves_nothing(failure, mini_onnx, tmp_path, monkeypatch):
+    plugin = mini_onnx("plugin")
+
     def half_a_file(_: ir.Model, path: Path) -> None:
         Path(path).write_bytes(b"half")
         raise failure
 
     monkeypatch.setattr(ir, "save", half_a_file)
     with pytest.raises((KeyboardInterrupt, OutputError)) as error:
-        relower(tiny_onnx["plugin"], tmp_path / "tiny.onnx", "hat")
+        relower(plugin, tmp_path / "tiny.onnx", "hat")
     if isinstance(error.value, OutputError):
         assert str(error.value) == (
             f"cannot write {tmp_path / 'tiny.onnx'}: No space left on device; free some space or choose another folder."
@@ -389,8 +408,8 @@ def test_file_of_another_tool_is_refused(tmp_path):
         ("preprocessing", {"a": 1}),
     ],
 )
-def test_edited_metadata_is_refused(field, value, tiny_onnx, tmp_path):
-    model = onnx.load(tiny_onnx["plugin"])
+def test_edited_metadata_is_refused(field, value, mini_onnx, tmp_path):
+    model = onnx.load(mini_onnx("plugin"))
     del model.graph.initializer[:]
     for entry in model.metadata_props:
         if entry.key == f"dat_deploy.{field}":

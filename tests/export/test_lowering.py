@@ -1,6 +1,11 @@
-"""What each lowering puts into the file, read from its node list."""
+"""What each lowering puts into the file, read from its node list.
 
+`mini` is a small network of the blocks of tiny: four windows, of which one is shifted, and two deformable blocks.
+"""
+
+import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -12,6 +17,7 @@ from dat_deploy.errors import ExportError
 from dat_deploy.export import LOWERINGS, export, read_metadata, relower
 from dat_deploy.export.records import operator_records
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
+from dat_deploy.variants import VARIANTS, Variant
 
 INLINED = ("gather", "gridsample", "hat")
 ATTRIBUTES = {
@@ -23,8 +29,8 @@ ATTRIBUTES = {
 
 
 @pytest.fixture(scope="module")
-def models(tiny_onnx: dict[str, Path]) -> dict[str, onnx.ModelProto]:
-    return {lowering: onnx.load(path) for lowering, path in tiny_onnx.items()}
+def models(exported: Callable[[str, str, str], Path]) -> dict[str, onnx.ModelProto]:
+    return {lowering: onnx.load(exported("mini", "fp32", lowering)) for lowering in LOWERINGS}
 
 
 def operators(model: onnx.ModelProto) -> Counter[str]:
@@ -46,21 +52,21 @@ def test_file_is_valid_onnx_with_the_promised_interface(models, lowering):
 
 
 EXPECTED = {
-    "tiny": {"window_attention": 8, "deformable_sample": 4, "deformable_attention": 4},
-    "pp-tiny": {"neighborhood_attention": 12, "deformable_sample": 14, "deformable_attention": 14},
+    "mini": {"window_attention": 4, "deformable_sample": 2, "deformable_attention": 2},
+    "mini-pp": {"neighborhood_attention": 3, "deformable_sample": 3, "deformable_attention": 3},
 }
 
 
 @pytest.fixture(scope="module", params=EXPECTED)
-def unlowered(request, tiny_onnx, pp_tiny_onnx) -> tuple[dict[str, int], dict[str, Path]]:
-    """The operators that a variant has, and its files."""
-    return EXPECTED[request.param], {"tiny": tiny_onnx, "pp-tiny": pp_tiny_onnx}[request.param]
+def unlowered(request, exported) -> tuple[dict[str, int], Callable[[str], Path]]:
+    """The operators that a network has, and its files."""
+    return EXPECTED[request.param], lambda lowering: exported(request.param, "fp32", lowering)
 
 
 @pytest.mark.parametrize("lowering", ["function", "plugin"])
 def test_operators_are_single_nodes_that_carry_every_attribute(unlowered, lowering):
-    expected, paths = unlowered
-    nodes = [node for node in onnx.load(paths[lowering]).graph.node if node.domain == DOMAIN_NAME]
+    expected, path = unlowered
+    nodes = [node for node in onnx.load(path(lowering)).graph.node if node.domain == DOMAIN_NAME]
     assert Counter(node.op_type for node in nodes) == expected
     for node in nodes:
         values = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -70,8 +76,8 @@ def test_operators_are_single_nodes_that_carry_every_attribute(unlowered, loweri
 
 
 def test_function_bodies_declare_every_attribute_and_use_standard_operators_alone(unlowered):
-    expected, paths = unlowered
-    functions = {function.name: function for function in onnx.load(paths["function"]).functions}
+    expected, path = unlowered
+    functions = {function.name: function for function in onnx.load(path("function")).functions}
     assert set(functions) == set(expected)
     for name, function in functions.items():
         assert set(function.attribute) == ATTRIBUTES[name] | set(PLUGIN_ATTRIBUTES)
@@ -92,7 +98,7 @@ def test_inlined_file_holds_standard_operators_alone(models, lowering):
 
 
 def test_gridsample_file_has_two_gridsamples_a_deformable_block(models):
-    assert operators(models["gridsample"])["GridSample"] == 2 * 4
+    assert operators(models["gridsample"])["GridSample"] == 2 * 2
     modes = {
         onnx.helper.get_attribute_value(attribute)
         for node in models["gridsample"].graph.node
@@ -120,22 +126,40 @@ def test_hat_file_gathers_nothing(models):
 
 def test_gather_file_pads_and_gathers(models):
     found = operators(models["gather"])
-    assert found["GatherND"] == 4 * 4  # four neighbours of each key, in four blocks
-    assert found["Gather"] == 4 * 4  # four neighbours in the bias table; the table's padding is folded
-    assert found["Pad"] == 4
+    assert found["GatherND"] == 4 * 2  # four neighbours of each key, in two blocks
+    assert found["Gather"] == 4 * 2  # four neighbours in the bias table; the table's padding is folded
+    assert found["Pad"] == 2
+
+
+def transposes_of(network: Variant, model: onnx.ModelProto, sample: Variant) -> int:
+    """How many a network would have, by those of the same blocks of a smaller one."""
+    of_body = {body.name: sum(node.op_type == "Transpose" for node in body.node) for body in model.functions}
+    found: Counter[str] = Counter()
+    for node in model.graph.node:
+        module = re.match(r"stages\.\d\.attns\.\d", node.name)
+        found[module[0] if module else node.name] += of_body.get(node.op_type, int(node.op_type == "Transpose"))
+    of_block = {
+        letter: found.pop(f"stages.{i}.attns.{j}")
+        for i, stage in enumerate(sample.stages)
+        for j, letter in enumerate(stage.blocks)
+    }
+    others = {name: count for name, count in found.items() if count}
+    assert all(name.startswith(("patch_proj", "down_projs.", "cls_")) for name in others)
+    return sum(others.values()) + sum(of_block[letter] for stage in network.stages for letter in stage.blocks)
 
 
 @pytest.mark.parametrize("lowering", ["function", *INLINED])
-def test_inlined_tiny_has_at_most_90_transposes(models, lowering):
+def test_inlined_tiny_has_at_most_90_transposes(models, lowering, mini):
     inlined = onnx.inliner.inline_local_functions(models[lowering])
     assert {node.domain for node in inlined.graph.node} == {""}
-    assert operators(inlined)["Transpose"] <= 90
+    assert transposes_of(mini, models[lowering], mini) == operators(inlined)["Transpose"]
+    assert 60 < transposes_of(VARIANTS["tiny"], models[lowering], mini) <= 90
 
 
 @pytest.mark.parametrize("lowering", INLINED)
 def test_windows_without_shift_are_not_rolled(models, lowering):
     rolled = {node.name.split("/")[0] for node in models[lowering].graph.node if node.op_type == "Slice"}
-    assert rolled == {"stages.0.attns.1", "stages.1.attns.1"}  # the two shifted blocks of tiny
+    assert rolled == {"stages.0.attns.1"}  # the shifted one
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
@@ -147,22 +171,18 @@ def test_node_names_are_unique_and_say_the_module(models, lowering):
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_every_file_lists_where_its_operators_stand(tiny_onnx, lowering):
-    model = ir.load(tiny_onnx[lowering])
+def test_every_file_lists_where_its_operators_stand(exported, lowering):
+    model = ir.load(exported("mini", "fp32", lowering))
     records = operator_records(model.metadata_props)
-    assert Counter(record.operator for record in records) == {
-        "window_attention": 8,
-        "deformable_sample": 4,
-        "deformable_attention": 4,
-    }
+    assert Counter(record.operator for record in records) == EXPECTED["mini"]
     values = {value.name for node in model.graph for value in node.outputs}
     for record in records:
         assert {record.output, *record.inputs.values()} <= values
 
 
-def test_lowering_of_an_inlined_file_cannot_change(tiny_onnx, tmp_path):
+def test_lowering_of_an_inlined_file_cannot_change(exported, tmp_path):
     with pytest.raises(ExportError) as error:
-        relower(tiny_onnx["hat"], tmp_path / "x.onnx", "gather")
+        relower(exported("mini", "fp32", "hat"), tmp_path / "x.onnx", "gather")
     assert str(error.value) == (
         "the operators of this file are already inlined, so its lowering cannot change. "
         "Export it again with --lowering, or start from a file of lowering 'function' or 'plugin'."
@@ -170,8 +190,8 @@ def test_lowering_of_an_inlined_file_cannot_change(tiny_onnx, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_relowered_file_is_the_one_that_export_makes(tiny_onnx, tmp_path):
-    export("tiny", tmp_path / "direct.onnx", lowering="gather")
-    direct, relowered = onnx.load(tmp_path / "direct.onnx"), onnx.load(tiny_onnx["gather"])
+def test_relowered_file_is_the_one_that_export_makes(mini, exported, tmp_path):
+    export(mini, tmp_path / "direct.onnx", lowering="gather")
+    direct, relowered = onnx.load(tmp_path / "direct.onnx"), onnx.load(exported("mini", "fp32", "gather"))
     assert [node.name for node in direct.graph.node] == [node.name for node in relowered.graph.node]
-    assert read_metadata(tmp_path / "direct.onnx") == read_metadata(tiny_onnx["gather"])
+    assert read_metadata(tmp_path / "direct.onnx") == read_metadata(exported("mini", "fp32", "gather"))

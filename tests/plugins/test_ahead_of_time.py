@@ -70,6 +70,7 @@ def pool() -> Iterator[ProcessPoolExecutor]:
         yield executor
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_configuration_compiles_within_what_tensorrt_allows(architecture, pool):
     """48 KiB of shared memory and, which `compile_launch` holds, no scratch memory and no hidden parameter."""
@@ -84,6 +85,7 @@ def test_every_configuration_compiles_within_what_tensorrt_allows(architecture, 
         assert not {job: c.spilled_bytes for job, c in results.items() if c.spilled_bytes > SPILLS_OUTSIDE_LOOPS}
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_other_types_spill_no_registers_on_sm_90(name, dtype):
@@ -94,6 +96,7 @@ def test_other_types_spill_no_registers_on_sm_90(name, dtype):
         assert shared_memory(result) <= SHARED_MEMORY_LIMIT, configuration
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("head_dim", [16, 24, 64])
 @pytest.mark.parametrize("name", ["DAT", "DAT++", "window 7", "window 12", "neighborhood"])
 def test_other_head_dims_spill_no_registers_on_sm_90(name, head_dim):
@@ -102,6 +105,7 @@ def test_other_head_dims_spill_no_registers_on_sm_90(name, head_dim):
     assert shared_memory(result) <= SHARED_MEMORY_LIMIT
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("name", ["DAT", "sample", "window 7", "neighborhood"])
 def test_ptx_takes_the_arguments_and_nothing_else(name):
     operator, problem = PROBLEMS[name]
@@ -120,6 +124,7 @@ def test_ptx_takes_the_arguments_and_nothing_else(name):
     assert reads, "tensors are read 16 bytes at a time"
 
 
+@pytest.mark.compiler
 def test_half_precision_products_run_on_tensor_cores():
     for name in ("window 7", "neighborhood"):
         assert "wgmma.mma_async" in compiled(name, configurations(name)[0], 90).ptx
@@ -129,6 +134,7 @@ def test_half_precision_products_run_on_tensor_cores():
         assert "mma.sync" in compiled("DAT", configurations("DAT")[-1], architecture).ptx
 
 
+@pytest.mark.compiler
 def test_the_table_in_shared_memory_is_counted():
     *_, last = configurations("DAT")
     assert "COLUMN_TILES" in dict(last.tiles)

@@ -3,6 +3,9 @@
 `make test` runs these in a pytest of their own, because Triton reads TRITON_INTERPRET when it is imported. The
 tolerance is derived: a kernel's error against float64 may be twice that of the reference in the same type, plus one
 part in a million for the order of summation. A kernel that reads beside its tensors fails.
+
+The interpreter's time is per program and block of keys, whatever their size. So there are as few images, heads and
+tiles as tell them apart, and of three parameters each pair meets, not each triple.
 """
 
 import os
@@ -35,6 +38,7 @@ Inputs = dict[str, Tensor]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KINDS = ["network", "pixels", "half pixels", "border", "outside"]
 MAPS = [(1, 1), (1, 5), (3, 9), (7, 7), (8, 13), (17, 9)]
+MODES = {1: "DAT", 0: "DAT++"}  # by half_pixel_queries
 
 
 @pytest.fixture(autouse=True)
@@ -153,8 +157,11 @@ def test_deformable_sample(kind, size, locations):
     assert_kernel_is_exact("deformable_sample", inputs, {})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("channels", "groups"), [(16, 1), (96, 3), (384, 2)])
+@pytest.mark.parametrize(
+    ("channels", "groups", "dtype"),
+    [(16, 1, torch.float32), (16, 1, torch.bfloat16), (96, 3, torch.float16), (384, 2, torch.float16)],
+    ids=str,
+)
 def test_deformable_sample_in_every_configuration(channels, groups, dtype, locations):
     points = locations("network", (2, groups, 7, 7), (14, 14))
     inputs = {"value": torch.randn(2, 14, 14, channels).to(dtype), "sampling_locations": points}
@@ -166,6 +173,7 @@ def attention_inputs(
     size: tuple[int, int],
     *,
     kind: str = "network",
+    batch: int = 2,
     sampled: tuple[int, int] = (3, 2),
     heads: int = 4,
     groups: int = 2,
@@ -176,30 +184,38 @@ def attention_inputs(
     keys = sampled[0] * sampled[1]
     table = table or (2 * size[0] - 1, 2 * size[1] - 1)
     return {
-        "query": torch.randn(2, *size, heads * head_dim).to(dtype),
-        "key": torch.randn(2, keys, heads * head_dim).to(dtype),
-        "value": torch.randn(2, keys, heads * head_dim).to(dtype),
-        "sampling_locations": locations(kind, (2, groups, *sampled), size),
+        "query": torch.randn(batch, *size, heads * head_dim).to(dtype),
+        "key": torch.randn(batch, keys, heads * head_dim).to(dtype),
+        "value": torch.randn(batch, keys, heads * head_dim).to(dtype),
+        "sampling_locations": locations(kind, (batch, groups, *sampled), size),
         "relative_position_bias_table": torch.randn(heads, *table).to(dtype),
     }
 
 
-@pytest.mark.parametrize("half_pixel_queries", [1, 0], ids=["DAT", "DAT++"])
-@pytest.mark.parametrize("size", MAPS, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "size", "half_pixel_queries"),
+    [
+        pytest.param(kind, size, (i + j) % 2, id=f"{kind}-{size}-{MODES[(i + j) % 2]}")
+        for i, kind in enumerate(KINDS)
+        for j, size in enumerate(MAPS)
+    ],
+)
 def test_deformable_attention(kind, size, half_pixel_queries, locations):
-    inputs = attention_inputs(locations, size, kind=kind)
-    assert_kernel_is_exact("deformable_attention", inputs, {"num_heads": 4, "half_pixel_queries": half_pixel_queries})
+    """Two images, and two heads a group, where a network puts the points; elsewhere one image and a head a group."""
+    batch, heads = (2, 4) if kind == "network" else (1, 2)
+    inputs = attention_inputs(locations, size, kind=kind, batch=batch, heads=heads)
+    attributes = {"num_heads": heads, "half_pixel_queries": half_pixel_queries}
+    assert_kernel_is_exact("deformable_attention", inputs, attributes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("half_pixel_queries", [1, 0], ids=["DAT", "DAT++"])
 def test_deformable_attention_in_every_configuration(half_pixel_queries, dtype, locations):
-    inputs = attention_inputs(locations, (9, 17), sampled=(9, 11), heads=2, dtype=dtype)
+    inputs = attention_inputs(locations, (9, 17), batch=1, sampled=(5, 13), heads=1, groups=1, dtype=dtype)
     assert_kernel_is_exact(
         "deformable_attention",
         inputs,
-        {"num_heads": 2, "half_pixel_queries": half_pixel_queries},
+        {"num_heads": 1, "half_pixel_queries": half_pixel_queries},
         every=dtype == torch.float16,
         of=lambda configuration: not has_shared_table(configuration),
     )
@@ -215,7 +231,7 @@ def test_deformable_attention_in_every_configuration(half_pixel_queries, dtype, 
         ((8, 8), (4, 4), "half pixels", torch.float16),
         ((8, 8), (4, 4), "border", torch.float16),
         ((8, 8), (4, 4), "outside", torch.float16),
-        ((8, 9), (4, 5), "network", torch.bfloat16),
+        ((8, 8), (4, 5), "network", torch.bfloat16),
     ],
     ids=str,
 )
@@ -246,8 +262,14 @@ HARD = {  # name of the input, by what it is multiplied
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN and infinity, which send a tile the other way
-@pytest.mark.parametrize("half_pixel_queries", [1, 0], ids=["DAT", "DAT++"])
-@pytest.mark.parametrize("what", HARD)
+@pytest.mark.parametrize(
+    ("what", "half_pixel_queries"),
+    [
+        pytest.param(what, mode, id=f"{what}-{MODES[mode]}")
+        for i, what in enumerate(HARD)
+        for mode in ((1, 0) if what == "points outside on two sides" else (i % 2,))
+    ],
+)
 def test_what_the_guessed_shift_does_not_hold_is_computed_again(what, half_pixel_queries, locations):
     name, factor = HARD[what]
     inputs = attention_inputs(locations, (8, 8), sampled=(4, 4), heads=1, groups=1, dtype=torch.float16)
@@ -297,11 +319,11 @@ TABLES = [(1, 1), (1, 9), (2, 30), (13, 13), (111, 111), (17, 19)]  # of a map o
 def test_deformable_attention_with_a_table_of_another_size(table, half_pixel_queries, locations):
     """As DAT++ has at image sizes that it was not trained for: rows of queries between rows of the table, or beyond."""
     for kind in ("network", "outside"):
-        inputs = attention_inputs(locations, (9, 10), kind=kind, table=table)
+        inputs = attention_inputs(locations, (9, 10), kind=kind, batch=1, heads=2, table=table)
         assert_kernel_is_exact(
             "deformable_attention",
             inputs,
-            {"num_heads": 4, "half_pixel_queries": half_pixel_queries},
+            {"num_heads": 2, "half_pixel_queries": half_pixel_queries},
             every=True,
         )
 
@@ -345,9 +367,12 @@ EDGES = [(4, 8, (7, 15), 1.0, 0), (9, 17, (17, 33), 1 + 2 / 9, 1), (1, 2, (27, 3
 
 @pytest.mark.parametrize(("height", "width", "table", "y", "half_pixel_queries"), EDGES)
 def test_keys_that_only_fill_a_block_read_no_table(height, width, table, y, half_pixel_queries, locations):
-    inputs = attention_inputs(locations, (height, width), sampled=(1, 3), table=table, dtype=torch.float16)
+    """There is one head: what is read beside its table is beside the tensor."""
+    inputs = attention_inputs(
+        locations, (height, width), batch=1, sampled=(1, 3), heads=1, groups=1, table=table, dtype=torch.float16
+    )
     inputs["sampling_locations"][..., 0] = y
-    attributes = {"num_heads": 4, "half_pixel_queries": half_pixel_queries}
+    attributes = {"num_heads": 1, "half_pixel_queries": half_pixel_queries}
     assert_kernel_is_exact(
         "deformable_attention",
         inputs,
@@ -367,15 +392,21 @@ def test_a_block_without_a_neighbor_weighs_nothing_on_a_gpu(head_dim):
     assert np.exp2(np.float32(np.float64(masked) * np.float64(scale) - np.float64(largest))) == 0
 
 
-WINDOWS = [(7, 7, 7, 0), (7, 7, 7, 4), (14, 21, 7, 4), (12, 24, 12, 6), (4, 2, 2, 1), (3, 6, 1, 0)]
+WINDOWS = [  # the last with the number of images and of heads
+    (7, 7, 7, 0, 2, 2),
+    (7, 7, 7, 4, 2, 2),
+    (14, 21, 7, 4, 1, 2),
+    (12, 24, 12, 6, 1, 2),
+    (4, 2, 2, 1, 2, 2),
+    (2, 5, 1, 0, 2, 1),  # 20 windows, of which a program takes up to 16
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("height", "width", "window_size", "shift_size"), WINDOWS)
-def test_window_attention(height, width, window_size, shift_size, dtype):
-    heads = 2
+@pytest.mark.parametrize(("height", "width", "window_size", "shift_size", "batch", "heads"), WINDOWS)
+def test_window_attention(height, width, window_size, shift_size, batch, heads, dtype):
     inputs = {
-        "qkv": torch.randn(2, height, width, 3 * heads * 16).to(dtype),
+        "qkv": torch.randn(batch, height, width, 3 * heads * 16).to(dtype),
         "relative_position_bias_table": torch.randn((2 * window_size - 1) ** 2, heads).to(dtype),
     }
     attributes = {"num_heads": heads, "window_size": window_size, "shift_size": shift_size}
@@ -385,35 +416,43 @@ def test_window_attention(height, width, window_size, shift_size, dtype):
 @pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 64])
 def test_window_attention_of_head_dim(head_dim):
     inputs = {
-        "qkv": torch.randn(1, 7, 14, 3 * 3 * head_dim).half(),
+        "qkv": torch.randn(1, 14, 14, 3 * 3 * head_dim).half(),
         "relative_position_bias_table": torch.randn(169, 3).half(),
     }
     assert_kernel_is_exact("window_attention", inputs, {"num_heads": 3, "window_size": 7, "shift_size": 4})
 
 
-def neighborhood_inputs(height: int, width: int, kernel_size: int, head_dim: int = 16, heads: int = 2) -> Inputs:
+def neighborhood_inputs(
+    height: int, width: int, kernel_size: int, head_dim: int = 16, heads: int = 2, batch: int = 2
+) -> Inputs:
     side = 2 * kernel_size - 1
     return {
-        "qkv": torch.randn(2, height, width, 3 * heads * head_dim),
+        "qkv": torch.randn(batch, height, width, 3 * heads * head_dim),
         "padding_qkv": torch.randn(3 * heads * head_dim),
         "relative_position_bias_table": torch.randn(heads, side, side),
     }
 
 
-@pytest.mark.parametrize("dilation", [1, 3])
-@pytest.mark.parametrize("kernel_size", [3, 7, 13])
-@pytest.mark.parametrize("size", [(1, 1), (3, 9), (8, 13), (20, 17)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "dilation"),
+    [
+        (size, kernel_size, (1, 3)[(i + j) % 2])
+        for i, size in enumerate([(1, 1), (3, 9), (8, 13), (20, 17)])
+        for j, kernel_size in enumerate((3, 7, 13))
+    ],
+    ids=str,
+)
 def test_neighborhood_attention(size, kernel_size, dilation):
-    inputs = neighborhood_inputs(*size, kernel_size, heads=1)
+    inputs = neighborhood_inputs(*size, kernel_size, heads=1, batch=1)
     attributes = {"num_heads": 1, "kernel_size": kernel_size, "dilation": dilation}
     assert_kernel_is_exact("neighborhood_attention", inputs, attributes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("size", "dilation"), [((5, 19), 1), ((17, 10), 2)], ids=str)
-def test_neighborhood_attention_in_every_configuration(size, dilation, dtype):
-    inputs = {name: value.to(dtype) for name, value in neighborhood_inputs(*size, 7).items()}
-    attributes = {"num_heads": 2, "kernel_size": 7, "dilation": dilation}
+@pytest.mark.parametrize(("size", "dilation", "heads"), [((5, 19), 1, 2), ((17, 10), 2, 1)], ids=str)
+def test_neighborhood_attention_in_every_configuration(size, dilation, heads, dtype):
+    inputs = {name: value.to(dtype) for name, value in neighborhood_inputs(*size, 7, heads=heads, batch=1).items()}
+    attributes = {"num_heads": heads, "kernel_size": 7, "dilation": dilation}
     assert_kernel_is_exact("neighborhood_attention", inputs, attributes, every=dtype == torch.float16)
 
 

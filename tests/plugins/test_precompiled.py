@@ -106,6 +106,7 @@ def test_a_key_tells_types_sizes_and_alignment_apart(launch):
     assert len(keys) == 4
 
 
+@pytest.mark.compiler
 def test_a_kernel_is_compiled_into_a_folder_and_launched_from_there(tmp_path, launch, tensors, monkeypatch):
     entries = precompile([(launch, DTYPES, ()), (launch, DTYPES, ("value",))], tmp_path, 90)
     write_index(tmp_path, 90, entries, triton="3.6.0")

@@ -108,6 +108,7 @@ def test_export_keeps_the_operator_as_one_node(name, device):
     assert targets == [f"dat_deploy.{name}.default", "aten.add.Tensor"]
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_compile_takes_the_operator_into_one_graph(name, device):

@@ -157,10 +157,11 @@ def test_a_specification_names_the_arguments_of_the_torch_operator(operator):
     assert set(specified.inputs) == set(specified.kernel.INPUTS)
 
 
-def test_exported_nodes_have_the_attributes_that_the_plugins_declare(tiny_onnx, pp_tiny_onnx):
-    for path in (tiny_onnx["plugin"], pp_tiny_onnx["plugin"]):
+def test_exported_nodes_have_the_attributes_that_the_plugins_declare(exported):
+    for network in ("mini", "mini-pp"):
+        path = exported(network, "fp32", "plugin")
         nodes = [node for node in onnx.load(path).graph.node if node.domain == "dat_deploy"]
-        assert len(nodes) > 10
+        assert len(nodes) == {"mini": 8, "mini-pp": 9}[network]
         for node in nodes:
             specified = specification(node.op_type)
             attributes = {attribute.name: attribute for attribute in node.attribute}
@@ -175,9 +176,9 @@ def test_exported_nodes_have_the_attributes_that_the_plugins_declare(tiny_onnx, 
 
 
 @pytest.mark.parametrize("batch", [2, "dynamic"])
-@pytest.mark.parametrize("variant", ["tiny", "pp-tiny"])
-def test_each_operator_of_a_network_is_one_plugin_layer(variant, batch, rtx, tiny_onnx, pp_tiny_onnx):
-    path = {"tiny": tiny_onnx, "pp-tiny": pp_tiny_onnx}[variant]["plugin"]
+@pytest.mark.parametrize("network", ["mini", "mini-pp"])
+def test_each_operator_of_a_network_is_one_plugin_layer(network, batch, rtx, exported, mini_pp_dynamic):
+    path = mini_pp_dynamic["plugin"] if network == "mini-pp" else exported("mini", "fp32", "plugin")
     parsed = parse(rtx, path.read_bytes())
     assert parsed is not None
     rest = (3, 224, 224)
@@ -189,14 +190,14 @@ def test_each_operator_of_a_network_is_one_plugin_layer(variant, batch, rtx, tin
     assert {layer.get_output(0).dtype for layer in layers} == {rtx.DataType.FLOAT}
     shapes = Counter((nodes[layer.name], tuple(layer.get_output(0).shape)) for layer in layers)
     b = -1 if batch == "dynamic" else batch
-    if variant == "tiny":
-        assert shapes["window_attention", (b, 56, 56, 96)] == 2
-        assert shapes["deformable_attention", (b, 14, 14, 384)] == 3
-        assert shapes["deformable_sample", (b, 196, 384)] == 3
-        assert shapes["deformable_sample", (b, 49, 768)] == 1
+    if network == "mini":
+        assert shapes["window_attention", (b, 56, 56, 16)] == 2
+        assert shapes["deformable_attention", (b, 14, 14, 64)] == 1
+        assert shapes["deformable_sample", (b, 196, 64)] == 1
+        assert shapes["deformable_sample", (b, 49, 128)] == 1
     else:
-        assert shapes["neighborhood_attention", (b, 14, 14, 256)] == 9
-        assert shapes["deformable_attention", (b, 7, 7, 512)] == 2
+        assert shapes["neighborhood_attention", (b, 56, 56, 16)] == 1
+        assert shapes["deformable_attention", (b, 7, 7, 128)] == 1
     assert trt_plugin.last_error() is None
 
 
@@ -677,6 +678,7 @@ def check_kernel(shown: dict[str, Any]) -> None:
     assert shown["scalar_types"] == ["SymInt32"]
 
 
+@pytest.mark.compiler
 def test_tensorrt_is_given_ptx_of_inputs_scalars_and_output(harness, libraries):
     shown = harness.run(libraries, "sample_kernel")
     assert [each["architecture"] for each in shown] == [90, 80]
@@ -687,6 +689,7 @@ def test_tensorrt_is_given_ptx_of_inputs_scalars_and_output(harness, libraries):
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
 def test_tensorrt_is_given_ptx_of_every_operator(harness, libraries):
     shown = harness.run(libraries, "kernels")
     assert Counter(each["operator"] for each in shown) == dict.fromkeys(OPERATORS, 2)
