@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from dat_deploy.errors import DatDeployError, OutputError
 
-__all__ = ["atomic_output", "check_input", "check_output", "open_input"]
+__all__ = ["atomic_output", "check_output", "open_input"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -33,12 +33,6 @@ def open_input(path: Path, error: type[DatDeployError], what: str) -> Iterator[B
             yield file
     except OSError as reason:
         raise error(f"cannot read {path}: {reason.strerror or reason}.") from reason
-
-
-def check_input(path: Path, error: type[DatDeployError], what: str) -> None:
-    """Refuse early, before anything slow is loaded, what `open_input` would refuse."""
-    with open_input(path, error, what):
-        pass
 
 
 def check_output(path: Path, *, force: bool) -> None:

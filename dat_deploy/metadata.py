@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 
 from dat_deploy.errors import DatDeployError, ExportError
+from dat_deploy.files import open_input
 from dat_deploy.preprocess import Preprocessing
 from dat_deploy.typed_json import plain, typed
 from dat_deploy.variants import Variant
@@ -113,23 +114,19 @@ def read_metadata(path: Path) -> FileMetadata:
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
-    """Raises ExportError if `path` is missing or is not an ONNX file."""
-    if not path.is_file():
-        raise ExportError(
-            f"there is no file {path}. Export one with: dat-deploy export --variant tiny --output {path.name}"
-        )
-    try:
-        return onnx.load(path)
-    except Exception as error:  # protobuf's own exception types differ between its releases
-        raise ExportError(f"{path} is not an ONNX file, or it is truncated. Export it again.") from error
+    """Raises ExportError if `path` is missing, cannot be read or is not an ONNX file."""
+    return read_onnx(path)[1]
 
 
 def read_onnx(path: Path) -> tuple[bytes, onnx.ModelProto]:
     """The file's bytes, and what was parsed from those; raises ExportError as `load_onnx`."""
-    if not path.is_file():
-        load_onnx(path)  # says what is wrong
-    content = path.read_bytes()
+    if not path.exists():
+        raise ExportError(
+            f"there is no file {path}. Export one with: dat-deploy export --variant tiny --output {path.name}"
+        )
+    with open_input(path, ExportError, "ONNX file") as file:
+        content = file.read()
     try:
         return content, onnx.load_from_string(content)
-    except Exception:  # protobuf's own exception types differ between its releases
-        return content, load_onnx(path)
+    except Exception as error:  # protobuf's own exception types differ between its releases
+        raise ExportError(f"{path} is not an ONNX file, or it is truncated. Export it again.") from error

@@ -15,6 +15,7 @@ from rich.table import Table
 __all__ = ["Stages"]
 
 _LEAST_S = 0.1  # of a stage that is worth a line
+_LEAST_S_OF_FORECAST = 5
 _STARTING = "starting"
 
 
@@ -81,8 +82,12 @@ class Stages:
     def _line(self) -> Table:
         line = Table.grid(padding=(0, 1))
         cells: list[RenderableType] = [self._spinner, f"{self._command}: {self._named(self._text)}"]
+        done, of = self._bar or (0, 0)
         if self._bar is not None:
-            done, of = self._bar
             cells += [ProgressBar(of, done, width=20), f"{done}/{of}"]
-        line.add_row(*cells, f"{time.monotonic() - self._began:.0f} s")
+        seconds = time.monotonic() - self._began
+        cells.append(f"{seconds:.0f} s")
+        if self._bar is not None and 0 < done < of and seconds > _LEAST_S_OF_FORECAST:
+            cells.append(f"{seconds / done * (of - done):.0f} s left")
+        line.add_row(*cells)
         return line

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from dat_deploy.configuration import find_variant
 from dat_deploy.errors import DatDeployError, ShapeError
+from dat_deploy.export.options import PRECISIONS
 from dat_deploy.variants import Variant
 
 if TYPE_CHECKING:
@@ -12,9 +13,7 @@ if TYPE_CHECKING:
 
 # What loads torch is imported after the checks, so that a wrong argument is told at once.
 
-__all__ = ["PRECISIONS", "tune"]
-
-PRECISIONS = ("fp16", "bf16", "fp32")
+__all__ = ["tune"]
 
 
 def tune(
@@ -30,7 +29,7 @@ def tune(
     The operators of processes that start afterwards take what is kept; see `plugins.tuning`.
 
     Args:
-        precision: one of PRECISIONS.
+        precision: one of `export.PRECISIONS`.
         progress: called with how many launches are done, of how many, and what comes next.
 
     Raises:

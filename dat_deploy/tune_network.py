@@ -12,14 +12,13 @@ from dat_deploy.model import half_network
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration, Problem
 from dat_deploy.plugins.tuning import measured, store
-from dat_deploy.tune import PRECISIONS
 from dat_deploy.variants import Variant
 
 __all__ = ["DTYPES", "TunedLaunch", "Tuning", "tune_network"]
 
 DEVICE = "cuda"
 ALIKE = {torch.float16: 2**-8, torch.bfloat16: 2**-5, torch.float32: 1e-4}  # of the largest output
-DTYPES = dict(zip(PRECISIONS, (torch.float16, torch.bfloat16, torch.float32), strict=True))
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

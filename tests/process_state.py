@@ -1,5 +1,6 @@
 """What belongs to everybody in a process. No test, and without an import of the package, of which it tells."""
 
+import gc
 import locale
 import logging
 import multiprocessing
@@ -42,5 +43,6 @@ def process_state() -> dict[str, str]:
         "start method": multiprocessing.get_start_method(allow_none=True) or default,
         "locale": locale.setlocale(locale.LC_ALL),
         "excepthook": sys.excepthook,
+        "collection of garbage": gc.isenabled(),
     }
     return {name: repr(value) for name, value in state.items()}

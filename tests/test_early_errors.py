@@ -695,7 +695,7 @@ EARLY: dict[str, tuple[str, int, str]] = {
     "tune precision": (
         "tune --variant tiny --precision int8",
         1,
-        "there is no precision 'int8'; it is one of fp16, bf16, fp32.",
+        "there is no precision 'int8'; it is one of fp32, fp16, bf16.",
     ),
     "tune batch": (
         "tune --variant tiny --batch 0",

@@ -1,5 +1,6 @@
 """What this package does leaves the process as it was: threads, random numbers, settings, handlers."""
 
+import gc
 import subprocess
 import sys
 import threading
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from dat_deploy.export import export
+from dat_deploy.export import export, onnx_model
+from dat_deploy.export.onnx_model import onnx_from_model
+from dat_deploy.model import DAT
 from dat_deploy.runners import open_runner
 from dat_deploy.runners.torch_threads import torch_threads
 
@@ -47,8 +50,20 @@ def test_importing_every_module_changes_nothing():
     assert done.stdout.strip() == "[]"
 
 
-def test_an_export_changes_nothing(tmp_path, changed):
-    export("demo", tmp_path / "demo.onnx")
+def test_an_export_changes_nothing(mini_dat, tmp_path, changed, monkeypatch):
+    monkeypatch.setattr(onnx_model, "onnx_from_model", onnx_from_model)  # traced now, not once for all tests
+    export(mini_dat, tmp_path / "mini.onnx")
+    assert changed() == []
+
+
+def test_an_export_that_fails_while_it_traces_changes_nothing(mini_dat, changed, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        assert not gc.isenabled()
+        raise ValueError("no")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ValueError, match="no"):
+        onnx_from_model(DAT(mini_dat))
     assert changed() == []
 
 
@@ -108,6 +123,45 @@ def test_threads_that_come_and_go_in_any_order_leave_the_count_that_was_there():
     thread.join()
     assert seen == {"inside": before + 2, "outside": before, "later": before}
     assert torch.get_num_threads() == before
+
+
+def test_a_thread_keeps_a_count_of_its_own_beside_a_call_in_another():
+    is_in, is_done, seen = threading.Event(), threading.Event(), {}
+    before = torch.get_num_threads()
+
+    def other() -> None:
+        torch.set_num_threads(before + 5)
+        is_in.wait()
+        with torch_threads(before + 1):
+            seen["inside"] = torch.get_num_threads()
+        seen["outside"] = torch.get_num_threads()
+        is_done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with torch_threads(before + 2):
+        is_in.set()
+        is_done.wait()
+    thread.join()
+    assert seen == {"inside": before + 1, "outside": before + 5}
+    assert torch.get_num_threads() == before
+
+
+def test_a_call_within_a_call_gives_back_the_count_of_the_outer_one():
+    before = torch.get_num_threads()
+    with torch_threads(before + 1):
+        with torch_threads(before + 2):
+            assert torch.get_num_threads() == before + 2
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_without_a_number_torch_computes_with_its_own_count():
+    with open_runner("pytorch:demo") as runner, torch_threads(torch.get_num_threads() + 1):
+        seen = []
+        runner.model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+        runner(np.zeros((1, 3, *runner.description.image_size), np.float32))
+        assert seen == [torch.get_num_threads()]
 
 
 def test_the_count_is_given_back_after_an_error():

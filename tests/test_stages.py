@@ -140,7 +140,7 @@ def test_a_dumb_terminal_gets_lines(clock):
 SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-import dat_deploy.export as library
+import dat_deploy.export.onnx_model as library
 
 library.onnx_from_model = lambda *_, progress, **__: (progress("tracing"), time.sleep(60))
 from dat_deploy.cli import main

@@ -18,7 +18,7 @@ def test_without_a_gpu_it_cannot_run_here(monkeypatch):
 
 def test_bad_options_are_refused_first(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(DatDeployError, match="there is no precision 'int8'; it is one of fp16, bf16, fp32"):
+    with pytest.raises(DatDeployError, match="there is no precision 'int8'; it is one of fp32, fp16, bf16"):
         tune("tiny", precision="int8")
     with pytest.raises(ShapeError, match=r"batch sizes \[0\] cannot be run"):
         tune("tiny", batches=[0])

@@ -120,6 +120,30 @@ def test_runtime_that_mixes_up_slots_is_caught_only_by_batches(demo_onnx, demo_r
     assert failed(report) == {"photographs", "slots: images permuted"}
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "pytorch"])
+def test_an_engine_that_computes_with_several_threads_passes(runtime, demo_onnx, demo_reference):
+    """A worker of these tests has one core, and so would everything else."""
+    target = "demo" if runtime == "pytorch" else demo_onnx
+    with open_runner(f"{runtime}:{target}", threads=2) as runner:
+        assert runner.description.threads == 2
+        report = validate(runner, images=photographs(2), batches=[1, 3], skip=INSIDE, reference=demo_reference)
+    assert report.passed, report.verdict
+
+
+def test_a_reference_holds_its_weights_already(demo_onnx, demo_reference, golden_checkpoint):
+    with pytest.raises(DatDeployError) as error:
+        validate(str(demo_onnx), checkpoint=golden_checkpoint, reference=demo_reference)
+    assert str(error.value) == "a reference holds its weights already; give it or a checkpoint, not both."
+
+
+def test_what_a_reference_answered_is_given_again_and_cannot_be_changed(demo_onnx, demo_reference, monkeypatch):
+    images = np.zeros((1, 3, 64, 64), np.float32)
+    first = demo_reference.answers(images)
+    monkeypatch.setattr(demo_reference, "_forward", None)  # nothing can be computed now
+    assert demo_reference.answers(images.copy()) is first
+    assert not first["logits"].flags.writeable
+
+
 class _RightAtOneSize(_MixesSlots):
     """As a file is in which tracing froze a size."""
 

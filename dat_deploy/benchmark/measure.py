@@ -15,6 +15,7 @@ from dat_deploy.benchmark.record import EngineSettings, LatencyRatio, Record, Ro
 from dat_deploy.benchmark.worker import SEED, EngineProcess, Opened, Opening, Timings, Turn, named
 from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError
 from dat_deploy.runners import EngineDescription, EngineOutline, check_engine, parse_engine
+from dat_deploy.runners.base import available_cores
 
 __all__ = ["benchmark", "row_from_rounds"]
 
@@ -87,7 +88,12 @@ def benchmark(
     with contextlib.ExitStack() as stack:
         opened: dict[str, Opened] = {}
         workers = []
-        options = {"checkpoint": checkpoint, "image_size": image_size, "features": features, "threads": threads}
+        options = {
+            "checkpoint": checkpoint,
+            "image_size": image_size,
+            "features": features,
+            "threads": threads or available_cores(),  # the same for all: by itself each takes another count
+        }
         for label, engine in zip(labels, engines, strict=True):
             step(f"opening {label}")
             worker = stack.enter_context(EngineProcess(label))

@@ -198,12 +198,18 @@ def open_runner(
         checkpoint, features: for `pytorch:VARIANT`, where VARIANT is a name or a configuration file; an exported file
             has its own.
         image_size: (height, width) in pixels that `description` is for, where the engine has a choice.
-        threads: that one call may use; None for all that this process may run on.
+        threads: that one call may use; None for all that this process may run on, or as many as torch takes in this
+            process where torch computes.
 
     Raises:
         DatDeployError: if the engine cannot be opened; UnsupportedError if this environment lacks its runtime.
     """
     runtime, target = parse_engine(engine)
+    if runtime.target == "VARIANT":  # what is wrong with the words is told before a runtime is loaded
+        check_checkpoint(checkpoint)
+        find_variant(target, image_size=image_size, features=features)
+    elif not Path(target).is_file():
+        open_engine(Path(target)) if runtime.target != "FILE.onnx" else load_onnx(Path(target))
     if runtime.name in ("tensorrt", "tensorrt-rtx"):  # the engine first: what is wrong with it is wrong everywhere
         from dat_deploy.runners.tensorrt_runner import TensorrtRunner
 

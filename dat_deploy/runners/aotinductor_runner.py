@@ -1,6 +1,5 @@
 """AOTInductor, on the CPU or on CUDA: a package that `dat-deploy build` made, by its passport."""
 
-import contextlib
 import tempfile
 import threading
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from dat_deploy.engine.aotinductor import check_fits, model_name
 from dat_deploy.engine.passport import check_backend, open_engine
 from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError
-from dat_deploy.runners.base import Images, Runner, available_cores, describe
+from dat_deploy.runners.base import Images, Runner, describe
 from dat_deploy.runners.torch_threads import torch_threads
 
 __all__ = ["AotinductorRunner"]
@@ -24,7 +23,7 @@ class AotinductorRunner(Runner):
     """A package of compiled models, one for each batch. Several threads may call it, and take turns.
 
     Args:
-        threads: that one call may use on a CPU; None for all that this process may run on.
+        threads: that one call may use on a CPU; None for as many as torch takes.
 
     Raises:
         PassportError: if the package is not what its passport says; nothing of it was run then.
@@ -48,9 +47,10 @@ class AotinductorRunner(Runner):
             runtime_version=str(torch.__version__),
             device=device,
             precision=passport.metadata.precision,
-            threads=(threads or available_cores()) if device == "cpu" else 1,
+            threads=(threads or torch.get_num_threads()) if device == "cpu" else 1,
             profiles=passport.profiles,
         )
+        self._threads = threads
         self._lock = threading.Lock()
         self._pinned: dict[int, Tensor] = {}
         self._models: dict[int, Any] = {}
@@ -106,8 +106,7 @@ class AotinductorRunner(Runner):
     def _call(self, image: Tensor) -> list[Tensor]:
         if not self._models:
             raise EngineRunError(f"{self.description.name} is closed; open it again.")
-        on_cpu = self.description.device == "cpu"
-        threads = torch_threads(self.description.threads) if on_cpu else contextlib.nullcontext()
+        threads = torch_threads(self._threads if self.description.device == "cpu" else None)
         try:
             with threads, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions of fp32 in fp32
                 return self._models[image.shape[0]].boxed_run([image])  # type: ignore[no-any-return]  # untyped call

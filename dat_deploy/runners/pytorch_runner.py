@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dat_deploy.checkpoint import load_weights, model_from_weights
 from dat_deploy.configuration import find_variant
 from dat_deploy.preprocess import Preprocessing
-from dat_deploy.runners.base import EngineDescription, Images, Runner, available_cores
+from dat_deploy.runners.base import EngineDescription, Images, Runner
 from dat_deploy.runners.torch_threads import torch_threads
 from dat_deploy.variants import Variant
 
@@ -41,6 +41,7 @@ class PytorchRunner(Runner):
         network = find_variant(variant, image_size=image_size, features=features)
         weights = load_weights(network, checkpoint)
         self.model = model_from_weights(weights, network, sampled_points=sampled_points)
+        self._threads = threads
         self._forward = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.description = EngineDescription(
             name=name,
@@ -53,7 +54,7 @@ class PytorchRunner(Runner):
             batch=None,
             dynamic_image_size=network.takes_any_size and not compiled,
             lowering=None,
-            threads=threads or available_cores(),
+            threads=threads or torch.get_num_threads(),
             weights_sha256=weights.sha256,
             weights_source=weights.source,
             preprocessing=Preprocessing.from_variant(network),
@@ -61,7 +62,7 @@ class PytorchRunner(Runner):
 
     @torch.inference_mode()
     def _run(self, images_nchw: Images) -> dict[str, NDArray[np.float32]]:
-        with torch_threads(self.description.threads):
+        with torch_threads(self._threads):
             results = self._forward(torch.from_numpy(images_nchw))
         results = results if isinstance(results, tuple) else (results,)
         return {name: result.numpy() for name, result in zip(self.description.outputs, results, strict=True)}

@@ -81,6 +81,8 @@ def validate(
         DatDeployError: if the two sides do not hold the same weights, either cannot be opened, or `data` is refused.
         VerificationError: if PyTorch itself gives NaN on `data`.
     """
+    if checkpoint is not None and reference is not None:
+        raise DatDeployError("a reference holds its weights already; give it or a checkpoint, not both.")
     if not batches or min(batches) < 1:
         raise ShapeError(f"batches {list(batches)} are not possible; give numbers from 1, such as 1,2,3,8.")
     unknown = sorted(set(skip) - set(CHECKS))
@@ -120,7 +122,8 @@ def validate(
         if reference is None:
             progress("opening PyTorch")
             reference = stack.enter_context(open_reference(about, checkpoint))
-        reference.check_fits(about)
+        else:
+            reference.check_fits(about)
         described = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]
         checks: list[Check] = []
         accuracy: Accuracy | None = None

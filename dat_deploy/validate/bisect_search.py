@@ -23,7 +23,7 @@ from dat_deploy.plugins.deformable_attention.reference import attention_with_bia
 from dat_deploy.preprocess import preprocess_files
 from dat_deploy.runners import Runner, open_runner, parse_engine
 from dat_deploy.runners.base import Graph
-from dat_deploy.validate.bisect import PHOTOGRAPHS, BisectReport, Progress, Run
+from dat_deploy.validate.bisect_report import PHOTOGRAPHS, BisectReport, Progress, Run
 from dat_deploy.validate.comparison import DTYPES, precision_of, rounds_everything
 from dat_deploy.validate.hooks import captured
 from dat_deploy.validate.kinds import FP32_TOLERANCE
@@ -51,7 +51,8 @@ def find_difference(
         runner = stack.enter_context(open_runner(engine, checkpoint=checkpoint))
         if reference is None:
             reference = stack.enter_context(open_reference(runner.description, checkpoint))
-        reference.check_fits(runner.description)
+        else:
+            reference.check_fits(runner.description)
         search = _Search(runner, reference, images, tolerance, progress)
         block, operator = search.find()
         is_inside = block is not None and operator is not None and operator.name != block.name

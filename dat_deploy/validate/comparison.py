@@ -73,7 +73,7 @@ class Comparison:
     def expected(self) -> Outputs:
         """PyTorch's answers to the photographs."""
         self.progress("PyTorch")
-        return joined([self.reference.outputs(image[None]) for image in self.photos])
+        return joined([self.reference.answers(image[None]) for image in self.photos])
 
     @cached_property
     def stress(self) -> dict[str, Images]:
@@ -81,7 +81,7 @@ class Comparison:
 
     @cached_property
     def stress_expected(self) -> dict[str, Outputs]:
-        return {label: self.reference.outputs(image) for label, image in self.stress.items()}
+        return {label: self.reference.answers(image) for label, image in self.stress.items()}
 
     @cached_property
     def tolerances(self) -> dict[str, float]:

@@ -16,8 +16,8 @@ from dat_deploy.model import reference_points
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.runners.base import Graph, Images
 from dat_deploy.validate import ValidationReport, validate
+from dat_deploy.validate.kinds import SELF_TEST_BATCHES
 from dat_deploy.validate.reference import Outputs, Reference
-from dat_deploy.validate.self_test import BATCHES
 
 __all__ = ["FAULTS", "Fault", "faulty_report"]
 
@@ -56,7 +56,7 @@ def faulty_report(
         ir.save(model, path)
     with open_runner(f"{runtime}:{path}") as runner:
         tested = runner if fault.misbehave is None else _Misbehaving(runner, fault.misbehave)
-        return validate(tested, batches=BATCHES, skip=skip, reference=reference)
+        return validate(tested, batches=SELF_TEST_BATCHES, skip=skip, reference=reference)
 
 
 class _Misbehaving(Runner):

@@ -55,12 +55,16 @@ class Reference(PytorchRunner):
                 f"Open a reference for it: open_reference(engine.description, checkpoint)."
             )
 
+    def answers(self, images_nchw: NDArray[np.float32]) -> Outputs:
+        """As `outputs`, kept."""
+        return self.remembered("outputs", images_nchw, lambda: self.outputs(images_nchw))
+
     def remembered(self, what: Hashable, images: NDArray[Any], compute: Callable[[], Answer]) -> Answer:
-        """What `compute` gives, or once gave for the same images."""
+        """What `compute` gives, or once gave for the same images; its arrays are read-only."""
         content = np.ascontiguousarray(images)
         key = (what, images.shape, hashlib.sha256(content.data).digest())
         if key not in self._answers:
-            self._answers[key] = compute()
+            self._answers[key] = _frozen(compute())
         return self._answers[key]  # type: ignore[no-any-return]  # of what `compute` gives
 
     def rounded(self, dtype: torch.dtype, locations_too: bool) -> tuple[DAT, torch.dtype]:
@@ -76,18 +80,19 @@ class Reference(PytorchRunner):
             )
         return self._answers[key], dtype if locations_too else torch.float32
 
-    def _run(self, images_nchw: NDArray[np.float32]) -> Outputs:
-        def compute() -> Outputs:
-            outputs = PytorchRunner._run(self, images_nchw)
-            for values in outputs.values():
-                values.setflags(write=False)  # it will be given again
-            return outputs
-
-        return dict(self.remembered("outputs", images_nchw, compute))
-
     def close(self) -> None:
         super().close()
         self._answers.clear()
+
+
+def _frozen(answer: Answer) -> Answer:
+    """With every array in it read-only, since it will be given again."""
+    if isinstance(answer, np.ndarray):
+        answer.setflags(write=False)
+    elif isinstance(answer, dict | list):
+        for part in answer.values() if isinstance(answer, dict) else answer:
+            _frozen(part)
+    return answer
 
 
 def open_reference(about: EngineDescription, checkpoint: Path | None = None) -> Reference:

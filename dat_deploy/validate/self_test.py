@@ -12,12 +12,11 @@ from dat_deploy.export import export
 from dat_deploy.metadata import read_metadata
 from dat_deploy.runners import EngineDescription, check_engine, open_runner, parse_engine
 from dat_deploy.validate import validate
+from dat_deploy.validate.kinds import SELF_TEST_BATCHES
 
 # What loads a graph library is imported after the checks, so that a wrong argument is told at once.
 
-__all__ = ["BATCHES", "SelfTest", "Tried", "self_test"]
-
-BATCHES = (1, 2, 3)
+__all__ = ["SelfTest", "Tried", "self_test"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def self_test(
         with open_runner(engine) as runner:
             about = runner.description
             reference = stack.enter_context(open_reference(about, checkpoint))
-            sound = validate(runner, batches=BATCHES, reference=reference)
+            sound = validate(runner, batches=SELF_TEST_BATCHES, reference=reference)
         if not sound.passed:
             raise VerificationError(f"the self-test needs an engine that is right. {sound.verdict}")
         found = []

@@ -415,7 +415,7 @@ print(counters["aot_autograd"]["autograd_cache_hit"])
 """
 
 
-@pytest.mark.slow  # four processes that compile
+@pytest.mark.compiler
 def test_torch_compile_finds_what_another_version_compiled_unless_the_tag_tells_them_apart(tmp_path):
     """Why users are told to set it; should the first line fail with a new torch, they need not be told any more."""
     hits = []
