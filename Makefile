@@ -5,18 +5,28 @@ BIN := $(VENV)/bin
 # A machine with a GPU may have torch for it, and nothing to make .venv from.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-all fashion-mnist lint format bench bench-accuracy bench-serving gpu-kit bench-gpu clean
+.PHONY: demo test test-compile test-serving test-all fashion-mnist lint format bench bench-accuracy bench-serving gpu-kit bench-gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/dat-deploy demo
 
+# A worker a core: torch with two threads is hardly quicker than with one in networks as small as the tests'.
+PYTEST := $(BIN)/python -m pytest --durations=10
+WORKERS := --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow and not gpu and not interpreter" --durations=10
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/plugins/test_kernels.py --durations=10
+	$(PYTEST) $(WORKERS) -m "not slow and not gpu and not interpreter and not compiler and not server"
+	TRITON_INTERPRET=1 $(PYTEST) $(WORKERS) tests/plugins/test_kernels.py
+
+test-compile: $(VENV)/ready
+	$(PYTEST) -m "compiler and not slow and not gpu"
+
+test-serving: $(VENV)/ready
+	$(PYTEST) -m "server and not slow and not gpu"
 
 test-all: $(VENV)/ready fashion-mnist
-	$(BIN)/python -m pytest -m "not gpu and not interpreter" --durations=20
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/plugins/test_kernels.py --durations=10
+	$(PYTEST) -m "not gpu and not interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) $(WORKERS) tests/plugins/test_kernels.py
 
 # 10,000 labelled pictures for variant `demo`, out of a Debian package (31 MB), which is unpacked and not installed.
 fashion-mnist: data/fashion-mnist/test

@@ -148,6 +148,10 @@ def serve(handle: int, opener: str, kit: str) -> None:
         except UnsupportedError as error:
             connection.send(error)
             return
+        import torch  # which is there, if there is a GPU
+
+        from dat_deploy.plugins import cache_key
+
         connection.recv()  # the question what GPU this is
         kit_used = f"Triton {gpu.kit.triton}, sm_{gpu.kit.architecture}" if gpu.kit is not None else "none"
         connection.send(replace(gpu.machine, versions=gpu.machine.versions | {"kit": kit_used}))
@@ -156,6 +160,7 @@ def serve(handle: int, opener: str, kit: str) -> None:
         while True:
             job, context = connection.recv()
             os.environ["DAT_DEPLOY_CONFIGURATIONS"] = str(context["path"].with_name(CONFIGURATIONS))
+            torch.compiler.config.cache_key_tag = cache_key()
             gpu.release()
             found = attempt(job, context | {"gpu": gpu})
             if gpu.kit is not None and gpu.kit.missed:

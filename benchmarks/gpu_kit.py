@@ -33,7 +33,7 @@ from dat_deploy.errors import DatDeployError, OutputError, UnsupportedError  # n
 from dat_deploy.plugins import trt_plugin  # noqa: E402
 from dat_deploy.plugins.launch import Launch, ceil_div  # noqa: E402
 from dat_deploy.plugins.precompiled import Entry, Needed, Precompiled, key, precompile, write_index  # noqa: E402
-from dat_deploy.tune import DTYPES  # noqa: E402
+from dat_deploy.tune_network import DTYPES  # noqa: E402
 
 __all__ = ["launches", "needed", "prototype"]
 

@@ -27,7 +27,7 @@ from dat_deploy.plugins.window_attention.reference import (
     window_merge,
     window_partition,
 )
-from dat_deploy.tune import DTYPES
+from dat_deploy.tune_network import DTYPES
 
 __all__ = ["DTYPES", "SLACK", "ceilings", "check", "dtypes_of", "make_inputs", "measure", "tuned_share"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dat_deploy.labels import class_names, top_k
-from dat_deploy.preprocess import preprocess_files
-from dat_deploy.runners import EngineDescription, Runner, open_runner
+from dat_deploy.labels import check_top_k, class_names, top_k
+from dat_deploy.preprocess import check_images, preprocess_files
+from dat_deploy.runners import EngineDescription, Runner, check_engine, open_runner
 
 __all__ = ["Classification", "Prediction", "classify", "logits_of"]
 
@@ -43,6 +43,9 @@ def classify(images: Sequence[Path], engine: str, *, checkpoint: Path | None = N
     Raises:
         ImageError: if a file is not an image that can be read; nothing is classified then.
     """
+    check_top_k(top)
+    check_engine(engine, checkpoint=checkpoint)
+    check_images(images)
     with open_runner(engine, checkpoint=checkpoint) as runner:
         inputs = preprocess_files(images, runner.description.preprocessing)
         best = top_k(logits_of(runner, inputs), class_names(runner.description.network), top)

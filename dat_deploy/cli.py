@@ -5,6 +5,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import resources
@@ -14,16 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from dat_deploy.errors import DatDeployError, OutputError
+from dat_deploy.stages import Stages
 from dat_deploy.variants import VARIANTS, Variant, get_variant
 
 if TYPE_CHECKING:
     from dat_deploy.benchmark import Record
     from dat_deploy.classify import Classification
+    from dat_deploy.engine.inspector import OnnxFile
     from dat_deploy.engine.passport import Passport
+    from dat_deploy.metadata import FileMetadata
     from dat_deploy.serving.client import ServedClassification
     from dat_deploy.validate.accuracy import Accuracy
 
@@ -74,6 +77,7 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the 
 @app.command()
 def variants(json_file: JsonOption = None, force: ForceOption = False) -> None:
     """List the networks."""
+    _check_json(json_file, force=force)
     table = Table("variant", "family", "image", box=None)
     for heading in ("params", "GMACs", "top-1"):
         table.add_column(heading, justify="right")
@@ -102,11 +106,11 @@ def convert(
     json_file: JsonOption = None,
 ) -> None:
     """Turn a checkpoint into a .safetensors file, which cannot hold code."""
-    from dat_deploy.checkpoint import convert_checkpoint
+    from dat_deploy import convert as library
 
     _check_json(json_file, force=force)
     with err.status(f"reading {checkpoint.name}"):
-        variant, weights = convert_checkpoint(checkpoint, output, force=force)
+        variant, weights = library.convert(checkpoint, output, force=force)
     out.print(f"{output}: variant {variant.name}, weights sha256 {weights.sha256[:12]}")
     _notes(weights.notes)
     _write_json({"variant": variant.name, "weights_sha256": weights.sha256}, json_file, force=force)
@@ -176,12 +180,12 @@ def export(
                 "--from changes nothing but --lowering; every other option needs a new export, without --from."
             )
         target = output or source.with_suffix(f".{lowering}.onnx")
-    from dat_deploy import export as library
-
     _check_json(json_file, force=force)
-    with err.status(f"exporting {target.name}"):
+    with Stages("export", err) as shown:
+        from dat_deploy import export as library
+
         if source is not None:
-            report = library.relower(source, target, lowering, force=force)
+            report = library.relower(source, target, lowering, force=force, progress=shown.begin)
         else:
             report = library.export(
                 name,
@@ -198,6 +202,7 @@ def export(
                 sampling_locations=sampling_locations,
                 opset_version=opset,
                 force=force,
+                progress=shown.begin,
             )
     metadata = report.metadata
     size_taken = "any size" if metadata.dynamic_image_size else _size(metadata.image_size)
@@ -231,14 +236,12 @@ def quantize(
     json_file: JsonOption = None,
 ) -> None:
     """Bring the linear layers of an exported file to int8, with ranges measured on images."""
-    from dat_deploy.export import quantize as library
-
     _check_json(json_file, force=force)
     target = output or source.with_suffix(".int8.onnx")
-    with err.status("quantizing") as status:
-        report = library.quantize(
-            source, target, data, images=images, method=method, force=force, progress=status.update
-        )
+    with Stages("quantize", err) as shown:
+        from dat_deploy.export import quantize as library
+
+        report = library.quantize(source, target, data, images=images, method=method, force=force, progress=shown.begin)
     metadata = report.metadata
     calibration = metadata.calibration
     assert calibration is not None
@@ -308,10 +311,10 @@ def build(
         raise DatDeployError("build takes one of --variant NAME and --config FILE.yaml.")
     if variant:
         get_variant(variant)  # before torch is loaded
-    from dat_deploy.engine import build as library
-
     _check_json(json_file, force=force)
-    with err.status("building") as status:
+    with Stages("build", err) as shown:
+        from dat_deploy.engine import build as library
+
         report = library.build(
             source,
             output or (Path(f"{config.stem}.pt2") if config else None),
@@ -329,7 +332,7 @@ def build(
             precision=precision,
             device=device,
             force=force,
-            progress=status.update,
+            progress=shown.begin,
         )
     _print_passport(report.path, report.passport)
     _notes(report.notes)
@@ -350,11 +353,9 @@ def inspect(
 
     _check_json(json_file, force=force)
     found = library.inspect(engine)
-    if found.passport is None:
-        metadata = found.metadata
-        out.print(f"{engine}: {metadata.variant}, lowering {metadata.lowering}, {metadata.precision}")
-        out.print(f"nodes: {_counts(found.layers)}")
-    else:
+    if found.file is not None:
+        _print_file(engine, found.metadata, found.file)
+    elif found.passport is not None:
         _print_passport(engine, found.passport)
     if found.unseen is not None:
         out.print(f"layers of the built engine: not seen; {found.unseen}")
@@ -412,10 +413,11 @@ def package(
 ) -> None:
     """Write a model repository for Triton Inference Server."""
     preferred = _numbers(batch, "--batch", "8,32")
-    from dat_deploy.serving import repository as library
-
     _check_json(json_file, force=force)
-    with err.status("packaging"):
+    with Stages("package", err) as shown:
+        from dat_deploy.serving import repository as library
+
+        shown.begin("packaging")
         report = library.package(
             engine,
             output,
@@ -508,17 +510,15 @@ def validate(
         raise DatDeployError("--limit and --strict-data are about --data; name a folder with it.")
     sizes = _numbers(batch, "--batch")
     pixels = None if image_size is None else [_image_size(size) for size in image_size.split(",")]
-    from dat_deploy import validate as library
-
     _check_json(json_file, force=force)
     _check_json(html, force=force)
     if html is not None:
         from dat_deploy.benchmark.plotting import check_matplotlib
 
         check_matplotlib()
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("opening", total=None)
+    with Stages("validate", err) as shown:
+        from dat_deploy import validate as library
+
         report = library.validate(
             engine,
             checkpoint=checkpoint,
@@ -532,8 +532,8 @@ def validate(
             gates=_gates(gate or []),
             skip=skip or (),
             trace=html is not None,
-            progress=lambda name: bar.update(task, description=name),
-            data_progress=lambda done, of: bar.update(task, description="data", completed=done, total=of),
+            progress=shown.begin,
+            data_progress=lambda done, of: shown.count(done, of, "data"),
         )
     table = Table("check", box=None)
     for heading in ("batch", "error", "allowed"):
@@ -551,9 +551,11 @@ def validate(
     if json_file is not None:
         report.write(json_file, force=force)
     if html is not None:
-        from dat_deploy.validate.page import write_page
+        with Stages("validate", err) as shown:
+            from dat_deploy.validate.page import write_page
 
-        write_page(report, html, force=force)
+            shown.begin("drawing the page")
+            write_page(report, html, force=force)
         out.print(f"page: {html}")
     _notes(report.notes)
     if report.differs and engine.endswith(".onnx"):
@@ -577,11 +579,11 @@ def validate(
 
 
 def _self_test(engine: str | None, checkpoint: Path | None, json_file: Path | None, *, force: bool) -> None:
-    from dat_deploy.validate import faults
-
     _check_json(json_file, force=force)
-    with err.status("opening") as status:
-        found = faults.self_test(engine, checkpoint=checkpoint, progress=lambda name: status.update(name))
+    with Stages("self-test", err) as shown:
+        from dat_deploy.validate import self_test as library
+
+        found = library.self_test(engine, checkpoint=checkpoint, progress=shown.begin)
     table = Table("fault", "caught by", "", box=None)
     for tried in found.tried:
         table.add_row(tried.fault, ", ".join(tried.caught_by) or "NOTHING", tried.story)
@@ -647,14 +649,12 @@ def bisect(
     json_file: JsonOption = None,
 ) -> None:
     """Name the first block and operator where an ONNX file differs from PyTorch; exit code 2 if there is one."""
-    from dat_deploy.runners import parse_engine
-    from dat_deploy.validate import bisect as library
-
     _check_json(json_file, force=force)
-    with err.status("opening") as status:
-        report = library.bisect(
-            engine, checkpoint=checkpoint, images=image, tolerance=tolerance, progress=lambda name: status.update(name)
-        )
+    with Stages("bisect", err) as shown:
+        from dat_deploy.runners import parse_engine
+        from dat_deploy.validate import bisect as library
+
+        report = library.bisect(engine, checkpoint=checkpoint, images=image, tolerance=tolerance, progress=shown.begin)
     table = Table("after", "tensor", box=None)
     for heading in ("error", "allowed"):
         table.add_column(heading, justify="right")
@@ -708,7 +708,7 @@ def bench(
     for path in (plot, json_file):
         if path is not None:
             check_output(path, force=force)
-    with err.status("starting") as status:
+    with Stages("bench", err) as shown:
         record = library.benchmark(
             engine,
             batches=sizes,
@@ -719,7 +719,7 @@ def bench(
             image_size=pixels,
             features=stages,
             baseline=baseline,
-            progress=lambda done, total, doing: status.update(f"{doing} ({done}/{total})"),
+            progress=shown.count,
         )
     _print_record(record)
     busy = max(row.others_busy_cores for row in record.rows)
@@ -731,7 +731,9 @@ def bench(
     if json_file is not None:
         record.write(json_file, force=force)
     if plot is not None:
-        library.plot(record, plot, force=force)
+        with Stages("bench", err) as shown:
+            shown.begin("drawing the plot")
+            library.plot(record, plot, force=force)
         out.print(f"plot: {plot}")
     if json_file is not None:
         _next("compare", json_file, "LATER.json")
@@ -750,6 +752,7 @@ def compare(
     json_file: JsonOption = None,
 ) -> None:
     """Compare two benchmark records; refused if their settings differ."""
+    _check_json(json_file, force=force)
     from dat_deploy.benchmark import Record
     from dat_deploy.benchmark import compare as compare_records
 
@@ -895,16 +898,16 @@ def tune(
     """
     pixels = None if image_size is None else _image_size(image_size)
     batches = _numbers(batch, "--batch")
-    from dat_deploy.tune import tune as measure
-
     _check_json(json_file, force=force)
-    with err.status("measuring") as status:
+    with Stages("tune", err) as shown:
+        from dat_deploy.tune import tune as measure
+
         tuning = measure(
             get_variant(variant),
             batches=batches,
             image_size=pixels,
             precision=precision,
-            progress=lambda done, total, doing: status.update(f"{doing} ({done}/{total})"),
+            progress=shown.count,
         )
     table = Table("operator", "problem", "fastest", box=None)
     table.add_column("us", justify="right")
@@ -946,11 +949,12 @@ def visualize(
     """Draw where the deformable blocks look, or how far two engines differ in it."""
     pixels = None if image_size is None else _image_size(image_size)
     _check_pytorch_options(engine, checkpoint, None)
-    from dat_deploy import visualize as library
-
     _check_json(json_file, force=force)
     target = output or Path(f"{image.stem}.points.png")
-    with err.status("looking"):
+    with Stages("visualize", err) as shown:
+        from dat_deploy import visualize as library
+
+        shown.begin("looking")
         found = library.visualize(image, engine, target, checkpoint=checkpoint, image_size=pixels, force=force)
     table = Table("block", box=None)
     for heading in ("points", "moved px", "at most", "outside"):
@@ -1065,6 +1069,7 @@ def client(
 @app.command()
 def doctor(force: ForceOption = False, json_file: JsonOption = None) -> None:
     """Print what a bug report needs, and what can run here."""
+    _check_json(json_file, force=force)
     from dat_deploy import doctor as library
 
     with err.status("looking"):
@@ -1100,27 +1105,35 @@ def demo(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make folder {directory}: {error.strerror}; choose another --directory.") from error
-    onnx_file = directory / "tiny.onnx"
+    tiny, trained = directory / "tiny.onnx", directory / "demo.onnx"
+    report, page = directory / "validation.json", directory / "report.html"
     record, plot = directory / "bench.json", directory / "bench.png"
-    report = directory / "validation.json"
-    _step(f"dat-deploy export --variant tiny --output {onnx_file}")
-    export(variant="tiny", output=onnx_file, force=True)
-    _step(f"dat-deploy validate --engine {onnx_file} --json {report}")
-    validate(engine=str(onnx_file), json_file=report, force=True)
-    engines = ["pytorch:tiny", str(onnx_file), f"openvino:{onnx_file}"]
-    _step(f"dat-deploy bench {' '.join(f'--engine {name}' for name in engines)} --json {record} --plot {plot}")
-    bench(engine=engines, json_file=record, plot=plot, force=True)
-    trained, page, picture = directory / "demo.onnx", directory / "report.html", directory / "ankle_boot.png"
-    _step(f"dat-deploy export --variant demo --output {trained}")
-    export(variant="demo", output=trained, force=True)
-    _step(f"dat-deploy validate --engine {trained} --html {page}")
-    validate(engine=str(trained), html=page, force=True)
+    picture = directory / "ankle_boot.png"
     with resources.as_file(resources.files("dat_deploy").joinpath("data", picture.name)) as source:
         shutil.copy(source, picture)
-    _step(f"dat-deploy classify {picture} --engine {trained}")
-    classify(image=[picture], engine=str(trained), top=3)
+    engines = ["pytorch:tiny", str(tiny), f"openvino:{tiny}"]
+    named = " ".join(f"--engine {name}" for name in engines)
+    steps: dict[str, Callable[[], None]] = {
+        f"export --variant tiny --output {tiny}": lambda: export(variant="tiny", output=tiny, force=True),
+        f"validate --engine {tiny} --batch 1,2 --json {report}": lambda: validate(
+            engine=str(tiny), batch="1,2", json_file=report, force=True
+        ),
+        f"bench {named} --rounds 3 --json {record} --plot {plot}": lambda: bench(
+            engine=engines, rounds=3, json_file=record, plot=plot, force=True
+        ),
+        f"export --variant demo --output {trained}": lambda: export(variant="demo", output=trained, force=True),
+        f"validate --engine {trained} --html {page}": lambda: validate(engine=str(trained), html=page, force=True),
+        f"classify {picture} --engine {trained} --top 3": lambda: classify(image=[picture], engine=str(trained), top=3),
+    }
+    began = time.monotonic()
+    for number, (command, run) in enumerate(steps.items(), 1):
+        out.print(f"\n[{number}/{len(steps)}] $ dat-deploy {command}")
+        step_began = time.monotonic()
+        run()
+        out.print(f"[{number}/{len(steps)}] took {time.monotonic() - step_began:.0f} s")
     out.print(
-        f"\nAll of it worked; the files are in {directory}. With an official checkpoint (links in the README):\n"
+        f"\nAll of it worked in {time.monotonic() - began:.0f} s; the files are in {directory}. "
+        f"With an official checkpoint (links in the README):\n"
         f"  dat-deploy export --variant tiny --checkpoint dat_tiny_in1k_224.pth\n"
         f"  dat-deploy classify PHOTOGRAPH.jpg --engine tiny.onnx"
     )
@@ -1167,6 +1180,48 @@ def _run() -> int | str | None:
     return 0
 
 
+def _print_file(path: Path, metadata: "FileMetadata", file: "OnnxFile") -> None:
+    size = "any size" if metadata.dynamic_image_size else _size(metadata.image_size)
+    rule = metadata.preprocessing
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (rule.mean, rule.std))
+    names = metadata.class_names
+    table = Table(box=None, show_header=False)
+    table.add_row("file", f"{path}, {file.size_bytes / 1e6:.1f} MB, sha256 {file.sha256}")
+    table.add_row("written by", f"{file.written_by}; opset {file.opset_version}, IR version {file.ir_version}")
+    table.add_row(
+        "network", f"{metadata.variant} {size}, {metadata.network.family}, batch {metadata.batch or 'dynamic'}"
+    )
+    for side, tensors in (("input", file.inputs), ("output", file.outputs)):
+        for tensor in tensors:
+            table.add_row(side, f"{tensor.name} {tensor.type} [{', '.join(map(str, tensor.shape))}]")
+    table.add_row("classes", f"{len(names)}: {names[0]} to {names[-1]}" if names else "none: it is a backbone")
+    table.add_row(
+        "preprocessing",
+        f"{rule.color}, resized to {_size(rule.resize_size)} ({rule.interpolation}), {rule.crop} crop of "
+        f"{_size(rule.image_size)}, mean {mean}, std {std}",
+    )
+    operators = ", ".join(f"{count} {name}" for name, count in file.operators.items()) or "none"
+    table.add_row("lowering", metadata.lowering)
+    table.add_row("operators", f"{operators}; {file.operator_form}")
+    table.add_row("precision", _precision(metadata))
+    table.add_row("nodes", str(file.census).removeprefix("precision: "))
+    table.add_row("weights", f"{metadata.weights_source}, sha256 {metadata.weights_sha256}")
+    calibration = metadata.calibration
+    if calibration is not None:
+        table.add_row(
+            "calibrated on",
+            f"{calibration.images} images of {calibration.folder}, {calibration.method} of {calibration.library} "
+            f"{calibration.library_version}",
+        )
+    out.print(table)
+
+
+def _precision(metadata: "FileMetadata") -> str:
+    kept = f"; kept in fp32: {', '.join(metadata.fp32_added)}" if metadata.fp32_added else ""
+    less = f"; no fp32 in: {', '.join(metadata.fp32_removed)}" if metadata.fp32_removed else ""
+    return metadata.precision + kept + less
+
+
 def _print_passport(path: Path, passport: "Passport") -> None:
     metadata = passport.metadata
     table = Table(box=None, show_header=False)
@@ -1180,9 +1235,7 @@ def _print_passport(path: Path, passport: "Passport") -> None:
         "ahead-of-time": ", plugins baked in",
     }
     table.add_row("lowering", metadata.lowering + forms.get(passport.plugin_form or "", ""))
-    kept = f"; kept in fp32: {', '.join(metadata.fp32_added)}" if metadata.fp32_added else ""
-    less = f"; no fp32 in: {', '.join(metadata.fp32_removed)}" if metadata.fp32_removed else ""
-    table.add_row("precision", metadata.precision + kept + less)
+    table.add_row("precision", _precision(metadata))
     if passport.layers:
         table.add_row("layers", f"{_counts(passport.layers)} in the network that was parsed")
     if passport.engine_layers is not None:
@@ -1255,10 +1308,6 @@ def _print_record(record: "Record") -> None:
         f"ratio: latency / latency of {record.settings.baseline}, round by round; below 1 is faster. "
         f"{hardware.cpu}, {hardware.cores} cores."
     )
-
-
-def _step(command: str) -> None:
-    out.print(f"\n$ {command}")
 
 
 def _next(*words: object) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from dat_deploy.errors import VariantError
+from dat_deploy.files import open_input
 from dat_deploy.typed_json import typed
 from dat_deploy.variants import LARGEST, PATCH_SIZE, StageConfig, Variant, get_variant
 
@@ -150,15 +151,8 @@ def variant_from_config(path: Path) -> Variant:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        if path.is_dir():
-            raise VariantError(f"{path} is a folder; name the configuration file in it.")
-        if path.exists() and not path.is_file():  # a pipe or a device would block
-            raise VariantError(f"{path} is not a regular file.")
-        with path.open("rb") as file:
-            data = file.read(SIZE_LIMIT_BYTES + 1)
-    except OSError as error:
-        raise VariantError(f"cannot read {path}: {error.strerror or error}.") from error
+    with open_input(path, VariantError, "configuration file") as file:
+        data = file.read(SIZE_LIMIT_BYTES + 1)
     if len(data) > SIZE_LIMIT_BYTES:
         raise VariantError(f"{path} has more than {SIZE_LIMIT_BYTES} bytes; an official configuration has about 1300.")
     return data

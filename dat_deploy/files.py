@@ -7,12 +7,38 @@ import secrets
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from dat_deploy.errors import OutputError
+from dat_deploy.errors import DatDeployError, OutputError
 
-__all__ = ["atomic_output", "check_output"]
+__all__ = ["atomic_output", "check_input", "check_output", "open_input"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def open_input(path: Path, error: type[DatDeployError], what: str) -> Iterator[BinaryIO]:
+    """A file that the user named, open for reading.
+
+    Args:
+        error: what is raised unless `path` is a regular file that can be opened and, inside the block, read.
+        what: it is, such as `checkpoint file`.
+    """
+    try:
+        if path.is_dir():
+            raise error(f"{path} is a folder; name the {what} in it.")
+        if path.exists() and not path.is_file():  # a pipe or a device would block
+            raise error(f"{path} is not a regular file.")
+        with path.open("rb") as file:
+            yield file
+    except OSError as reason:
+        raise error(f"cannot read {path}: {reason.strerror or reason}.") from reason
+
+
+def check_input(path: Path, error: type[DatDeployError], what: str) -> None:
+    """Refuse early, before anything slow is loaded, what `open_input` would refuse."""
+    with open_input(path, error, what):
+        pass
 
 
 def check_output(path: Path, *, force: bool) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from dat_deploy.errors import ShapeError, VerificationError
 from dat_deploy.variants import Variant
 
-__all__ = ["class_names", "imagenet_class_names", "top_k"]
+__all__ = ["check_top_k", "class_names", "imagenet_class_names", "top_k"]
 
 
 @functools.cache
@@ -36,6 +36,12 @@ def class_names(network: Variant) -> tuple[str, ...]:
     return tuple(f"class {index}" for index in range(network.classes))
 
 
+def check_top_k(k: int) -> None:
+    """Raises ShapeError unless `top_k` takes `k`."""
+    if k < 1:
+        raise ShapeError(f"top_k got k = {k}; it takes 1 or more. Ask for at least one class.")
+
+
 def top_k(logits: ArrayLike, names: Sequence[str], k: int = 5) -> list[list[tuple[int, str, float]]]:
     """The `k` most probable classes of each image, or all classes where there are fewer.
 
@@ -53,8 +59,7 @@ def top_k(logits: ArrayLike, names: Sequence[str], k: int = 5) -> list[list[tupl
         raise ShapeError(f"logits have shape {values.shape}; top_k takes [B, classes]. Add the batch axis.")
     if values.shape[1] != len(names):
         raise ShapeError(f"logits are of {values.shape[1]} classes and there are {len(names)} names. Name each class.")
-    if k < 1:
-        raise ShapeError(f"top_k got k = {k}; it takes 1 or more. Ask for at least one class.")
+    check_top_k(k)
     for image, row in enumerate(values):
         if not np.isfinite(row).all():
             raise VerificationError(

@@ -12,7 +12,9 @@ from dat_deploy.preprocess import Preprocessing
 from dat_deploy.typed_json import plain, typed
 from dat_deploy.variants import Variant
 
-__all__ = ["Calibration", "FileMetadata", "load_onnx", "read_metadata"]
+__all__ = ["DOMAIN_NAME", "Calibration", "FileMetadata", "load_onnx", "read_metadata", "read_onnx"]
+
+DOMAIN_NAME = "dat_deploy"  # of the operators in a graph; see `plugins.onnx_domain`
 
 _PREFIX = "dat_deploy."
 
@@ -120,3 +122,14 @@ def load_onnx(path: Path) -> onnx.ModelProto:
         return onnx.load(path)
     except Exception as error:  # protobuf's own exception types differ between its releases
         raise ExportError(f"{path} is not an ONNX file, or it is truncated. Export it again.") from error
+
+
+def read_onnx(path: Path) -> tuple[bytes, onnx.ModelProto]:
+    """The file's bytes, and what was parsed from those; raises ExportError as `load_onnx`."""
+    if not path.is_file():
+        load_onnx(path)  # says what is wrong
+    content = path.read_bytes()
+    try:
+        return content, onnx.load_from_string(content)
+    except Exception:  # protobuf's own exception types differ between its releases
+        return content, load_onnx(path)

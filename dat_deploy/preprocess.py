@@ -14,7 +14,7 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +30,7 @@ __all__ = [
     "FORMATS",
     "MAX_IMAGE_PIXELS",
     "Preprocessing",
+    "check_images",
     "golden_picture",
     "golden_sha256",
     "image_files",
@@ -157,6 +158,24 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             size is taken from the header, before any pixel is decoded.
     """
     path = Path(path)
+    with _opened(path) as file, _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _decode(file, str(path))
+
+
+def check_images(paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse early, before anything slow is loaded, files that `read_image` cannot open or does not know.
+
+    Raises:
+        ImageError: as `read_image`, but for what only decoding shows.
+    """
+    for path in map(Path, paths):
+        with _opened(path) as file, _warnings_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _header(file, str(path), MAX_IMAGE_PIXELS)
+
+
+def _opened(path: Path) -> BinaryIO:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -164,7 +183,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             raise ImageError(f"image '{path}' is {kind}; accepted are {_formats()} files. Name the image files.")
         if status.st_size == 0:
             raise ImageError(f"image '{path}' is empty; accepted are {_formats()} files. Copy it again.")
-        file = path.open("rb")
+        return path.open("rb")
     except FileNotFoundError as error:
         raise ImageError(f"image '{path}' does not exist; accepted are {_formats()} files. Check the path.") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -172,9 +191,6 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             f"image '{path}' cannot be opened ({_reason(error)}); it must be a readable file. "
             f"Check the path and its permissions."
         ) from error
-    with file, _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _decode(file, str(path))
 
 
 def image_from_bytes(content: bytes, name: str, *, most_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -262,7 +278,8 @@ def golden_sha256(preprocessing: Preprocessing) -> str:
     return hashlib.sha256(preprocess(golden_picture(), preprocessing).astype("<f4").tobytes()).hexdigest()
 
 
-def _decode(file: BinaryIO, path: str, most_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def _header(file: BinaryIO, path: str, most_pixels: int) -> Image.Image:
+    """The picture before it is decoded, of a format that is read and not too large."""
     limit = min(most_pixels, MAX_IMAGE_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_IMAGE_PIXELS)
     try:
         image = Image.open(file, formats=FORMATS)
@@ -277,6 +294,11 @@ def _decode(file: BinaryIO, path: str, most_pixels: int = MAX_IMAGE_PIXELS) -> I
         ) from error
     if image.width * image.height > limit:
         raise _too_large(path, str(image.width * image.height), limit)
+    return image
+
+
+def _decode(file: BinaryIO, path: str, most_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    image = _header(file, path, most_pixels)
     if image.format == "JPEG":
         file.seek(0)
         scans = file.read().count(b"\xff\xda")

@@ -28,13 +28,14 @@ from dat_deploy.photographs import photographs
 from dat_deploy.preprocess import (
     FORMATS,
     Preprocessing,
+    check_images,
     golden_picture,
     golden_sha256,
     preprocess,
     preprocess_files,
     read_image,
 )
-from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
+from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
 
 __all__ = [
     "EXPLAINED_UNITS",
@@ -206,6 +207,8 @@ def check_preprocessing(
             f"{engine} has no golden_sha256 in its metadata, so nothing says what its preprocessing gave where it was "
             f"exported; dat-deploy {recorded.version} made it before there was one. Export it again."
         )
+    outline = check_engine(engine, checkpoint=checkpoint)
+    check_images(images or ())
     notes = []
     sources: list[Source] = list(images) if images else [None]
     elsewhere: list[Source] = []
@@ -214,9 +217,9 @@ def check_preprocessing(
             elsewhere += photographs()
         except UnsupportedError as error:
             notes.append(f"the golden picture alone was compared: {error}")
+    given = [_read_array(Path(path), sources, outline) for path in arrays or ()]  # before anything takes time
     with open_runner(engine, checkpoint=checkpoint) as runner:
         about = runner.description
-        given = [_read_array(Path(path), sources, about) for path in arrays or ()]  # before anything takes time
         judge = _Judge(runner, sources, elsewhere, tolerance_units)
         rows = [judge.compare_pil()]
         rows += [judge.compare(str(path), array) for path, array in zip(arrays or (), given, strict=True)]
@@ -324,7 +327,7 @@ class _Given:
     layout: str = ""
 
 
-def _read_array(path: Path, sources: Sequence[Source], about: EngineDescription) -> _Given:
+def _read_array(path: Path, sources: Sequence[Source], about: EngineOutline) -> _Given:
     """Raises ImageError if the file holds no array of finite numbers, ShapeError if it is of another shape."""
     array = _read_npy(path)
     height, width = about.image_size

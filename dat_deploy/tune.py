@@ -1,47 +1,20 @@
 """Measure which configuration of each kernel is the fastest for a network on the GPU at hand, and keep the choice."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from dat_deploy.checkpoint import load_model
-from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError
-from dat_deploy.model import half_network
-from dat_deploy.plugins.dispatch import Job, recorded_jobs
-from dat_deploy.plugins.launch import Configuration, Problem
-from dat_deploy.plugins.tuning import measured, store
+from dat_deploy.configuration import find_variant
+from dat_deploy.errors import DatDeployError, ShapeError
 from dat_deploy.variants import Variant
 
-__all__ = ["DTYPES", "TunedLaunch", "Tuning", "tune"]
+if TYPE_CHECKING:
+    from dat_deploy.tune_network import Tuning
 
-DEVICE = "cuda"
-ALIKE = {torch.float16: 2**-8, torch.bfloat16: 2**-5, torch.float32: 1e-4}  # of the largest output
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# What loads torch is imported after the checks, so that a wrong argument is told at once.
 
+__all__ = ["PRECISIONS", "tune"]
 
-@dataclass(frozen=True)
-class TunedLaunch:
-    """The fastest configuration for one launch of the network, beside the one taken unmeasured, if that runs here.
-
-    Attributes:
-        wrong: configurations whose answer is another one than that of the one taken unmeasured; they are left out.
-    """
-
-    operator: str
-    problem: Problem
-    configuration: Configuration
-    microseconds: float
-    default_microseconds: float | None
-    wrong: tuple[Configuration, ...] = ()
-
-
-@dataclass(frozen=True)
-class Tuning:
-    gpu: str
-    launches: list[TunedLaunch]
-    path: Path
+PRECISIONS = ("fp16", "bf16", "fp32")
 
 
 def tune(
@@ -51,66 +24,25 @@ def tune(
     image_size: tuple[int, int] | None = None,
     precision: str = "fp16",
     progress: Callable[[int, int, str], None] | None = None,
-) -> Tuning:
+) -> "Tuning":
     """Time every configuration of every kernel that the network launches, and keep the fastest right one for this GPU.
 
     The operators of processes that start afterwards take what is kept; see `plugins.tuning`.
 
     Args:
-        precision: fp16, bf16 or fp32.
+        precision: one of PRECISIONS.
         progress: called with how many launches are done, of how many, and what comes next.
 
     Raises:
         DatDeployError: if there is no such precision.
-        ShapeError, VariantError: see `load_model`; ShapeError for a batch of none, too.
+        ShapeError, VariantError: see `find_variant`; ShapeError for a batch of none, too.
         UnsupportedError: if there is no CUDA device.
     """
-    if precision not in DTYPES:
-        raise DatDeployError(f"there is no precision '{precision}'; it is one of {', '.join(DTYPES)}.")
+    if precision not in PRECISIONS:
+        raise DatDeployError(f"there is no precision '{precision}'; it is one of {', '.join(PRECISIONS)}.")
     if not batches or min(batches) < 1:
         raise ShapeError(f"batch sizes {list(batches)} cannot be run; give sizes of at least 1, such as 1,8,32.")
-    if not torch.cuda.is_available():
-        raise UnsupportedError(
-            f"torch {torch.__version__} sees no CUDA device here, and kernels are measured on one; "
-            f"run this where one is."
-        )
-    dtype = DTYPES[precision]
-    model = load_model(name_or_variant, image_size=image_size, fused=True)
-    if dtype != torch.float32:
-        model = half_network(model, dtype)  # what ships: a table in float32 makes another problem of a launch
-    model = model.to(DEVICE)
-    jobs: dict[tuple[str, tuple[tuple[str, int], ...]], Job] = {}
-    for batch in batches:
-        with recorded_jobs() as launched, torch.inference_mode():
-            model(torch.randn(batch, 3, *model.variant.image_size, device=DEVICE))
-        jobs |= {(job.operator, tuple(job.problem.items())): job for job in launched}
-    tuned = []
-    for done, job in enumerate(jobs.values()):
-        if progress is not None:
-            progress(done, len(jobs), job.operator)
-        candidates = job.kernel.configurations(job.problem)
-        wrong = _unlike_the_first(job, candidates)
-        medians = measured([candidate for candidate in candidates if candidate not in wrong], job.run)
-        best = min(medians, key=lambda candidate: medians[candidate])
-        tuned.append(TunedLaunch(job.operator, job.problem, best, medians[best], medians.get(candidates[0]), wrong))
-    gpu = torch.cuda.get_device_name()
-    path = store(gpu, [(t.operator, t.problem, t.configuration, t.microseconds) for t in tuned])
-    return Tuning(gpu, tuned, path)
+    network = find_variant(name_or_variant, image_size=image_size)
+    from dat_deploy.tune_network import tune_network
 
-
-@torch.inference_mode()
-def _unlike_the_first(job: Job, candidates: Sequence[Configuration]) -> tuple[Configuration, ...]:
-    """Of those that run here, the ones that compute something else: what is fast must be right first."""
-    answers: dict[Configuration, torch.Tensor] = {}
-    for candidate in candidates:
-        job.output.fill_(torch.nan)  # what is not written shows
-        try:
-            job.run(candidate)
-            answers[candidate] = job.output.float().clone()
-        except Exception:  # noqa: S112  # too large for this GPU, for one: `measured` leaves it out or raises its error
-            continue
-    if not answers:
-        return ()
-    first, *others = answers
-    allowed = ALIKE[job.output.dtype] * answers[first].abs().max()
-    return tuple(other for other in others if not (answers[other] - answers[first]).abs().max() <= allowed)
+    return tune_network(network, batches, precision, progress)

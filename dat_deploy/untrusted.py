@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from dat_deploy.checkpoint_file import open_checkpoint
 from dat_deploy.errors import CheckpointError
 
 __all__ = ["plain_text", "read_tensors"]
@@ -68,15 +69,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if the file cannot be read, is damaged, asks for code, or holds no state dict.
     """
-    try:
-        if path.is_dir():
-            raise CheckpointError(f"{path} is a folder; name the checkpoint file in it.")
-        if path.exists() and not path.is_file():  # a pipe or a device would block
-            raise CheckpointError(f"{path} is not a regular file.")
-        with path.open("rb") as file:
-            content = _read_content(path, file, path.stat().st_size)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error
+    with open_checkpoint(path) as (file, kind):
+        content = _read_content(path, file, kind, path.stat().st_size)
 
     if isinstance(content, dict):
         content = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
@@ -94,26 +88,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor.detach() for name, tensor in content.items()}
 
 
-def _read_content(path: Path, file: BinaryIO, size_bytes: int) -> object:
-    head = file.read(9)
-    file.seek(0)
-    if not head:
-        raise CheckpointError(f"{path} is empty.")
-    if path.suffix == ".safetensors" or (head[8:] == b"{" and int.from_bytes(head[:8], "little") < size_bytes):
+def _read_content(path: Path, file: BinaryIO, kind: str, size_bytes: int) -> object:
+    if kind == "safetensors":
         try:
             return load_safetensors(file.read())
         except (SafetensorError, KeyError) as error:  # KeyError: a type that safetensors' torch side does not know
             raise CheckpointError(f"{path} is not a readable safetensors file: {_first_line(error)}.") from error
-    if head.startswith(b"PK\x03\x04"):
+    if kind == "zip":
         try:
             with zipfile.ZipFile(file) as archive:
                 _inspect_zip(path, archive, size_bytes)
         except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged or incomplete: {_first_line(error)}.") from error
-    elif head.startswith(b"\x80"):
-        _inspect_legacy(path, file, size_bytes)
     else:
-        raise CheckpointError(f"{path} is not a checkpoint: neither torch.save nor safetensors wrote it.")
+        _inspect_legacy(path, file, size_bytes)
     file.seek(0)
     try:
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):

@@ -1,24 +1,82 @@
-"""Shared fixtures: exported files and networks are made once for the whole run."""
+"""Shared fixtures: networks are traced once for all workers, exported files made once a worker."""
 
+import hashlib
 import importlib.util
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnxscript
 import pytest
 import torch
+from filelock import FileLock
 
+import dat_deploy
+from dat_deploy import cli
 from dat_deploy.checkpoint import load_model
-from dat_deploy.export import export, relower
+from dat_deploy.export import export, onnx_model, relower
 from dat_deploy.model import DAT
+from dat_deploy.runners import open_runner
+from dat_deploy.validate.reference import Reference, open_reference
 from dat_deploy.variants import VARIANTS, StageConfig, Variant
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers share the cores: each has one, and so have the processes that it starts."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(pytestconfig: pytest.Config) -> Iterator[None]:
+    """What torch makes of a network is kept on disk, for all workers and until a source of it changes.
+
+    Everything behind it (precision, lowering, metadata, writing) runs in each export.
+    """
+    original = onnx_model.onnx_from_model
+    package = Path(dat_deploy.__file__).parent
+    sources = hashlib.sha256(f"{torch.__version__} {onnxscript.__version__}".encode())
+    for path in sorted(package.rglob("*.py")):
+        sources.update(path.read_bytes())
+    folder = pytestconfig.cache.mkdir("traces") / sources.hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder.parent / "lock"):
+        for other in folder.parent.iterdir():
+            if other.is_dir() and other != folder:
+                shutil.rmtree(other)
+
+    def onnx_from_model(model: DAT, *, progress: Callable[[str], None] = lambda _: None, **options: Any) -> ir.Model:
+        progress("tracing")
+        key = hashlib.sha256(repr((model.variant, model.sampled_points, sorted(options.items()))).encode())
+        for name, weight in model.state_dict().items():
+            key.update(f"{name} {tuple(weight.shape)}".encode())
+            key.update(weight.contiguous().numpy().data)
+        path = folder / f"{key.hexdigest()[:32]}.onnx"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                ir.save(original(model, **options), path.with_suffix(".new"))
+                path.with_suffix(".new").rename(path)
+        return ir.load(path)
+
+    onnx_model.onnx_from_model = onnx_from_model
+    yield
+    onnx_model.onnx_from_model = original
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +97,24 @@ def mini_pp() -> Variant:
 
 
 @pytest.fixture(scope="session")
+def mini_dat() -> Variant:
+    """Every kind of block of DAT, in a network for 64×64 pixels that exports in a second."""
+    return replace(
+        VARIANTS["tiny"],
+        name="mini-dat",
+        image_size=(64, 64),
+        trained_size=64,
+        resize_size=73,
+        stages=(
+            StageConfig(16, "LS", 1, 4),
+            StageConfig(32, "L", 1, 4),
+            StageConfig(64, "D", 2, offset_groups=2, offset_kernel_size=5, offset_range_factor=2.0),
+            StageConfig(128, "D", 4, offset_groups=2, offset_kernel_size=3, offset_range_factor=2.0),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
 def mini() -> Variant:
     """DAT with every kind of block, small enough to be exported, run and built in seconds."""
     points: dict[str, Any] = {"offset_stride": 1, "offset_range_factor": 2.0}
@@ -52,6 +128,21 @@ def mini() -> Variant:
             StageConfig(128, "D", 4, window_size=7, offset_groups=4, offset_kernel_size=3, **points),
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def any_size(mini_pp: Variant) -> Variant:
+    """Both kinds of block of DAT++ in a network that is quick at any image size."""
+    stages = (replace(stage, blocks=blocks) for stage, blocks in zip(mini_pp.stages, "NNDN", strict=True))
+    return replace(mini_pp, name="any-size", stages=tuple(stages)).with_image_size(64, 64)
+
+
+@pytest.fixture(scope="session")
+def any_size_onnx(any_size: Variant, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`any_size` with a dynamic batch and image size."""
+    path = tmp_path_factory.mktemp("any_size") / "any-size.onnx"
+    export(any_size, path, dynamic_image_size=True)
+    return path
 
 
 class Lowered(dict[str, Path]):
@@ -125,6 +216,13 @@ def harness() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def process_state() -> Callable[[], dict[str, str]]:
+    """What belongs to everybody in this process, by name."""
+    state: Callable[[], dict[str, str]] = _loaded(Path(__file__).with_name("process_state.py")).process_state
+    return state
+
+
+@pytest.fixture(scope="session")
 def libraries(harness: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the harness runs in."""
     reason = harness.reason_against()
@@ -154,10 +252,28 @@ def golden_checkpoint(golden_checkpoints: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """demo with the weights that ship, and a dynamic batch."""
-    path = tmp_path_factory.mktemp("demo_onnx") / "demo.onnx"
-    export("demo", path)
+def demo_lowerings(lowered: Callable[..., dict[str, Path]]) -> dict[str, Path]:
+    """demo with the weights that ship, and a dynamic batch, by lowering."""
+    return lowered("demo")
+
+
+@pytest.fixture(scope="session")
+def demo_onnx(demo_lowerings: dict[str, Path]) -> Path:
+    return demo_lowerings["function"]
+
+
+@pytest.fixture(scope="session")
+def demo_reference(demo_onnx: Path) -> Iterator[Reference]:
+    """PyTorch's side of the files of `demo_lowerings`, whose answers all tests share."""
+    with open_runner(str(demo_onnx)) as runner, open_reference(runner.description) as reference:
+        yield reference
+
+
+@pytest.fixture(scope="session")
+def demo_batch_3_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """demo with the weights that ship, for batches of 3 alone."""
+    path = tmp_path_factory.mktemp("demo_batch_3_onnx") / "demo.onnx"
+    export("demo", path, batch=3)
     return path
 
 
@@ -189,3 +305,34 @@ def tiny_model() -> DAT:
 def noise() -> np.ndarray:
     """Eight different normalised images [8, 3, 224, 224]."""
     return np.random.default_rng(7).standard_normal((8, 3, 224, 224)).astype(np.float32)
+
+
+@pytest.fixture
+def call_main(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """`call_main("export", "--variant", "tiny")` as a shell runs it, in this process, and what is written on stderr.
+
+    Lines of stages that have ended are left out of that; tests/test_stages.py is about them.
+    """
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words: object) -> "subprocess.CompletedProcess[str]":
+        arguments = ["dat-deploy", *map(str, words)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        assert isinstance(stop.value.code, int)
+        text, errors = capfd.readouterr()
+        errors = re.sub(r"^[a-z-]+: .+, \d+\.\d s\n", "", errors, flags=re.MULTILINE)
+        return subprocess.CompletedProcess(arguments, stop.value.code, text, errors)
+
+    return run

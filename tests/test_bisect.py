@@ -4,8 +4,9 @@ import functools
 import itertools
 import json
 import math
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,15 +18,16 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-import dat_deploy.validate.bisect as library
+import dat_deploy.validate.bisect_search as library
 from dat_deploy import cli
 from dat_deploy.checkpoint import load_model, official_state_dict_shapes
 from dat_deploy.errors import DatDeployError, UnsupportedError, VerificationError
 from dat_deploy.export import LOWERINGS, export, relower
 from dat_deploy.export.boundaries import block_boundaries, network_blocks
-from dat_deploy.export.lowering import operator_records
+from dat_deploy.export.records import operator_records
 from dat_deploy.runners import Runner, onnxruntime_runner, open_runner, openvino_runner, pytorch_runner
 from dat_deploy.validate.bisect import bisect
+from dat_deploy.validate.reference import Reference, open_reference
 from dat_deploy.variants import VARIANTS, StageConfig, Variant
 
 INLINED = ("gather", "gridsample", "hat")
@@ -51,8 +53,15 @@ def checkpoint(network: Variant, deterministic_weights: ModuleType, tmp_path_fac
 
 
 @pytest.fixture(scope="module")
-def find(checkpoint: Path) -> Callable[..., library.BisectReport]:
-    return functools.partial(bisect, checkpoint=checkpoint)
+def reference(files: dict[tuple[str, str], Path], checkpoint: Path) -> Iterator[Reference]:
+    """PyTorch's side, whose answers all tests share."""
+    with open_runner(str(files["fp32", "function"])) as runner, open_reference(runner.description, checkpoint) as side:
+        yield side
+
+
+@pytest.fixture(scope="module")
+def find(checkpoint: Path, reference: Reference) -> Callable[..., library.BisectReport]:
+    return functools.partial(bisect, reference=reference)
 
 
 @pytest.fixture(autouse=True)
@@ -301,7 +310,7 @@ def test_file_of_a_fixed_batch_is_run_at_that(find, checkpoint, network, tmp_pat
     assert (report.place, report.hint) == (place, hint)
 
 
-def test_backbone_with_points_is_bisected_from_its_first_wrong_output(find, checkpoint, network, tmp_path):
+def test_backbone_with_points_is_bisected_from_its_first_wrong_output(checkpoint, network, tmp_path):
     backbone = replace(network, features=(1, 2, 3))
     export(backbone, tmp_path / "points.onnx", checkpoint=checkpoint, sampling_locations=True)
     for fault, place in (
@@ -310,7 +319,7 @@ def test_backbone_with_points_is_bisected_from_its_first_wrong_output(find, chec
         (gathered("sampling_locations_2_1", 4, SWAP), f"{D}: conv_offset"),
         (gathered("attention_2_1", 3, [1, 2, 3, 0]), f"{D}: deformable_attention"),
     ):
-        report = find(faulty(tmp_path / "points.onnx", tmp_path / "wrong.onnx", fault))
+        report = bisect(faulty(tmp_path / "points.onnx", tmp_path / "wrong.onnx", fault), checkpoint=checkpoint)
         assert report.place == place
         assert report.runs <= LIMIT
 
@@ -492,7 +501,7 @@ def test_precision_that_pytorch_lacks_needs_a_tolerance(find, files, monkeypatch
 
 
 @pytest.mark.parametrize(("value", "precision"), [(math.nan, "fp32"), (1e5, "fp16")])
-def test_reference_that_is_no_measure_is_an_error(find, value, precision, files, monkeypatch):
+def test_reference_that_is_no_measure_is_an_error(checkpoint, value, precision, files, monkeypatch):
     original = library.open_reference
 
     def spoilt(*args):
@@ -504,7 +513,7 @@ def test_reference_that_is_no_measure_is_an_error(find, value, precision, files,
     monkeypatch.setattr(library, "open_reference", spoilt)
     path = files[precision, "function"]
     with pytest.raises(DatDeployError) as error:
-        find(str(path))
+        bisect(str(path), checkpoint=checkpoint)
     assert str(error.value) == (
         f"PyTorch itself gives NaN or infinity as logits, so there is nothing to compare {path} with. "
         f"Check the checkpoint and the images."
@@ -518,7 +527,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *wo
     monkeypatch.setattr("sys.argv", ["dat-deploy", *map(str, words)])
     code = cli._run()  # main, less its signal handlers
     captured = capsys.readouterr()
-    return int(code or 0), captured.out, captured.err
+    stages = r"^bisect: .+, \d+\.\d s\n"  # that have ended
+    return int(code or 0), captured.out, re.sub(stages, "", captured.err, flags=re.MULTILINE)
 
 
 def test_command_prints_the_runs_then_the_finding_then_what_is_next(

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dat_deploy
 
 PACKAGE = Path(dat_deploy.__file__).parent
@@ -23,13 +25,15 @@ LAYERS = [
         "metadata",
         "typed_json",
         "system",
+        "checkpoint_file",
     },
     {"plugins"},
-    {"untrusted", "model", "checkpoint"},
+    {"untrusted", "model", "checkpoint", "convert"},
     {"export"},
     {"engine"},
     {"runners"},
-    {"validate", "benchmark", "serving", "classify", "visualize", "doctor", "tune", "preprocess_check"},
+    {"validate", "benchmark", "serving", "classify", "visualize", "doctor", "tune", "tune_network", "preprocess_check"},
+    {"stages"},
     {"api", "cli"},
 ]
 HOMES = {
@@ -105,9 +109,48 @@ def test_importing_the_package_loads_neither_torch_nor_a_runtime():
     assert done.stdout.strip() == "[]"
 
 
+def test_importing_the_api_loads_neither_torch_nor_a_runtime_until_a_function_is_asked_for():
+    code = (
+        "import dat_deploy.api, sys\n"
+        "heavy = {'torch', 'onnx', 'onnx_ir', 'onnxscript', 'onnxruntime', 'numpy', 'PIL', 'openvino', 'tensorrt'}\n"
+        "assert set(dat_deploy.api.__all__) <= set(dir(dat_deploy.api))\n"
+        "from dat_deploy.api import variants\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "light = [name for name in dat_deploy.api.__all__ if name not in ('load_model', 'doctor')]\n"
+        "assert all(getattr(dat_deploy.api, name) for name in light)\n"
+        "print(sorted({'torch', 'onnx_ir', 'onnxscript', 'onnxruntime', 'openvino', 'tensorrt'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603  # fixed
+    assert done.stdout.strip() == "[]"
+
+
 def test_public_names_exist():
     import dat_deploy.api
 
     for module in (dat_deploy, dat_deploy.api):
         assert len(module.__all__) == len(set(module.__all__))
         assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_the_api_says_the_same_to_type_checkers_and_to_python():
+    import dat_deploy.api
+
+    tree = ast.parse(Path(dat_deploy.api.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))  # if TYPE_CHECKING
+    typed = {
+        alias.asname or alias.name: (statement.module, alias.name)
+        for statement in block.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    assert typed == dat_deploy.api._HOMES
+    assert sorted(typed) == dat_deploy.api.__all__
+
+
+def test_a_misspelt_name_of_the_api_is_an_attribute_error():
+    import dat_deploy.api
+
+    with pytest.raises(AttributeError, match=r"module 'dat_deploy\.api' has no attribute 'exprot'"):
+        _ = dat_deploy.api.exprot
+    with pytest.raises(ImportError, match="cannot import name 'exprot'"):
+        from dat_deploy.api import exprot  # noqa: F401

@@ -1,5 +1,6 @@
 """The networks against the official implementation's numbers."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -118,11 +119,16 @@ def test_features_that_are_no_stages_are_refused(features):
     )
 
 
+@functools.cache
+def hollow(name: str) -> DAT:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return DAT(VARIANTS[name])
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_table_counts_the_parameters_of_the_network(name):
-    with torch.device("meta"):
-        model = DAT(VARIANTS[name])
-    assert sum(parameter.numel() for parameter in model.parameters()) == VARIANTS[name].parameters
+    assert sum(parameter.numel() for parameter in hollow(name).parameters()) == VARIANTS[name].parameters
 
 
 def two_products_a_neighborhood(
@@ -171,9 +177,7 @@ def test_reference_points_of_dat_pp_run_past_the_border():
 @pytest.mark.parametrize("size", [(64, 64), (224, 224), (96, 352), (800, 1344)])
 def test_points_sampled_are_as_many_as_the_configuration_says(name, size):
     with torch.device("meta"):
-        model = DAT(get_variant(name))
-    with torch.device("meta"):
-        _, sampled = model.forward_features(torch.zeros(1, 3, *size))
+        _, sampled = hollow(name).forward_features(torch.zeros(1, 3, *size))
     variant = get_variant(name).with_image_size(*size)
     for block, points in sampled.items():
         stage = int(block.split(".")[1])

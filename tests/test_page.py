@@ -28,6 +28,11 @@ def report(demo_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Validat
     return validate(str(demo_onnx), data=data, batches=[1, 2], trace=True, gates={"unreadable": 10})
 
 
+@pytest.fixture(scope="module")
+def page(report: ValidationReport) -> str:
+    return html_from_report(report)
+
+
 class Tags(HTMLParser):
     """Every tag and what it refers to; complains where one is closed that is not open."""
 
@@ -52,8 +57,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_refers_to_nothing_outside(report: ValidationReport) -> None:
-    page = html_from_report(report)
+def test_the_page_is_whole_and_refers_to_nothing_outside(page: str) -> None:
     tags = Tags(page)
     assert tags.open == []
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in tags.links)
@@ -61,8 +65,7 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(report: ValidationRepor
     assert not re.search(r"url\((?!#)|@import", page)
 
 
-def test_the_page_says_what_the_report_says(report: ValidationReport) -> None:
-    page = html_from_report(report)
+def test_the_page_says_what_the_report_says(report: ValidationReport, page: str) -> None:
     assert "<strong>Passed.</strong>" in page
     for check in report.checks:
         assert f"<td>{check.name}</td>" in page
@@ -75,8 +78,8 @@ def test_the_page_says_what_the_report_says(report: ValidationReport) -> None:
     assert report.engine.weights_sha256 in page
 
 
-def test_the_points_are_drawn_on_photographs(report: ValidationReport) -> None:
-    pictures = re.findall(r"data:image/png;base64,([^\"]+)", html_from_report(report))
+def test_the_points_are_drawn_on_photographs(page: str) -> None:
+    pictures = re.findall(r"data:image/png;base64,([^\"]+)", page)
     assert len(pictures) == 2
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
 
@@ -90,8 +93,7 @@ def test_the_trace_has_every_block_and_small_errors(report: ValidationReport) ->
     assert all(row.error < 1e-5 and row.rounded is None for row in report.trace.errors)
 
 
-def test_file_names_are_text(report: ValidationReport) -> None:
-    page = html_from_report(report)
+def test_file_names_are_text(page: str) -> None:
     assert "torn &lt;b&gt;.png" in page
     assert "torn <b>" not in page
 
@@ -115,10 +117,17 @@ def test_flips_are_listed_and_drawn(report: ValidationReport) -> None:
     assert '<td>Bag</td>\n<td class="n">0.25</td><td class="n">0.5</td>' in page
 
 
-def test_a_page_is_not_written_over_without_force(report: ValidationReport, tmp_path: Path) -> None:
+def test_a_page_is_not_written_over_without_force(
+    report: ValidationReport, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "dat_deploy.validate.page.html_from_report",
+        lambda given: page if given is report else pytest.fail("another report"),
+    )
     path = tmp_path / "report.html"
     write_page(report, path)
     with pytest.raises(OutputError):
         write_page(report, path)
     write_page(report, path, force=True)
-    assert path.read_text().startswith("<!doctype html>")
+    assert path.read_text() == page
+    assert page.startswith("<!doctype html>")

@@ -4,6 +4,7 @@ The pipelines here are written with PIL, NumPy and torch, not with the tables th
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import pickle
@@ -29,7 +30,6 @@ from dat_deploy import preprocess_check as module
 from dat_deploy.engine import package as package_module
 from dat_deploy.engine.passport import Profile, write_engine
 from dat_deploy.errors import DatDeployError, ExportError, ImageError, ShapeError, VerificationError
-from dat_deploy.export import export
 from dat_deploy.labels import imagenet_class_names
 from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.photographs import photographs
@@ -103,13 +103,6 @@ def test_the_golden_picture_is_written_as_it_is(tmp_path: Path) -> None:
 # Files that say what it gives.
 
 
-@pytest.fixture(scope="module")
-def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("demo") / "demo.onnx"
-    export("demo", path, batch=2)
-    return path
-
-
 def with_golden(source: Path, path: Path, golden: str | None) -> Path:
     """A copy of the file that says another hash, or none."""
     model = onnx.load(source)
@@ -129,11 +122,9 @@ def test_an_exported_file_carries_the_hash_of_its_own_preprocessing(demo_onnx: P
 def test_a_package_carries_it_in_its_passport(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(package_module, "compile_package", lambda _, path, **__: path.write_bytes(b"compiled"))
     content, passport, _ = package_module.package_and_passport(
-        "demo",
+        VARIANTS["demo"],
         profiles=[Profile.parse("1")],
         checkpoint=None,
-        image_size=None,
-        features=None,
         precision="fp32",
         device="cpu",
         command=["dat-deploy", "build"],
@@ -191,6 +182,7 @@ class Fake(Runner):
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     runner = Fake("tiny")
     monkeypatch.setattr(module, "open_runner", lambda *_, **__: runner)
+    monkeypatch.setattr(module, "photographs", lambda: photographs(1))  # that are looked at beside the golden picture
     return runner
 
 
@@ -525,7 +517,8 @@ def test_a_label_that_flips_within_the_tolerance_fails(fake: Fake, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("fake")
-def test_without_images_the_mistake_is_made_on_photographs_too(tmp_path: Path) -> None:
+def test_without_images_the_mistake_is_made_on_photographs_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "photographs", photographs)  # all
     row = check(right(golden_picture())[::-1], tmp_path).comparisons[1]
     assert (row.images, row.images_elsewhere) == (1, len(photographs()))
     named = {flip.image for flip in row.flips_elsewhere}
@@ -553,7 +546,8 @@ def test_a_backbone_has_differences_and_no_flips(monkeypatch: pytest.MonkeyPatch
 def test_without_scikit_image_the_golden_picture_alone_is_compared(
     fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    find = module.photographs.__globals__["importlib"].util.find_spec
+    monkeypatch.setattr(module, "photographs", photographs)
+    find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "skimage" else find(name))
     report = check(right(golden_picture()), tmp_path)
     assert report.comparisons[0].images == 1
@@ -813,17 +807,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 
 
 def test_what_the_package_wrote_is_right_and_what_is_bgr_is_exit_code_2(
-    run: Run, demo_onnx: Path, tmp_path: Path
+    run: Run, demo_batch_3_onnx: Path, tmp_path: Path
 ) -> None:
-    images, output = photographs(3), tmp_path / "out.npy"
+    demo_onnx, images, output = demo_batch_3_onnx, photographs(4), tmp_path / "out.npy"
     outcome = run(*images, "--engine", demo_onnx, "--output", output)
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.startswith(f"{output}: float32 [3, 3, 64, 64], from ")
+    assert outcome.out.startswith(f"{output}: float32 [4, 3, 64, 64], from ")
     named = [word for path in images for word in ("--image", str(path))]
     words = ["dat-deploy", "preprocess", "--check", "--engine", str(demo_onnx), *named, "--array", "YOURS.npy"]
     assert outcome.last == ["next:", *words]
 
-    outcome = run(*words[2:-1], output)  # the fixed batch is 2, the images are 3
+    outcome = run(*words[2:-1], output)  # the fixed batch is 3, the images are 4
     assert (outcome.code, outcome.err) == (0, "")
     assert "0.00  0.000    0.0%      0  ok" in outcome.out
     assert "sha256 3041cb574d1a, as its file says" in outcome.out

@@ -91,6 +91,7 @@ def draw(photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     def call(*runners: FakeRunner, output: Path = tmp_path / "points.png", force: bool = False) -> Visualization:
         by_name = {runner.description.name: runner for runner in runners}
         monkeypatch.setattr(module, "open_runner", lambda engine, **_: by_name[engine])
+        monkeypatch.setattr(module, "check_engine", lambda engine, **_: by_name[engine].description)
         return visualize(photograph, list(by_name), output, force=force)
 
     return call
@@ -371,10 +372,13 @@ def test_pytorch_needs_no_exported_file(photograph: Path, tmp_path: Path) -> Non
     assert result.path.stat().st_size > 10_000
 
 
-def test_exported_files_agree_between_runtimes(photograph: Path, tmp_path: Path) -> None:
-    stages = tuple(replace(stage, blocks="D") for stage in WIDE.stages)
+def test_exported_files_agree_between_runtimes(photograph: Path, mini_pp: Variant, tmp_path: Path) -> None:
+    wide = mini_pp.with_image_size(64, 128)
+    stages = tuple(
+        replace(here, blocks="D", channels=stage.channels) for here, stage in zip(WIDE.stages, wide.stages, strict=True)
+    )
     path = tmp_path / "small.onnx"
-    export(replace(WIDE, name="small", stages=stages), path, sampling_locations=True)
+    export(replace(wide, name="small", stages=stages), path, sampling_locations=True)
     result = visualize(photograph, [str(path), f"openvino:{path}"], tmp_path / "points.png")
     assert [engine.runtime for engine in result.engines] == ["onnxruntime", "openvino"]
     assert [block.stage for block in result.blocks] == [0, 1, 2, 3]
@@ -388,13 +392,11 @@ def test_exported_files_agree_between_runtimes(photograph: Path, tmp_path: Path)
 
 
 def test_an_engine_without_points_says_how_to_export_it(draw: Callable[..., Visualization], tmp_path: Path) -> None:
-    runner = FakeRunner({"logits": np.zeros((1, 1000), dtype=np.float32)})
     with nothing_new(tmp_path), pytest.raises(DatDeployError) as refused:
-        draw(runner)
+        draw(FakeRunner({"logits": np.zeros((1, 1000), dtype=np.float32)}))
     assert str(refused.value) == (
         "fake.onnx gives logits and no sampling locations. Export it again with --sampling-locations to see its points."
     )
-    assert runner.closed
 
 
 def test_a_network_without_deformable_blocks_has_nothing_to_draw(

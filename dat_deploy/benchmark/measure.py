@@ -12,14 +12,15 @@ import numpy as np
 
 from dat_deploy.benchmark import environment
 from dat_deploy.benchmark.record import EngineSettings, LatencyRatio, Record, Row, Settings
-from dat_deploy.benchmark.worker import SEED, EngineProcess, Opened, Opening, Timings, Turn
+from dat_deploy.benchmark.worker import SEED, EngineProcess, Opened, Opening, Timings, Turn, named
 from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError
-from dat_deploy.runners import EngineDescription, parse_engine
+from dat_deploy.runners import EngineDescription, EngineOutline, check_engine, parse_engine
 
 __all__ = ["benchmark", "row_from_rounds"]
 
 IMAGES = f"standard normal float32, seed {SEED}, the same in every call"
 TIMED = "one call: from images in host memory to the outputs as NumPy arrays in host memory"
+OPENER = "dat_deploy.runners:open_runner"
 SETTLE_CALLS = 2  # at the start of each turn: the caches are cold, and the last engine's threads may still spin
 SETTLE_SECONDS = 0.1
 
@@ -39,7 +40,7 @@ def benchmark(
     baseline: str | None = None,
     timeout_seconds: float = 600.0,
     progress: Callable[[int, int, str], None] | None = None,
-    _opener: str = "dat_deploy.runners:open_runner",
+    _opener: str = OPENER,
 ) -> Record:
     """Time engines side by side, each in its own process, one working at a time, in turns: A B C, A B C, ...
 
@@ -66,6 +67,13 @@ def benchmark(
     labels = _labels(engines)
     reference = labels[0] if baseline is None else _baseline_label(baseline, engines, labels)
     _check_counts(batches, rounds=rounds, calls=calls, warmup_calls=warmup_calls, threads=threads, seconds=seconds)
+    if _opener == OPENER:
+        for label, engine in zip(labels, engines, strict=True):
+            try:
+                outline = check_engine(engine, checkpoint=checkpoint, image_size=image_size, features=features)
+            except DatDeployError as error:
+                raise named(error, label) from error
+            _check_batches(label, outline, batches)
 
     total = len(labels) * (1 + len(batches) * (1 + rounds))
     done = 0
@@ -206,7 +214,7 @@ def _check_counts(batches: Sequence[int], *, threads: int | None, seconds: float
         raise DatDeployError(f"seconds is {seconds:g}; it must be a finite number from 0.")
 
 
-def _check_batches(label: str, description: EngineDescription, batches: Sequence[int]) -> None:
+def _check_batches(label: str, description: EngineOutline | EngineDescription, batches: Sequence[int]) -> None:
     others = [str(batch) for batch in batches if not description.takes_batch(batch)]
     if others and description.profiles:
         raise ShapeError(

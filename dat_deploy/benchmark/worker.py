@@ -29,7 +29,18 @@ from dat_deploy import errors
 from dat_deploy.errors import DatDeployError
 from dat_deploy.runners import EngineDescription, Runner
 
-__all__ = ["SEED", "EngineProcess", "Opened", "Opening", "Timings", "Turn", "WorkerProcess", "end_with_parent", "serve"]
+__all__ = [
+    "SEED",
+    "EngineProcess",
+    "Opened",
+    "Opening",
+    "Timings",
+    "Turn",
+    "WorkerProcess",
+    "end_with_parent",
+    "named",
+    "serve",
+]
 
 SEED = 0  # of the images
 _KILL_SECONDS = 10.0  # for a killed worker to be gone; one that a driver holds is left behind
@@ -239,6 +250,11 @@ class WorkerProcess:
         self.end(_GRACE_SECONDS if kind is None else 0.0)
 
 
+def named(error: DatDeployError, label: str) -> DatDeployError:
+    """The error, with the engine before its message unless that has the name already."""
+    return error if label in str(error) else type(error)(f"engine '{label}': {error}")
+
+
 class EngineProcess(WorkerProcess):
     """An engine's worker.
 
@@ -264,9 +280,8 @@ class EngineProcess(WorkerProcess):
             )
             unexpected.add_note(answer.traceback)
             raise unexpected
-        named = self.label in answer.message
         kind: type[DatDeployError] = getattr(errors, answer.kind)
-        raise kind(answer.message if named else f"engine '{self.label}': {answer.message}")
+        raise named(kind(answer.message), self.label)
 
     def _death_advice(self, code: int) -> str:
         hint = "The memory may have run out: try" if code == -signal.SIGKILL else "Try"

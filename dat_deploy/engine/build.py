@@ -5,14 +5,23 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dat_deploy.checkpoint_file import check_checkpoint
+from dat_deploy.configuration import find_variant
 from dat_deploy.engine.passport import Passport, Profile, passport_path, write_engine
-from dat_deploy.errors import EngineBuildError, ShapeError
+from dat_deploy.engine.source import check_plugin_form, read_source
+from dat_deploy.engine.tensorrt_library import check_installed
+from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
+from dat_deploy.export.options import LOWERINGS, PRECISIONS
 from dat_deploy.files import check_output
 from dat_deploy.variants import Variant
 
-__all__ = ["BACKENDS", "BuildReport", "build"]
+__all__ = ["BACKENDS", "DEVICES", "PLUGIN_FORMS", "BuildReport", "build"]
+
+# What loads torch or a runtime is imported after the checks, so that a wrong argument is told at once.
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "aotinductor")
+PLUGIN_FORMS = ("auto", "IPluginV3", "ahead-of-time")
+DEVICES = ("cpu", "cuda")  # of AOTInductor
 Progress = Callable[[str], None]
 
 
@@ -136,14 +145,15 @@ def build(
     check_output(target, force=force)
     check_output(passport_path(target), force=force)
     if variant is not None and source is None:
+        _check_package(profiles, precision or "fp32", device)
+        network = find_variant(variant, image_size=image_size, features=features)
+        check_checkpoint(checkpoint)
         from dat_deploy.engine.package import package_and_passport
 
         content, passport, notes = package_and_passport(
-            variant,
+            network,
             profiles=profiles,
             checkpoint=checkpoint,
-            image_size=image_size,
-            features=features,
             precision=precision or "fp32",
             device=device,
             command=command,
@@ -151,14 +161,27 @@ def build(
         )
     else:
         assert source is not None
+        if lowering not in ("auto", *LOWERINGS):
+            raise EngineBuildError(f"no lowering '{lowering}'. Lowerings: auto, {', '.join(LOWERINGS)}.")
+        if plugin_form not in PLUGIN_FORMS:
+            raise EngineBuildError(f"no plugin form '{plugin_form}'. Forms: {', '.join(PLUGIN_FORMS)}.")
+        if timing_cache is not None:
+            if backend == "tensorrt-rtx":
+                raise UnsupportedError(
+                    "TensorRT-RTX times nothing while it builds, so --timing-cache is for --backend tensorrt; leave it "
+                    "out."
+                )
+            check_output(timing_cache, force=True)
+        check_installed(backend)
+        file = read_source(source, profiles=profiles, image_size=image_size, lowering=lowering)
+        if file.lowering != "auto":
+            check_plugin_form(plugin_form, file.lowering)
         from dat_deploy.engine.tensorrt_engine import engine_and_passport
 
         content, passport, notes = engine_and_passport(
-            source,
+            file,
             backend=backend,
             profiles=profiles,
-            image_size=image_size,
-            lowering=lowering,
             plugin_form=plugin_form,
             architectures=architectures,
             timing_cache=timing_cache,
@@ -166,8 +189,22 @@ def build(
             command=command,
             progress=progress,
         )
+    progress("writing")
     write_engine(target, content, passport, force=force)
     return BuildReport(target, passport, time.monotonic() - started, notes)
+
+
+def _check_package(profiles: Sequence[Profile], precision: str, device: str | None) -> None:
+    """What AOTInductor does not make, whatever the network."""
+    ranges = [str(profile) for profile in profiles if profile.least != profile.most]
+    if ranges:
+        raise ShapeError(
+            f"an AOTInductor package has static batches, and --batch got {', '.join(ranges)}; give each, as 1,8,32."
+        )
+    if precision not in PRECISIONS:
+        raise EngineBuildError(f"no precision '{precision}'. Precisions: {', '.join(PRECISIONS)}.")
+    if device not in (None, *DEVICES):
+        raise EngineBuildError(f"no device '{device}'. Devices: {', '.join(DEVICES)}.")
 
 
 def _check_options(backend: str, of_aotinductor: dict[str, object], of_tensorrt: dict[str, object]) -> None:

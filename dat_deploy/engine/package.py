@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 
 from dat_deploy.checkpoint import load_weights, model_from_weights
-from dat_deploy.configuration import find_variant
 from dat_deploy.engine.aotinductor import compile_package
 from dat_deploy.engine.gpu import gpu_architecture
 from dat_deploy.engine.passport import Passport, Profile, sha256, versions
-from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
+from dat_deploy.errors import UnsupportedError
 from dat_deploy.labels import class_names
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.preprocess import Preprocessing, golden_sha256
@@ -23,12 +22,10 @@ __all__ = ["package_and_passport"]
 
 
 def package_and_passport(
-    variant: str | Variant,
+    network: Variant,
     *,
     profiles: Sequence[Profile],
     checkpoint: Path | None,
-    image_size: tuple[int, int] | None,
-    features: Sequence[int] | None,
     precision: str,
     device: str | None,
     command: Sequence[str],
@@ -36,27 +33,19 @@ def package_and_passport(
 ) -> tuple[bytes, Passport, tuple[str, ...]]:
     """Compile a network for one batch after the other; the package, its passport, and notes on the weights.
 
+    What can be wrong with the arguments, `build` has checked.
+
     Raises:
-        ShapeError: if a profile is a range; a package has static batches.
-        EngineBuildError: if there is no such device or precision, or the compiler fails.
+        EngineBuildError: if the compiler fails.
         UnsupportedError: if there is no CUDA device, or no compiler.
     """
-    ranges = [str(profile) for profile in profiles if profile.least != profile.most]
-    if ranges:
-        raise ShapeError(
-            f"an AOTInductor package has static batches, and --batch got {', '.join(ranges)}; give each, as 1,8,32."
-        )
-    if precision not in ("fp32", "fp16", "bf16"):
-        raise EngineBuildError(f"no precision '{precision}'. Precisions: fp32, fp16, bf16.")
     architecture = gpu_architecture()
     device = device or ("cpu" if architecture is None else "cuda")
-    if device not in ("cpu", "cuda"):
-        raise EngineBuildError(f"no device '{device}'. Devices: cpu, cuda.")
     if device == "cuda" and architecture is None:
         raise UnsupportedError(
             f"torch {torch.__version__} sees no CUDA device here; build this package on one, or with --device cpu."
         )
-    network = find_variant(variant, image_size=image_size, features=features)
+    progress("loading weights")
     weights = load_weights(network, checkpoint)
     model = model_from_weights(weights, network, fused=device == "cuda")
     with tempfile.TemporaryDirectory() as folder:

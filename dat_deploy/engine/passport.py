@@ -13,7 +13,7 @@ import shlex
 import typing
 from pathlib import Path
 
-from dat_deploy.errors import DatDeployError, EngineBuildError, PassportError, ShapeError
+from dat_deploy.errors import DatDeployError, EngineBuildError, PassportError, ShapeError, UnsupportedError
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.system import installed_version, nvidia_smi, tool_version
@@ -24,6 +24,7 @@ __all__ = [
     "Passport",
     "Profile",
     "Verdict",
+    "check_backend",
     "open_engine",
     "passport_path",
     "read_passport",
@@ -222,6 +223,15 @@ def read_passport(engine: Path) -> Passport:
     except OSError as error:
         raise PassportError(f"cannot read {path}: {error.strerror}. Check the path.") from error
     return Passport.from_bytes(content, path)
+
+
+def check_backend(engine: Path, passport: Passport, backend: str | None) -> None:
+    """Raises UnsupportedError unless the engine was built with `backend`; None for either TensorRT."""
+    if passport.backend != backend if backend else passport.backend == "aotinductor":
+        raise UnsupportedError(
+            f"{engine} was built with backend {passport.backend}, not {backend or 'TensorRT'}. "
+            f"Open it as {passport.backend}:{engine}"
+        )
 
 
 def record_verdict(engine: Path, verdict: Verdict, engine_sha256: str) -> None:

@@ -14,7 +14,7 @@ from dat_deploy.engine.passport import Profile
 from dat_deploy.engine.tensorrt_library import Log
 from dat_deploy.engine.tensorrt_network import ParsedNetwork, parsed_network
 from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
-from dat_deploy.files import atomic_output, check_output
+from dat_deploy.files import atomic_output
 from dat_deploy.plugins import trt_plugin
 
 __all__ = ["Built", "serialized_engine"]
@@ -57,11 +57,9 @@ def serialized_engine(
 
     Raises:
         EngineBuildError: if TensorRT fails; what it said is in the message.
-        UnsupportedError: if the backend does not know an architecture, or has no timing cache.
+        UnsupportedError: if the backend does not know an architecture.
     """
     log = Log(trt)
-    if timing_cache is not None:
-        check_output(timing_cache, force=True)
     progress("reading the file")
     try:
         parsed = parsed_network(
@@ -74,7 +72,7 @@ def serialized_engine(
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
         _set_architectures(trt, backend, config, architectures)
         _add_profiles(parsed, config, profiles, image_size)
-        cache = _set_timing_cache(backend, config, timing_cache)
+        cache = _set_timing_cache(config, timing_cache)
         monitor = _monitor(trt, progress)
         config.progress_monitor = monitor.object
         memory = parsed.builder.build_serialized_network(parsed.network, config)
@@ -145,14 +143,10 @@ def _add_profiles(parsed: ParsedNetwork, config: Any, profiles: Sequence[Profile
             raise ShapeError(f"TensorRT refuses the profile of batch {profile} for images of {image_size}.")
 
 
-def _set_timing_cache(backend: str, config: Any, path: Path | None) -> Any:
+def _set_timing_cache(config: Any, path: Path | None) -> Any:
     """The cache, or None if there is to be none."""
     if path is None:
         return None
-    if backend == "tensorrt-rtx":
-        raise UnsupportedError(
-            "TensorRT-RTX times nothing while it builds, so --timing-cache is for --backend tensorrt; leave it out."
-        )
     try:
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     except OSError as error:
@@ -189,7 +183,7 @@ def _monitor(trt: ModuleType, progress: Progress) -> _Monitor:
 
         def tell(self, name: str, done: int) -> None:
             try:  # an exception must not pass through TensorRT
-                progress(f"{name} ({done}/{steps.get(name, done)})")
+                progress(f"building the engine, {name} ({done}/{steps.get(name, done)})")
             except BaseException as error:
                 monitor.stopped = error
 

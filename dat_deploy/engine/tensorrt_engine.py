@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-import onnx
 import onnx_ir as ir
 import torch
 
@@ -13,29 +12,26 @@ from dat_deploy.engine.gpu import driver_cuda_version, gpu_architecture
 from dat_deploy.engine.inspector import count_types, deserialized, layers_of
 from dat_deploy.engine.lowering_choice import choose_lowering
 from dat_deploy.engine.passport import Passport, Profile, sha256, versions
+from dat_deploy.engine.source import EngineSource, check_plugin_form
 from dat_deploy.engine.tensorrt_build import serialized_engine
 from dat_deploy.engine.tensorrt_library import import_tensorrt
 from dat_deploy.engine.tensorrt_session import check_fits
-from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError, UnsupportedError
-from dat_deploy.export.lowering import LOWERINGS, lower
-from dat_deploy.metadata import FileMetadata, load_onnx
+from dat_deploy.errors import EngineRunError, UnsupportedError
+from dat_deploy.export.lowering import lower
+from dat_deploy.metadata import FileMetadata
 from dat_deploy.plugins import trt_plugin
-from dat_deploy.plugins.onnx_domain import DOMAIN_NAME
 from dat_deploy.preprocess import Preprocessing, golden_sha256
 
-__all__ = ["PLUGIN_FORMS", "engine_and_passport"]
+__all__ = ["engine_and_passport"]
 
-PLUGIN_FORMS = ("auto", "IPluginV3", "ahead-of-time")
 Progress = Callable[[str], None]
 
 
 def engine_and_passport(
-    source: Path,
+    source: EngineSource,
     *,
     backend: str,
     profiles: tuple[Profile, ...],
-    image_size: tuple[int, int] | None,
-    lowering: str,
     plugin_form: str,
     architectures: Sequence[int],
     timing_cache: Path | None,
@@ -48,10 +44,6 @@ def engine_and_passport(
     Raises:
         DatDeployError: as `build`.
     """
-    if lowering not in ("auto", *LOWERINGS):
-        raise EngineBuildError(f"no lowering '{lowering}'. Lowerings: auto, {', '.join(LOWERINGS)}.")
-    if plugin_form not in PLUGIN_FORMS:
-        raise EngineBuildError(f"no plugin form '{plugin_form}'. Forms: {', '.join(PLUGIN_FORMS)}.")
     trt = import_tensorrt(backend)
     here = gpu_architecture()
     if backend == "tensorrt" and here is None:
@@ -59,16 +51,8 @@ def engine_and_passport(
             f"TensorRT builds on a GPU, and torch {torch.__version__} sees none here. Build where one is, or with "
             f"--backend tensorrt-rtx, which needs none for that."
         )
-    content, model, metadata = _read(source)
-    size = _image_size(metadata, image_size, source)
-    _check_batch(metadata, profiles, source)
-    if not any(node.domain == DOMAIN_NAME for node in model.graph.node):
-        if lowering not in ("auto", metadata.lowering):
-            raise EngineBuildError(
-                f"{source} has its operators inlined (lowering '{metadata.lowering}'), so it cannot be built as "
-                f"'{lowering}'. Export it with --lowering function, or leave --lowering out."
-            )
-        lowering = metadata.lowering
+    metadata, model, size = source.metadata, source.model, source.image_size
+    lowering = source.lowering
 
     def register_plugins() -> str:
         return _register_form(trt, backend, plugin_form, architectures)
@@ -80,13 +64,9 @@ def engine_and_passport(
             trt, backend, metadata, most, size, register_plugins=register_plugins, progress=progress
         )
         lowering, notes = choice.lowering, (choice.reason,)
+        check_plugin_form(plugin_form, lowering)
     if lowering != metadata.lowering:
         model = ir.to_proto(lower(ir.from_proto(model), lowering))
-    if plugin_form != "auto" and lowering != "plugin":
-        raise EngineBuildError(
-            f"--plugins {plugin_form} is for --lowering plugin, and this is {lowering}; leave --plugins out, or build "
-            f"a file of lowering function or plugin with --lowering plugin."
-        )
     form = register_plugins() if lowering == "plugin" else None
     built = serialized_engine(
         trt,
@@ -115,12 +95,12 @@ def engine_and_passport(
         plugins=built.plugins,
         plugin_form=form,
         metadata=_of_engine(metadata, lowering, size),
-        source=source.name,
-        source_sha256=sha256(content),
+        source=source.path.name,
+        source_sha256=source.sha256,
         rebuild=tuple(command),
     )
     try:
-        check_fits(passport, trt, source.name)
+        check_fits(passport, trt, source.path.name)
     except UnsupportedError:
         return built.content, passport, notes  # it was built for other GPUs, which will tell
     passport, told = _confirmed(trt, built.content, passport)
@@ -172,29 +152,6 @@ def _register_form(trt: ModuleType, backend: str, plugin_form: str, architecture
     return form
 
 
-def _read(source: Path) -> tuple[bytes, onnx.ModelProto, FileMetadata]:
-    """The file's bytes, and what was parsed from those."""
-    if not source.is_file():
-        load_onnx(source)  # says what is wrong
-    content = source.read_bytes()
-    try:
-        model = onnx.load_from_string(content)
-    except Exception:  # protobuf's own exception types differ between its releases
-        model = load_onnx(source)
-    return content, model, FileMetadata.from_properties({p.key: p.value for p in model.metadata_props}, source)
-
-
-def _image_size(metadata: FileMetadata, asked: tuple[int, int] | None, source: Path) -> tuple[int, int]:
-    if asked is None or asked == metadata.image_size:
-        return metadata.image_size
-    if not metadata.dynamic_image_size:
-        raise ShapeError(
-            f"{source} is made for images of {metadata.image_size[0]}x{metadata.image_size[1]}, not "
-            f"{asked[0]}x{asked[1]}. Export it again with --image-size {asked[0]}x{asked[1]}."
-        )
-    return metadata.network.with_image_size(*asked).image_size
-
-
 def _of_engine(metadata: FileMetadata, lowering: str, size: tuple[int, int]) -> FileMetadata:
     """An engine has one lowering and one image size, whatever the file's are."""
     metadata = dataclasses.replace(metadata, lowering=lowering)
@@ -206,13 +163,3 @@ def _of_engine(metadata: FileMetadata, lowering: str, size: tuple[int, int]) -> 
     return dataclasses.replace(
         metadata, network=network, preprocessing=preprocessing, golden_sha256=golden, dynamic_image_size=False
     )
-
-
-def _check_batch(metadata: FileMetadata, profiles: Sequence[Profile], source: Path) -> None:
-    fixed = metadata.batch
-    if fixed is not None and profiles != (Profile(fixed, fixed, fixed),):
-        listed = ",".join(map(str, profiles))
-        raise ShapeError(
-            f"{source} has the fixed batch {fixed} and cannot be built for batch {listed}. "
-            f"Build it with --batch {fixed}, or export it again with --batch dynamic."
-        )

@@ -13,7 +13,7 @@ from typing import Any
 
 from dat_deploy.errors import UnsupportedError
 
-__all__ = ["MODULES", "Log", "import_tensorrt", "missing", "reasons_against_gpu", "version"]
+__all__ = ["MODULES", "Log", "check_installed", "import_tensorrt", "missing", "reasons_against_gpu", "version"]
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 LEAST = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
@@ -27,6 +27,13 @@ def missing(backend: str) -> list[str]:
     return []
 
 
+def check_installed(backend: str) -> None:
+    """Raises UnsupportedError if `backend`'s package is not installed; nothing is loaded."""
+    reasons = missing(backend)
+    if reasons:
+        raise UnsupportedError(f"backend {backend} cannot be used here: {'; '.join(reasons)}")
+
+
 @functools.cache
 def import_tensorrt(backend: str) -> ModuleType:
     """The Python module of `tensorrt` or `tensorrt-rtx`.
@@ -34,9 +41,7 @@ def import_tensorrt(backend: str) -> ModuleType:
     Raises:
         UnsupportedError: if it is not installed, cannot be loaded, or is of a version that is not supported.
     """
-    reasons = missing(backend)
-    if reasons:
-        raise UnsupportedError(f"backend {backend} cannot be used here: {'; '.join(reasons)}")
+    check_installed(backend)
     if backend == "tensorrt-rtx":
         _load_under_the_name_that_the_parser_opens()
     try:

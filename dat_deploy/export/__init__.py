@@ -3,24 +3,34 @@
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-
-from dat_deploy.checkpoint import load_weights, model_from_weights
+from dat_deploy.checkpoint_file import check_checkpoint
 from dat_deploy.configuration import find_variant
 from dat_deploy.errors import ExportError, ShapeError
-from dat_deploy.export.lowering import LOWERINGS, lower
-from dat_deploy.export.onnx_model import OPSET_VERSIONS, check_opset, onnx_from_model
-from dat_deploy.export.operators import operator_nodes
-from dat_deploy.export.precision import DTYPES, PrecisionCensus, cast_graph, check_precision, precision_census
+from dat_deploy.export.census import PrecisionCensus, precision_census
+from dat_deploy.export.options import (
+    LOWERINGS,
+    OPSET_VERSIONS,
+    PRECISIONS,
+    already_inlined,
+    check_lowering,
+    check_opset,
+    check_precision,
+)
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.labels import class_names
-from dat_deploy.metadata import FileMetadata, read_metadata
+from dat_deploy.metadata import DOMAIN_NAME, FileMetadata, load_onnx, read_metadata
 from dat_deploy.preprocess import Preprocessing, golden_sha256
 from dat_deploy.system import tool_version
 from dat_deploy.variants import Variant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# What loads torch or a graph library is imported after the checks, so that a wrong argument is told at once.
 
 __all__ = [
     "LOWERINGS",
@@ -30,12 +40,11 @@ __all__ = [
     "FileMetadata",
     "PrecisionCensus",
     "export",
-    "onnx_from_model",
     "read_metadata",
     "relower",
 ]
 
-PRECISIONS = tuple(DTYPES)
+Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +83,7 @@ def export(
     sampling_locations: bool = False,
     opset_version: int = 18,
     force: bool = False,
+    progress: Progress = lambda _: None,
 ) -> ExportReport:
     """Write a network with the weights of `checkpoint` as one self-contained ONNX file.
 
@@ -93,6 +103,7 @@ def export(
             point receives, for `visualize`; slower, and for a fixed image size alone.
         opset_version: one of OPSET_VERSIONS.
         force: replace `output` if it exists.
+        progress: called with what is being done.
 
     Raises:
         DatDeployError: one of its subclasses for each thing that can be wrong with the arguments.
@@ -100,14 +111,21 @@ def export(
     started = time.monotonic()
     check_output(output, force=force)
     check_opset(opset_version)
-    if lowering not in LOWERINGS:
-        raise ExportError(f"no lowering '{lowering}'. Lowerings: {', '.join(LOWERINGS)}.")
+    check_lowering(lowering)
     check_precision(precision, fp32, no_fp32)
     if batch is not None and batch < 1:
         raise ExportError(f"batch {batch} is not possible; give a number from 1, or 'dynamic'.")
     network = find_variant(variant, image_size=image_size, features=features)
     if dynamic_image_size:
         _check_dynamic_image_size(network, sampling_locations=sampling_locations)
+    check_checkpoint(checkpoint)
+    from dat_deploy.checkpoint import load_weights, model_from_weights
+    from dat_deploy.export.lowering import lower
+    from dat_deploy.export.onnx_model import onnx_from_model
+    from dat_deploy.export.operators import operator_nodes
+    from dat_deploy.export.precision import cast_graph
+
+    progress("loading weights")
     weights = load_weights(network, checkpoint)
     module = model_from_weights(weights, network, fused=True, sampled_points=sampling_locations)
     preprocessing = Preprocessing.from_variant(network)
@@ -127,10 +145,20 @@ def export(
         version=tool_version(),
         golden_sha256=golden_sha256(preprocessing),
     )
-    model = onnx_from_model(module, batch=batch, dynamic_image_size=dynamic_image_size, opset_version=opset_version)
+    model = onnx_from_model(
+        module,
+        batch=batch,
+        dynamic_image_size=dynamic_image_size,
+        opset_version=opset_version,
+        progress=progress,
+    )
     operators = len(operator_nodes(model))
+    if precision != "fp32":
+        progress(f"casting to {precision}")
     cast_graph(model, precision, fp32=fp32, no_fp32=no_fp32)
+    progress("lowering")
     model = lower(model, lowering)
+    progress("writing")
     _save(model, metadata, output, force=force)
     return ExportReport(
         path=output,
@@ -138,14 +166,16 @@ def export(
         size_bytes=output.stat().st_size,
         nodes=len(model.graph),
         operators=operators,
-        census=precision_census(model),
+        census=precision_census(load_onnx(output)),
         outputs=tuple(module.output_names),
         seconds=time.monotonic() - started,
         notes=weights.notes,
     )
 
 
-def relower(source: Path, output: Path, lowering: str, *, force: bool = False) -> ExportReport:
+def relower(
+    source: Path, output: Path, lowering: str, *, force: bool = False, progress: Progress = lambda _: None
+) -> ExportReport:
     """Give the operators of an exported file another form, in its precision; it must still have them as nodes.
 
     Raises:
@@ -153,10 +183,22 @@ def relower(source: Path, output: Path, lowering: str, *, force: bool = False) -
     """
     started = time.monotonic()
     check_output(output, force=force)
-    metadata = read_metadata(source)
-    model = ir.load(source)
+    check_lowering(lowering)
+    progress("reading the file")
+    proto = load_onnx(source)
+    metadata = FileMetadata.from_properties({entry.key: entry.value for entry in proto.metadata_props}, source)
+    if not any(node.domain == DOMAIN_NAME for node in proto.graph.node):
+        raise already_inlined()
+    import onnx_ir as ir
+
+    from dat_deploy.export.lowering import lower
+    from dat_deploy.export.operators import operator_nodes
+
+    model = ir.from_proto(proto)
     operators = len(operator_nodes(model))
+    progress("lowering")
     model = lower(model, lowering)
+    progress("writing")
     metadata = dataclasses.replace(metadata, lowering=lowering)
     _save(model, metadata, output, force=force)
     return ExportReport(
@@ -165,7 +207,7 @@ def relower(source: Path, output: Path, lowering: str, *, force: bool = False) -
         size_bytes=output.stat().st_size,
         nodes=len(model.graph),
         operators=operators,
-        census=precision_census(model),
+        census=precision_census(load_onnx(output)),
         outputs=tuple(str(value.name) for value in model.graph.outputs),
         seconds=time.monotonic() - started,
         notes=(),
@@ -185,7 +227,9 @@ def _check_dynamic_image_size(network: Variant, *, sampling_locations: bool) -> 
         )
 
 
-def _save(model: ir.Model, metadata: FileMetadata, output: Path, *, force: bool) -> None:
+def _save(model: "ir.Model", metadata: FileMetadata, output: Path, *, force: bool) -> None:
+    import onnx_ir as ir
+
     model.producer_name = "dat-deploy"
     model.producer_version = metadata.version
     model.graph.name = "dat_" + re.sub(r"\W", "_", metadata.network.name)

@@ -21,48 +21,18 @@ import onnxscript
 import onnxscript.optimizer
 from onnx_ir.passes import common as passes
 
-from dat_deploy.errors import ExportError
 from dat_deploy.export.cleanup import name_results, remove_identity_slices
 from dat_deploy.export.operators import MODULES, operator_nodes, parameters
+from dat_deploy.export.options import already_inlined, check_lowering
 from dat_deploy.export.precision import polymorphic_body, value_types
+from dat_deploy.export.records import PROPERTY, OperatorRecord
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
 
-__all__ = [
-    "LOWERINGS",
-    "OperatorRecord",
-    "function_bodies",
-    "lower",
-    "operator_nodes",
-    "operator_records",
-]
+__all__ = ["function_bodies", "lower", "operator_nodes"]
 
-LOWERINGS = ("function", "plugin", "gather", "gridsample", "hat")
-
-_RECORDS = "dat_deploy.operators"  # property of a file
 # In elements: a larger constant is cheaper as the few nodes that make it. But `hat` is for what cannot gather, and the
 # bias of the neighborhoods is gathered from its table: 6.5 million elements in stage 0 of pp-base-384.
 _FOLD_LIMITS = {"gather": 1 << 20, "gridsample": 1 << 20, "hat": 1 << 23}
-
-
-@dataclass(frozen=True)
-class OperatorRecord:
-    """Where an operator stands in a file, whatever its lowering; every file lists its operators in its metadata.
-
-    Attributes:
-        name: `stages.2.attns.1/deformable_attention`.
-        inputs: parameter of the operator -> name of the tensor, without the bias table; output: likewise.
-    """
-
-    name: str
-    operator: str
-    attributes: dict[str, int]
-    inputs: dict[str, str]
-    output: str
-
-
-def operator_records(properties: dict[str, str]) -> list[OperatorRecord]:
-    """The operators that a file's metadata lists; none if it has no such list."""
-    return [OperatorRecord(**fields) for fields in json.loads(properties.get(_RECORDS, "[]"))]
 
 
 def function_bodies(lowering: str, opset_version: int, *, polymorphic: bool = False) -> list[onnx.FunctionProto]:
@@ -91,14 +61,10 @@ def lower(model: ir.Model, lowering: str) -> ir.Model:
     Raises:
         ExportError: if there is no such lowering, or the operators of `model` are already inlined.
     """
-    if lowering not in LOWERINGS:
-        raise ExportError(f"no lowering '{lowering}'. Lowerings: {', '.join(LOWERINGS)}.")
+    check_lowering(lowering)
     nodes = operator_nodes(model)
     if not nodes:
-        raise ExportError(
-            "the operators of this file are already inlined, so its lowering cannot change. "
-            "Export it again with --lowering, or start from a file of lowering 'function' or 'plugin'."
-        )
+        raise already_inlined()
     boundaries = [_Boundary.of(node) for node in nodes]
     model.functions.clear()
     if lowering != "plugin":
@@ -112,7 +78,7 @@ def lower(model: ir.Model, lowering: str) -> ir.Model:
             model.functions.update({body.identifier(): body for body in map(ir.serde.deserialize_function, bodies)})
         else:
             _inline(model, operators, {body.name: body for body in bodies}, _FOLD_LIMITS[lowering])
-    model.metadata_props[_RECORDS] = json.dumps([asdict(boundary.record()) for boundary in boundaries])
+    model.metadata_props[PROPERTY] = json.dumps([asdict(boundary.record()) for boundary in boundaries])
     return model
 
 

@@ -20,13 +20,13 @@ from onnxscript import opset18 as op
 from dat_deploy.errors import ExportError
 from dat_deploy.export.boundaries import record_boundaries
 from dat_deploy.export.cleanup import constant_reshape_shapes, name_results
+from dat_deploy.export.options import check_opset
 from dat_deploy.model import DAT
 from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
 from dat_deploy.variants import stride
 
-__all__ = ["IR_VERSION", "OPSET_VERSIONS", "check_opset", "onnx_from_model"]
+__all__ = ["IR_VERSION", "onnx_from_model"]
 
-OPSET_VERSIONS = (17, 18, 19)
 IR_VERSION = 10
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # torch's own property of a node: the modules around it, outermost first
@@ -34,7 +34,12 @@ _Value = ir.Value
 
 
 def onnx_from_model(
-    model: DAT, *, batch: int | None = None, dynamic_image_size: bool = False, opset_version: int = 18
+    model: DAT,
+    *,
+    batch: int | None = None,
+    dynamic_image_size: bool = False,
+    opset_version: int = 18,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> ir.Model:
     """Capture `model` with torch.export; every operator is one node that carries all its attributes.
 
@@ -43,6 +48,7 @@ def onnx_from_model(
         batch: the fixed batch, or None for a dynamic one.
         dynamic_image_size: height and width are free, in the multiples that the network takes.
         opset_version: 17, 18 or 19.
+        progress: called with what is being done.
 
     Returns:
         A graph with input `image` [batch, 3, H, W] and outputs as `model.output_names` says, all float32. A node's
@@ -60,6 +66,7 @@ def onnx_from_model(
         step, least = model.variant.side_multiple, model.variant.min_side
         for axis, name in ((2, "height"), (3, "width")):
             dims[axis] = step * torch.export.Dim(f"{name}_{step}", min=least // step)
+    progress("tracing")
     with _quiet(), _uncollected():
         program = torch.onnx.export(
             model,
@@ -74,6 +81,7 @@ def onnx_from_model(
             custom_translation_table=_translations(),
         )
     assert program is not None
+    progress("optimizing the graph")
     graph_model = program.model
     graph_model.functions.clear()
     onnxscript.optimizer.fold_constants(graph_model)
@@ -88,15 +96,6 @@ def onnx_from_model(
     if dynamic_image_size:
         _name_sides(graph_model, model)
     return graph_model
-
-
-def check_opset(opset_version: int) -> None:
-    """Raises ExportError unless `opset_version` is one of OPSET_VERSIONS."""
-    if opset_version not in OPSET_VERSIONS:
-        raise ExportError(
-            f"opset {opset_version} is not supported; it takes 17, 18 or 19. From opset 20 on, TensorRT up to 11.1 "
-            f"reads GridSample's 'linear' as nearest (NVIDIA/TensorRT#4646). Use --opset 18."
-        )
 
 
 def _operator(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...]) -> Callable[..., _Value]:

@@ -7,31 +7,27 @@ convolution of the offsets on. In the operators' bodies all stays but the two pr
 import abc
 import difflib
 import fnmatch
-import functools
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from dat_deploy.errors import ExportError
+from dat_deploy.export.census import TypeRule, type_rule
 from dat_deploy.export.operators import operator_nodes, parameters
+from dat_deploy.export.options import ELEMENT_TYPES, check_precision
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME
 
 __all__ = [
     "DTYPES",
-    "PrecisionCensus",
     "cast_graph",
-    "check_precision",
     "polymorphic_body",
-    "precision_census",
     "value_types",
 ]
 
 FLOAT = ir.DataType.FLOAT
-DTYPES = {"fp32": FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+DTYPES = {name: ir.DataType(number) for name, number in ELEMENT_TYPES.items()}
 
 # Computes nothing, so it has the type of its data, whatever that is.
 _MOVES = frozenset({
@@ -41,22 +37,6 @@ _MOVES = frozenset({
 _FP32_PARAMETERS = frozenset({"sampling_locations", "relative_position_bias_table"})  # of the operators
 
 _Types = dict[ir.Value, ir.DataType]
-
-
-def check_precision(precision: str, fp32: Sequence[str] = (), no_fp32: Sequence[str] = ()) -> None:
-    """Raises ExportError unless there is such a precision, and it has float32 islands to add to or take from."""
-    if precision == "int8":
-        raise ExportError(
-            "--precision int8 needs images to measure ranges on. Export in fp32, then: "
-            "dat-deploy quantize FILE.onnx --data FOLDER"
-        )
-    if precision not in DTYPES:
-        raise ExportError(f"no precision '{precision}'. Precisions: {', '.join(DTYPES)}.")
-    if precision == "fp32" and (fp32 or no_fp32):
-        raise ExportError(
-            "--fp32 and --no-fp32 change what stays in float32 in a lower precision; with --precision fp32 everything "
-            "does. Leave them out, or add --precision fp16."
-        )
 
 
 def cast_graph(model: ir.Model, precision: str, *, fp32: Sequence[str] = (), no_fp32: Sequence[str] = ()) -> ir.Model:
@@ -94,63 +74,6 @@ def polymorphic_body(body: onnx.FunctionProto) -> onnx.FunctionProto:
     function = ir.serde.deserialize_function(body)
     _BodyRetyping(function).run()
     return ir.serde.serialize_function(function)
-
-
-@dataclass(frozen=True)
-class PrecisionCensus:
-    """What a graph computes in, counted from its nodes; nodes that compute in integers do not count.
-
-    Attributes:
-        nodes: precision -> operator -> number of nodes; a node of several types has that of its first input, one that
-            reads data and weights that were dequantized computes in int8.
-        casts: from one of the precisions to another, to int8 and back too; they do not count as nodes.
-        islands: groups of connected float32 nodes.
-    """
-
-    nodes: dict[str, dict[str, int]]
-    casts: int
-    islands: int
-
-    def count(self, precision: str) -> int:
-        return sum(self.nodes.get(precision, {}).values())
-
-    def share(self, precision: str) -> float:
-        """Of all nodes that compute in floating point."""
-        return self.count(precision) / max(1, sum(map(self.count, self.nodes)))
-
-    def __str__(self) -> str:
-        """`precision: fp16 412 nodes (81%), fp32 96 (19%) in 31 islands, 90 casts`."""
-        lower = [name for name in self.nodes if name != "fp32"]
-        if not lower:
-            return f"precision: fp32 {self.count('fp32')} nodes"
-        parts = [f"{name} {self.count(name)} nodes ({self.share(name):.0%})" for name in lower]
-        parts.append(f"fp32 {self.count('fp32')} ({self.share('fp32'):.0%}) in {self.islands} islands")
-        return f"precision: {', '.join(parts)}, {self.casts} casts"
-
-
-def precision_census(model: ir.Model) -> PrecisionCensus:
-    """Count nodes by the type they compute in, which follows from the types of inputs, weights and Casts alone."""
-    types = value_types(model)
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    nodes: dict[str, Counter[str]] = {}
-    casts = 0
-    group: dict[ir.Node, ir.Node] = {}  # node of float32 -> another of its island; one a group is its own
-    for node in model.graph:
-        read = [types[value] for value in node.inputs if value is not None and types[value] in names]
-        made = [types[value] for value in node.outputs if types[value] in names]
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") or (node.op_type == "Cast" and read and made):
-            casts += 1
-        elif made:
-            precision = "int8" if _is_quantized(node) else names[(read or made)[0]]
-            nodes.setdefault(precision, Counter())[node.op_type] += 1
-            if precision == "fp32":
-                group[node] = node
-                for value in node.inputs:
-                    before = None if value is None or types[value] != FLOAT else value.producer()
-                    if before in group:
-                        group[_representative(group, before)] = node
-    islands = sum(node is other for node, other in group.items())
-    return PrecisionCensus({name: dict(found) for name, found in sorted(nodes.items())}, casts, islands)
 
 
 def asked_differently(
@@ -198,18 +121,6 @@ def asked_differently(
         if has_weight and read != (FLOAT if stays else half):
             wrong.append(f"{node.name} computes in {names[read]}")
     return wrong
-
-
-def _is_quantized(node: ir.Node) -> bool:
-    """Whether its data and its weights were dequantized for it; a bias may stay as it was."""
-    makers = [None if value is None else value.producer() for value in node.inputs[:2]]
-    return len(makers) == 2 and all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
-
-
-def _representative(group: dict[ir.Node, ir.Node], node: ir.Node) -> ir.Node:
-    while group[node] is not node:
-        group[node] = node = group[group[node]]
-    return node
 
 
 def _islands(
@@ -283,25 +194,8 @@ def _hint(pattern: str, modules: set[str]) -> str:
     return (f"Did you mean {' or '.join(near)}? " if near else "") + f"Modules are in: {', '.join(top)}."
 
 
-@functools.cache
-def _type_rule(op_type: str, opset_version: int) -> tuple[ir.DataType | int | None, frozenset[ir.DataType]]:
-    """(type of the first output: itself, or the input that it is like, or None; the types it may have)."""
-    schema = onnx.defs.get_schema(op_type, opset_version, "")
-    constraints = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
-    letter = schema.outputs[0].type_str
-    allowed = frozenset(
-        ir.DataType[name.upper()]
-        for name in (text[len("tensor(") : -1] for text in constraints.get(letter, [letter]))
-        if name.upper() in ir.DataType.__members__
-    )
-    like = [index for index, parameter in enumerate(schema.inputs) if parameter.type_str == letter]
-    if like:
-        return like[0], allowed
-    return (next(iter(allowed)) if len(allowed) == 1 else None), allowed
-
-
-def _allowed_types(op_type: str, opset_version: int) -> frozenset[ir.DataType]:
-    return _type_rule(op_type, opset_version)[1]
+def _allowed_types(op_type: str, opset_version: int) -> frozenset[int]:
+    return type_rule(op_type, opset_version).allowed
 
 
 def _output_type(node: ir.Node, types: _Types, opset_version: int) -> ir.DataType:
@@ -312,11 +206,11 @@ def _output_type(node: ir.Node, types: _Types, opset_version: int) -> ir.DataTyp
         if name == "value":
             return node.attributes[name].as_tensor().dtype
         return FLOAT if name.startswith("value_float") else ir.DataType.INT64
-    like = 0 if node.domain else _type_rule(node.op_type, opset_version)[0]
-    if isinstance(like, ir.DataType):
-        return like
-    assert like is not None, f"no type for the result of {node.op_type}"
-    value = node.inputs[like]
+    rule = TypeRule(0, None) if node.domain else type_rule(node.op_type, opset_version)
+    if rule.fixed is not None:
+        return ir.DataType(rule.fixed)
+    assert rule.like is not None, f"no type for the result of {node.op_type}"
+    value = node.inputs[rule.like]
     assert value is not None
     return types[value]
 

@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from dat_deploy.export.lowering import OperatorRecord
+from dat_deploy.export.records import OperatorRecord
 
 __all__ = ["model_up_to", "operator_model"]
 
@@ -16,7 +16,7 @@ def operator_model(model: ir.Model, record: OperatorRecord) -> bytes:
         model: the file; it stays as it is.
 
     Returns:
-        A serialised ONNX model with the file's opset and functions.
+        A serialised ONNX model with the file's opset and those of its functions that it calls.
     """
     graph = ir.convenience.extract(model.graph, list(record.inputs.values()), [record.output])
     names = {tensor: parameter for parameter, tensor in record.inputs.items()}
@@ -38,7 +38,7 @@ def model_up_to(model: ir.Model, tensor: str) -> bytes:
         model: the file; it stays as it is.
 
     Returns:
-        A serialised ONNX model with the file's opset and functions.
+        A serialised ONNX model with the file's opset and those of its functions that it calls.
     """
     return _serialized(model, ir.convenience.extract(model.graph, ["image"], [tensor]))
 
@@ -51,7 +51,9 @@ def _serialized(model: ir.Model, graph: ir.Graph) -> bytes:
         (result,) = cast.outputs
         result.dtype, result.shape = ir.DataType.FLOAT, output.shape
         graph.outputs[0] = result
-    part = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
+    called = {node.op_identifier() for node in graph}
+    functions = [function for function in model.functions.values() if function.identifier() in called]
+    part = ir.Model(graph, ir_version=model.ir_version, functions=functions)
     part.opset_imports.update(model.opset_imports)
     serialized: bytes = ir.to_proto(part).SerializeToString()
     return serialized

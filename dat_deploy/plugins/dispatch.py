@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any, ParamSpec
 
 import torch
-import torch.compiler.config
 from torch import Tensor
 
 from dat_deploy.errors import ShapeError, UnsupportedError
@@ -21,6 +20,7 @@ from dat_deploy.plugins.tuning import configurations_path, tuned_configuration
 
 __all__ = [
     "Job",
+    "cache_key",
     "kernel_computes",
     "launch_kernel",
     "launched_by",
@@ -38,16 +38,22 @@ LARGEST_IMAGE = 2**31 - 1  # elements of a tensor's image: the kernels count the
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _cache_key_tag() -> str:
-    """What torch.compile's caches on disk must be told apart by: they know an operator by its name alone, and would
-    give what was compiled from an earlier version, or in an earlier configuration."""
+def cache_key() -> str:
+    """What torch.compile's caches on disk must be told apart by, if these operators are in what is compiled.
+
+    Torch 2.13 knows an operator by its name alone: after another version of this package was installed, or other
+    configurations were measured, it would give the code that it compiled before. Say so before the first call:
+
+        torch.compiler.config.cache_key_tag = dat_deploy.plugins.cache_key()
+
+    Nothing here sets it: it is the process's, and what this package itself compiles does not need it. The networks of
+    `pytorch-compile` are made of the references, which torch hashes as it does all code that it traces; AOTInductor
+    looks into no cache for what it compiles.
+    """
     digest = hashlib.sha256()
     for path in [*sorted(Path(__file__).parent.rglob("*.py")), configurations_path()]:
         digest.update(path.read_bytes() if path.is_file() else b"")
     return f"dat-deploy {digest.hexdigest()[:16]}"
-
-
-torch.compiler.config.cache_key_tag += _cache_key_tag()
 
 
 def operator(

@@ -14,9 +14,10 @@ Notes for whoever writes a body, each learned by trying (ONNX Runtime 1.31, Open
 
 import onnxscript
 
+from dat_deploy.metadata import DOMAIN_NAME
+
 __all__ = ["DOMAIN", "DOMAIN_NAME", "DOMAIN_VERSION", "PLUGIN_ATTRIBUTES"]
 
-DOMAIN_NAME = "dat_deploy"
 DOMAIN_VERSION = 1
 DOMAIN = onnxscript.values.Opset(DOMAIN_NAME, DOMAIN_VERSION)
 

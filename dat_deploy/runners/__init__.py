@@ -2,20 +2,27 @@
 
 import difflib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dat_deploy.engine.passport import read_passport
+from dat_deploy.checkpoint_file import check_checkpoint
+from dat_deploy.configuration import find_variant
+from dat_deploy.engine.passport import Profile, check_backend, open_engine, read_passport
+from dat_deploy.engine.tensorrt_library import MODULES, check_installed
 from dat_deploy.errors import DatDeployError, PassportError, UnsupportedError
-from dat_deploy.runners.base import EngineDescription, Runner
+from dat_deploy.metadata import FileMetadata, load_onnx
+from dat_deploy.preprocess import Preprocessing
+from dat_deploy.runners.base import EngineDescription, EngineOutline, Runner, no_plugin_here
 
 __all__ = [
     "ENGINES",
     "RUNTIMES",
     "EngineDescription",
+    "EngineOutline",
     "Runner",
     "Runtime",
+    "check_engine",
     "open_runner",
     "parse_engine",
     "reasons_against",
@@ -92,10 +99,74 @@ def _backend(engine: Path) -> str:
     return backend if backend in RUNTIMES else "tensorrt"
 
 
-def reasons_against(runtime: Runtime) -> list[str]:
-    """Why `runtime` cannot run here; empty if it can."""
+def check_engine(
+    engine: str,
+    *,
+    checkpoint: Path | None = None,
+    image_size: tuple[int, int] | None = None,
+    features: Sequence[int] | None = None,
+) -> EngineOutline:
+    """Refuse early what `open_runner` would refuse of the arguments and the file; no runtime is loaded.
+
+    Raises:
+        DatDeployError: as `open_runner`, but for what the runtime itself says.
+    """
+    runtime, target = parse_engine(engine)
+    path = Path(target)
+    check_checkpoint(checkpoint)
+    if runtime.target == "VARIANT":
+        network = find_variant(target, image_size=image_size, features=features)
+        is_dynamic = network.takes_any_size and runtime.name == "pytorch"
+        outline = EngineOutline(engine, network, None, None, is_dynamic, Preprocessing.from_variant(network))
+    elif runtime.target == "FILE.onnx":
+        model = load_onnx(path)
+        metadata = FileMetadata.from_properties({entry.key: entry.value for entry in model.metadata_props}, path)
+        if metadata.lowering == "plugin":
+            raise no_plugin_here(engine)
+        outline = _outline(engine, metadata, [value.name for value in model.graph.output])
+    else:
+        passport, _ = open_engine(path)
+        check_backend(path, passport, runtime.name)
+        if runtime.name in MODULES:
+            check_installed(runtime.name)
+        outline = _outline(engine, passport.metadata, passport.outputs, passport.profiles)
+    if image_size is not None:
+        outline.network_at(*image_size)
+    missing = _missing_package(runtime)
+    if missing:
+        raise _cannot_run(runtime, missing)
+    return outline
+
+
+def _outline(
+    engine: str, metadata: FileMetadata, outputs: Iterable[str], profiles: tuple[Profile, ...] = ()
+) -> EngineOutline:
+    return EngineOutline(
+        engine,
+        metadata.network,
+        tuple(outputs),
+        metadata.batch,
+        metadata.dynamic_image_size,
+        metadata.preprocessing,
+        profiles,
+    )
+
+
+def _missing_package(runtime: Runtime) -> list[str]:
     if importlib.util.find_spec(runtime.package) is None:
         return [f"package {runtime.package} is not installed: pip install 'dat-deploy[{runtime.extra}]'"]
+    return []
+
+
+def _cannot_run(runtime: Runtime, reasons: Sequence[str]) -> UnsupportedError:
+    return UnsupportedError(f"{runtime.name} cannot run here: {'; '.join(reasons)}")
+
+
+def reasons_against(runtime: Runtime) -> list[str]:
+    """Why `runtime` cannot run here; empty if it can."""
+    missing = _missing_package(runtime)
+    if missing:
+        return missing
     if runtime.name in ("tensorrt", "tensorrt-rtx"):
         from dat_deploy.engine.gpu import gpu_architecture
 
@@ -143,7 +214,7 @@ def open_runner(
         return AotinductorRunner(Path(target), engine, image_size=image_size, threads=threads)
     reasons = reasons_against(runtime)
     if reasons:
-        raise UnsupportedError(f"{runtime.name} cannot run here: {'; '.join(reasons)}")
+        raise _cannot_run(runtime, reasons)
     match runtime.package:
         case "torch":
             from dat_deploy.runners.pytorch_runner import PytorchRunner

@@ -1,5 +1,6 @@
 """AOTInductor, on the CPU or on CUDA: a package that `dat-deploy build` made, by its passport."""
 
+import contextlib
 import tempfile
 import threading
 from pathlib import Path
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dat_deploy.engine.aotinductor import check_fits, model_name
-from dat_deploy.engine.passport import open_engine
-from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError, UnsupportedError
+from dat_deploy.engine.passport import check_backend, open_engine
+from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError
 from dat_deploy.runners.base import Images, Runner, available_cores, describe
+from dat_deploy.runners.torch_threads import torch_threads
 
 __all__ = ["AotinductorRunner"]
 
@@ -34,15 +36,9 @@ class AotinductorRunner(Runner):
         self, path: Path, name: str, *, image_size: tuple[int, int] | None = None, threads: int | None = None
     ) -> None:
         passport, content = open_engine(path)
-        if passport.backend != "aotinductor":
-            raise UnsupportedError(
-                f"{path} was built with backend {passport.backend}, not aotinductor. "
-                f"Open it as {passport.backend}:{path}"
-            )
+        check_backend(path, passport, "aotinductor")
         check_fits(passport, name)
         device = "cpu" if passport.architectures[0] == "cpu" else "cuda"
-        if device == "cpu":
-            torch.set_num_threads(threads or available_cores())
         self.description = describe(
             passport.metadata,
             name,
@@ -52,7 +48,7 @@ class AotinductorRunner(Runner):
             runtime_version=str(torch.__version__),
             device=device,
             precision=passport.metadata.precision,
-            threads=torch.get_num_threads() if device == "cpu" else 1,
+            threads=(threads or available_cores()) if device == "cpu" else 1,
             profiles=passport.profiles,
         )
         self._lock = threading.Lock()
@@ -77,8 +73,6 @@ class AotinductorRunner(Runner):
         with self._lock:
             image = torch.from_numpy(images_nchw)
             if self.description.device == "cpu":
-                if torch.get_num_threads() != self.description.threads:  # in a thread that OpenMP sees anew
-                    torch.set_num_threads(self.description.threads)
                 results = self._call(image)
             else:
                 results = [result.cpu() for result in self._call(self._on_device(image))]
@@ -112,8 +106,10 @@ class AotinductorRunner(Runner):
     def _call(self, image: Tensor) -> list[Tensor]:
         if not self._models:
             raise EngineRunError(f"{self.description.name} is closed; open it again.")
+        on_cpu = self.description.device == "cpu"
+        threads = torch_threads(self.description.threads) if on_cpu else contextlib.nullcontext()
         try:
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions of fp32 in fp32
+            with threads, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions of fp32 in fp32
                 return self._models[image.shape[0]].boxed_run([image])  # type: ignore[no-any-return]  # untyped call
         except Exception as error:  # whatever the compiled code raises
             text = " ".join(str(error).split())

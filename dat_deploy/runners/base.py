@@ -16,14 +16,89 @@ from dat_deploy.metadata import FileMetadata
 from dat_deploy.preprocess import Preprocessing
 from dat_deploy.variants import Variant
 
-__all__ = ["EngineDescription", "Graph", "Images", "Runner", "available_cores", "describe", "no_plugin_here"]
+__all__ = [
+    "EngineDescription",
+    "EngineOutline",
+    "Graph",
+    "Images",
+    "Runner",
+    "available_cores",
+    "describe",
+    "no_plugin_here",
+]
 
 Images = NDArray[np.float32]
 Graph = Callable[[Mapping[str, NDArray[np.float32]]], NDArray[np.float32]]
 
 
+class _Takes:
+    """What an engine takes, by fields that `EngineOutline` and `EngineDescription` have."""
+
+    name: str
+    network: Variant
+    batch: int | None
+    dynamic_image_size: bool
+    profiles: tuple[Profile, ...]
+
+    @property
+    def variant(self) -> str:
+        return self.network.name
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.network.image_size
+
+    @property
+    def batches_taken(self) -> str:
+        """In words, for messages."""
+        if self.profiles:
+            return "batch " + " or ".join(map(str, self.profiles))
+        return "any batch" if self.batch is None else str(self.batch)
+
+    @property
+    def least_batch(self) -> int:
+        return min((profile.least for profile in self.profiles), default=self.batch or 1)
+
+    def takes_batch(self, batch: int) -> bool:
+        if self.profiles:
+            return any(profile.least <= batch <= profile.most for profile in self.profiles)
+        return self.batch in (None, batch)
+
+    def network_at(self, height: int, width: int) -> Variant:
+        """Its network for images of that size.
+
+        Raises:
+            ShapeError: if it does not take that size.
+        """
+        if (height, width) == self.image_size:
+            return self.network
+        if not self.dynamic_image_size:
+            raise ShapeError(
+                f"{self.name} is made for images of {self.image_size[0]}x{self.image_size[1]}, not {height}x{width}. "
+                f"Export it again with --image-size {height}x{width}."
+            )
+        return self.network.with_image_size(height, width)
+
+
 @dataclass(frozen=True)
-class EngineDescription:
+class EngineOutline(_Takes):
+    """What is known of an engine before its runtime is loaded; the fields are those of `EngineDescription`.
+
+    Attributes:
+        outputs: None of PyTorch, which gives what it is asked for.
+    """
+
+    name: str
+    network: Variant
+    outputs: tuple[str, ...] | None
+    batch: int | None
+    dynamic_image_size: bool
+    preprocessing: Preprocessing
+    profiles: tuple[Profile, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineDescription(_Takes):
     """What is being run; every benchmark row and validation report carries it.
 
     Attributes:
@@ -56,44 +131,11 @@ class EngineDescription:
     preprocessing: Preprocessing
     profiles: tuple[Profile, ...] = ()
 
-    @property
-    def variant(self) -> str:
-        return self.network.name
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.network.image_size
-
-    @property
-    def batches_taken(self) -> str:
-        """In words, for messages."""
-        if self.profiles:
-            return "batch " + " or ".join(map(str, self.profiles))
-        return "any batch" if self.batch is None else str(self.batch)
-
-    @property
-    def least_batch(self) -> int:
-        return min((profile.least for profile in self.profiles), default=self.batch or 1)
-
-    def takes_batch(self, batch: int) -> bool:
-        if self.profiles:
-            return any(profile.least <= batch <= profile.most for profile in self.profiles)
-        return self.batch in (None, batch)
-
     def at_image_size(self, height: int, width: int) -> "EngineDescription":
-        """The same engine as it is with images of another size.
-
-        Raises:
-            ShapeError: if it does not take that size.
-        """
-        if (height, width) == self.image_size:
+        """The same engine as it is with images of another size; raises ShapeError as `network_at`."""
+        network = self.network_at(height, width)
+        if network == self.network:
             return self
-        if not self.dynamic_image_size:
-            raise ShapeError(
-                f"{self.name} is made for images of {self.image_size[0]}x{self.image_size[1]}, not {height}x{width}. "
-                f"Export it again with --image-size {height}x{width}."
-            )
-        network = self.network.with_image_size(height, width)
         return replace(self, network=network, preprocessing=Preprocessing.from_variant(network))
 
 

@@ -11,6 +11,7 @@ from dat_deploy.checkpoint import load_weights, model_from_weights
 from dat_deploy.configuration import find_variant
 from dat_deploy.preprocess import Preprocessing
 from dat_deploy.runners.base import EngineDescription, Images, Runner, available_cores
+from dat_deploy.runners.torch_threads import torch_threads
 from dat_deploy.variants import Variant
 
 __all__ = ["PytorchRunner"]
@@ -39,7 +40,6 @@ class PytorchRunner(Runner):
     ) -> None:
         network = find_variant(variant, image_size=image_size, features=features)
         weights = load_weights(network, checkpoint)
-        torch.set_num_threads(threads or available_cores())
         self.model = model_from_weights(weights, network, sampled_points=sampled_points)
         self._forward = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.description = EngineDescription(
@@ -53,7 +53,7 @@ class PytorchRunner(Runner):
             batch=None,
             dynamic_image_size=network.takes_any_size and not compiled,
             lowering=None,
-            threads=torch.get_num_threads(),
+            threads=threads or available_cores(),
             weights_sha256=weights.sha256,
             weights_source=weights.source,
             preprocessing=Preprocessing.from_variant(network),
@@ -61,7 +61,8 @@ class PytorchRunner(Runner):
 
     @torch.inference_mode()
     def _run(self, images_nchw: Images) -> dict[str, NDArray[np.float32]]:
-        results = self._forward(torch.from_numpy(images_nchw))
+        with torch_threads(self.description.threads):
+            results = self._forward(torch.from_numpy(images_nchw))
         results = results if isinstance(results, tuple) else (results,)
         return {name: result.numpy() for name, result in zip(self.description.outputs, results, strict=True)}
 

@@ -6,10 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dat_deploy.engine.passport import open_engine
+from dat_deploy.engine.passport import check_backend, open_engine
 from dat_deploy.engine.tensorrt_library import import_tensorrt
 from dat_deploy.engine.tensorrt_session import Session, check_fits
-from dat_deploy.errors import UnsupportedError
 from dat_deploy.plugins import trt_plugin
 from dat_deploy.runners.base import Images, Runner, describe
 
@@ -31,11 +30,7 @@ class TensorrtRunner(Runner):
         self, path: Path, name: str, *, backend: str | None = None, image_size: tuple[int, int] | None = None
     ) -> None:
         passport, content = open_engine(path)
-        if backend not in (None, passport.backend) or passport.backend == "aotinductor":
-            raise UnsupportedError(
-                f"{path} was built with backend {passport.backend}, not {backend or 'TensorRT'}. "
-                f"Open it as {passport.backend}:{path}"
-            )
+        check_backend(path, passport, backend)
         trt = import_tensorrt(passport.backend)
         check_fits(passport, trt, name)
         if passport.plugin_form == "IPluginV3":

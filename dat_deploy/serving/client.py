@@ -11,7 +11,7 @@ import numpy as np
 
 from dat_deploy.classify import Prediction
 from dat_deploy.errors import DatDeployError, ServingError, UnsupportedError
-from dat_deploy.preprocess import Preprocessing, preprocess_files
+from dat_deploy.preprocess import Preprocessing, check_images, preprocess_files
 from dat_deploy.typed_json import typed
 
 __all__ = ["ServedClassification", "client"]
@@ -39,16 +39,17 @@ def client(images: Sequence[Path], url: str, *, name: str | None = None, top: in
         ServingError: if the server cannot be reached, refuses, or has no such model.
         ImageError: if an image cannot be read.
     """
-    try:
-        import tritonclient.http as http
-        from tritonclient.utils import InferenceServerException
-    except ImportError as error:
-        raise UnsupportedError("the client needs tritonclient: pip install 'dat-deploy[package]'") from error
     if top < 1:
         raise ServingError(f"--top got {top}; it takes 1 or more.")
     scheme, _, rest = url.rpartition("://")
     if scheme not in ("", "http", "https"):
         raise ServingError(f"--url got '{url}'; it takes HOST:PORT, http://HOST:PORT or https://HOST:PORT.")
+    check_images(images)
+    try:
+        import tritonclient.http as http
+        from tritonclient.utils import InferenceServerException
+    except ImportError as error:
+        raise UnsupportedError("the client needs tritonclient: pip install 'dat-deploy[package]'") from error
     try:
         with http.InferenceServerClient(rest, ssl=scheme == "https") as server:
             model, preprocessing = _model(server, name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dat_deploy.engine.passport import Passport, Profile, open_engine
 from dat_deploy.errors import ServingError, VerificationError
-from dat_deploy.metadata import FileMetadata, load_onnx
+from dat_deploy.metadata import FileMetadata, read_onnx
 from dat_deploy.preprocess import golden_sha256
 
 __all__ = ["EngineFile", "check_model_name", "read_engine_file"]
@@ -54,9 +54,9 @@ def read_engine_file(path: Path) -> EngineFile:
         VerificationError: if its last validation failed, or images are preprocessed otherwise here than at its export.
     """
     if path.suffix == ".onnx":
-        model = load_onnx(path)
+        content, model = read_onnx(path)
         metadata = FileMetadata.from_properties({entry.key: entry.value for entry in model.metadata_props}, path)
-        found = EngineFile(path, path.read_bytes(), metadata, tuple(value.name for value in model.graph.output), None)
+        found = EngineFile(path, content, metadata, tuple(value.name for value in model.graph.output), None)
     else:
         passport, content = open_engine(path)
         found = EngineFile(path, content, passport.metadata, passport.outputs, passport)

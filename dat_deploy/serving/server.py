@@ -113,6 +113,8 @@ def _listening(settings: ServeSettings) -> Iterator[socket.socket]:
 @contextlib.contextmanager
 def _ray(settings: ServeSettings, file: EngineFile, progress: Callable[[str], None]) -> Iterator[tuple[int, float]]:
     """Ray, started or joined; the threads and the GPUs of each replica."""
+    variables = ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    before = {name: os.environ.get(name) for name in variables}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ours = settings.address is None
@@ -153,6 +155,10 @@ def _ray(settings: ServeSettings, file: EngineFile, progress: Callable[[str], No
     finally:
         _within(_ENDING_S, ray.shutdown)
         folder.cleanup()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _check_reachable(address: str) -> None:

@@ -6,26 +6,31 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dat_deploy.engine.build import BACKENDS
 from dat_deploy.engine.passport import Verdict, read_passport, record_verdict
 from dat_deploy.errors import DatDeployError, OutputError, PassportError, ShapeError
 from dat_deploy.labels import class_names
-from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
+from dat_deploy.photographs import photographs
+from dat_deploy.preprocess import check_images
+from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
 from dat_deploy.system import tool_version
-from dat_deploy.validate.accuracy import Accuracy
-from dat_deploy.validate.checks import ENGINE_CHECKS, SIZE_CHECKS, check_accuracy, check_drift
-from dat_deploy.validate.comparison import FP32_TOLERANCE, Comparison, open_reference, precision_of
-from dat_deploy.validate.data_set import open_data_set
-from dat_deploy.validate.drift import BlockDrift
-from dat_deploy.validate.gates import OF_DATA, OF_LABELS, default_gates
+from dat_deploy.validate.data_set import DataSet, open_data_set
+from dat_deploy.validate.gates import OF_DATA, OF_LABELS, check_gates, default_gates
+from dat_deploy.validate.kinds import CHECKS, FP32_TOLERANCE, PHOTOGRAPHS
 from dat_deploy.validate.report import Check, ValidationReport
-from dat_deploy.validate.trace import trace_blocks
+
+if TYPE_CHECKING:
+    from dat_deploy.validate.accuracy import Accuracy
+    from dat_deploy.validate.drift import BlockDrift
+    from dat_deploy.validate.reference import Reference
+
+# What loads torch or a graph library is imported after the checks, so that a wrong argument is told at once.
 
 __all__ = ["BATCHES", "CHECKS", "FP32_TOLERANCE", "Check", "ValidationReport", "validate"]
 
 BATCHES = (1, 2, 3, 8)
-CHECKS = (*SIZE_CHECKS, *ENGINE_CHECKS, "drift", "data")
 
 Progress = Callable[[str], None]
 DataProgress = Callable[[int, int], None]
@@ -45,6 +50,7 @@ def validate(
     gates: Mapping[str, float] | None = None,
     skip: Collection[str] = (),
     trace: bool = False,
+    reference: "Reference | None" = None,
     progress: Progress = lambda _: None,
     data_progress: DataProgress = lambda done, of: None,
 ) -> ValidationReport:
@@ -64,6 +70,8 @@ def validate(
         gates: largest values that pass, by name, where they are not to be the defaults; see `Gates`.
         skip: kinds of checks to leave out, of CHECKS; the verdict says so.
         trace: also follow one photograph through the blocks of both sides, for a page; see `Trace`.
+        reference: of `reference.open_reference`, which is left open, for engines of the same weights one after another:
+            what PyTorch answers is then computed once. Without one, it is opened from `checkpoint`.
         progress: called with the name of each check before it runs; data_progress: see `compare_on_data`.
 
     Returns:
@@ -80,30 +88,39 @@ def validate(
         raise DatDeployError(f"there is no check '{unknown[0]}' to skip; checks are {', '.join(CHECKS)}.")
     if tolerance is not None and not tolerance > 0:
         raise DatDeployError(f"tolerance got {tolerance}; it takes a number above 0, such as 1e-4.")
+    asked = check_gates(gates)
+    outline = engine.description if isinstance(engine, Runner) else check_engine(engine, checkpoint=checkpoint)
+    for size in image_sizes or ():
+        outline.network_at(*size)
+    check_images(images or ())
+    found = None if data is None else _data(outline, data, limit)
+    for name in asked:
+        if name in OF_DATA and found is None:
+            raise DatDeployError(f"gate '{name.replace('_', '-')}' is about data; name a folder of images with --data.")
+        if name in OF_LABELS and found is not None and found.labels is None:
+            raise DatDeployError(
+                f"gate '{name.replace('_', '-')}' needs labels, and data '{data}' has none; put its images into a "
+                f"folder for each class."
+            )
+    if not images and "photographs" not in skip:
+        photographs(PHOTOGRAPHS)
+    from dat_deploy.validate.checks import ENGINE_CHECKS, SIZE_CHECKS, check_accuracy, check_drift
+    from dat_deploy.validate.comparison import Comparison, precision_of
+    from dat_deploy.validate.reference import open_reference
+    from dat_deploy.validate.trace import trace_blocks
+
     with contextlib.ExitStack() as stack:
+        progress("opening the engine")
         runner = (
             engine if isinstance(engine, Runner) else stack.enter_context(open_runner(engine, checkpoint=checkpoint))
         )
         identity = None if isinstance(engine, Runner) else _identity(engine)
         about = runner.description
-        if data is not None and "logits" not in about.outputs:
-            raise DatDeployError(
-                f"{about.name} is a backbone and classifies nothing; leave --data out, or validate an engine with "
-                f"logits."
-            )
         limits = default_gates(precision_of(about), gates)
-        found = None if data is None else open_data_set(data, class_names(about.network), limit)
-        for name in limits.exact:
-            if name in OF_DATA and found is None:
-                raise DatDeployError(
-                    f"gate '{name.replace('_', '-')}' is about data; name a folder of images with --data."
-                )
-            if name in OF_LABELS and found is not None and found.labels is None:
-                raise DatDeployError(
-                    f"gate '{name.replace('_', '-')}' needs labels, and data '{data}' has none; put its images into a "
-                    f"folder for each class."
-                )
-        reference = stack.enter_context(open_reference(about, checkpoint))
+        if reference is None:
+            progress("opening PyTorch")
+            reference = stack.enter_context(open_reference(about, checkpoint))
+        reference.check_fits(about)
         described = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]
         checks: list[Check] = []
         accuracy: Accuracy | None = None
@@ -151,6 +168,14 @@ def validate(
         if isinstance(engine, Runner) or identity is None
         else _recorded(engine, report, tolerance, gates, identity)
     )
+
+
+def _data(engine: EngineOutline | EngineDescription, folder: Path, limit: int | None) -> DataSet:
+    if engine.network.features:
+        raise DatDeployError(
+            f"{engine.name} is a backbone and classifies nothing; leave --data out, or validate an engine with logits."
+        )
+    return open_data_set(folder, class_names(engine.network), limit)
 
 
 def _identity(engine: str) -> str | None:

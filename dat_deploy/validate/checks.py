@@ -10,27 +10,28 @@ import torch
 from numpy.typing import NDArray
 
 from dat_deploy.engine.passport import read_passport
-from dat_deploy.export.lowering import OperatorRecord, operator_records
-from dat_deploy.export.precision import asked_differently, precision_census
-from dat_deploy.export.quantize import quantized_differently
+from dat_deploy.export.census import precision_census
+from dat_deploy.export.precision import asked_differently
+from dat_deploy.export.quantized_graph import quantized_differently
+from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.export.subgraph import operator_model
-from dat_deploy.metadata import FileMetadata
+from dat_deploy.metadata import FileMetadata, load_onnx
 from dat_deploy.model import REFERENCE
 from dat_deploy.preprocess import Preprocessing, golden_sha256
 from dat_deploy.runners import parse_engine
-from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate.accuracy import Accuracy, compare_on_data
 from dat_deploy.validate.comparison import (
     DTYPES,
-    FP32_TOLERANCE,
     Comparison,
     Images,
     Outputs,
     precision_of,
     rounds_everything,
 )
-from dat_deploy.validate.drift import BlockDrift, block_drift, distances_px, network_locations
+from dat_deploy.validate.drift import BlockDrift, block_drift, distances_px
 from dat_deploy.validate.gates import Gates
+from dat_deploy.validate.kinds import FP32_TOLERANCE, OF_ENGINE, OF_SIZE
+from dat_deploy.validate.reference import Reference
 from dat_deploy.validate.report import Check
 from dat_deploy.validate.stress import LOCATIONS, stress_locations
 
@@ -89,7 +90,7 @@ def check_precision(comparison: Comparison) -> Iterator[Check]:
             )
         detail = f"asked {metadata.precision}, but {wrong[0]}" if wrong else f"asked {metadata.precision}"
         if not wrong:
-            detail += f"; {precision_census(model)}".replace("precision: ", "")
+            detail += f"; {precision_census(load_onnx(Path(target)))}".replace("precision: ", "")
         yield Check("precision", "precision of the file", None, float(len(wrong)), 0.0, detail, "nodes")
     elif target.endswith(".engine"):
         passport = read_passport(Path(target))
@@ -240,8 +241,7 @@ def check_drift(comparison: Comparison) -> tuple[list[Check], tuple[BlockDrift, 
     if comparison.gates.drift_px is None and precision == "int8":
         allowed = dict.fromkeys(expected, INT8_DRIFT_PX)
     elif comparison.gates.drift_px is None and precision != "fp32":
-        rounded = network_locations(comparison.rounded, comparison.drift_images, comparison.rounded_input)
-        for block, locations in rounded.items():
+        for block, locations in comparison.rounded_locations.items():
             allowed[block] += ROUNDED_DRIFTS * float(distances_px(locations, expected[block], network, block).max())
     for block, locations in expected.items():
         rows.append(block_drift(block, got[block], locations, network, allowed[block]))
@@ -320,17 +320,10 @@ def _data_tolerance(comparison: Comparison) -> float:
     return factor * comparison.tolerances["logits"]
 
 
-SIZE_CHECKS: dict[str, Callable[[Comparison], Iterable[Check]]] = {
-    "preprocessing": check_preprocessing,
-    "photographs": check_photographs,
-    "stress": check_stress,
-    "slots": check_slots,
-    "repeats": check_repeats,
-}
-ENGINE_CHECKS: dict[str, Callable[[Comparison], Iterable[Check]]] = {
-    "precision": check_precision,
-    "coordinates": check_coordinates,
-}
+_Checks = dict[str, Callable[[Comparison], Iterable[Check]]]
+_OF_SIZE = (check_preprocessing, check_photographs, check_stress, check_slots, check_repeats)
+SIZE_CHECKS: _Checks = dict(zip(OF_SIZE, _OF_SIZE, strict=True))
+ENGINE_CHECKS: _Checks = dict(zip(OF_ENGINE, (check_precision, check_coordinates), strict=True))
 
 
 def _outputs(
@@ -366,9 +359,7 @@ def _filled(images: Images, batch: int) -> Iterable[tuple[Images, list[int]]]:
         yield images[slots], slots
 
 
-def _operator_inputs(
-    record: OperatorRecord, reference: PytorchRunner, kind: str, batch: int
-) -> dict[str, torch.Tensor]:
+def _operator_inputs(record: OperatorRecord, reference: Reference, kind: str, batch: int) -> dict[str, torch.Tensor]:
     stage = int(record.name.split(".")[1])
     config = reference.model.variant.stages[stage]
     height, width = reference.model.variant.feature_map(stage)
@@ -388,7 +379,7 @@ def _operator_inputs(
 
 def _operator_reference(
     record: OperatorRecord,
-    reference: PytorchRunner,
+    reference: Reference,
     inputs: dict[str, torch.Tensor],
     dtype: torch.dtype,
     of_locations: torch.dtype,

@@ -1,6 +1,5 @@
 """The two sides of a validation at one image size, and what the engine is held to there."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,39 +13,32 @@ from numpy.typing import NDArray
 
 from dat_deploy.errors import DatDeployError
 from dat_deploy.metadata import read_metadata
-from dat_deploy.model import DAT, half_network
 from dat_deploy.photographs import photographs
 from dat_deploy.preprocess import preprocess_files
 from dat_deploy.runners import EngineDescription, Runner, parse_engine
-from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate.data_set import DataSet
 from dat_deploy.validate.drift import Locations, engine_locations, network_locations
 from dat_deploy.validate.gates import Gates
+from dat_deploy.validate.kinds import FP32_TOLERANCE, PHOTOGRAPHS
+from dat_deploy.validate.reference import Outputs, Reference
 from dat_deploy.validate.stress import stress_images
 
 __all__ = [
     "DTYPES",
-    "FP32_TOLERANCE",
     "Comparison",
     "Images",
     "Outputs",
     "joined",
-    "open_reference",
     "precision_of",
     "rounds_everything",
 ]
 
-# In float32 two runtimes differ by the order of summation alone, about 2e-6 here; 1e-4 leaves room for other CPUs and
-# is far below what moves a prediction. In a lower precision an engine may err twice as much as eager PyTorch does in
-# that precision on the same inputs, both measured against float32.
-FP32_TOLERANCE = 1e-4
 # PyTorch has no eager int8 to compare with. Half the spread of the logits is far more than eight bits cost a sound
 # network and less than a mixed-up slot or a swapped axis does; what eight bits cost is judged on labelled data.
 INT8_SHARE_OF_SPREAD = 0.5
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 Images = NDArray[np.float32]
-Outputs = dict[str, NDArray[np.float32]]
 Progress = Callable[[str], None]
 
 
@@ -63,7 +55,7 @@ class Comparison:
     """
 
     runner: Runner
-    reference: PytorchRunner
+    reference: Reference
     about: EngineDescription
     files: Sequence[Path] | None
     batches: Sequence[int]
@@ -75,7 +67,7 @@ class Comparison:
 
     @cached_property
     def photos(self) -> Images:
-        return preprocess_files(list(self.files) if self.files else photographs(8), self.about.preprocessing)
+        return preprocess_files(list(self.files) if self.files else photographs(PHOTOGRAPHS), self.about.preprocessing)
 
     @cached_property
     def expected(self) -> Outputs:
@@ -102,33 +94,33 @@ class Comparison:
             return dict.fromkeys(expected, FP32_TOLERANCE)
         if precision == "int8":
             return {name: INT8_SHARE_OF_SPREAD * float(values.std()) for name, values in self.expected.items()}
-        worst = dict.fromkeys(expected, 0.0)
         images = np.concatenate([self.photos, *self.stress.values()])
+        errors = self.reference.remembered(("errors", *self.lowered), images, lambda: self._errors(images, expected))
+        for name, error in errors.items():
+            if not math.isfinite(error):
+                raise DatDeployError(
+                    f"eager PyTorch in {precision} overflows at {name}, so its error is no measure. "
+                    f"Say what is allowed: --tolerance {FP32_TOLERANCE:g}"
+                )
+        return {name: 2 * error for name, error in errors.items()}
+
+    def _errors(self, images: Images, expected: Outputs) -> dict[str, float]:
+        """The largest of eager PyTorch in the engine's half precision, by output; NaN where it is one."""
+        network, takes = self.reference.rounded(*self.lowered)
+        worst = dict.fromkeys(expected, 0.0)
         with torch.inference_mode():
             for i, image in enumerate(torch.from_numpy(images)):
-                outputs = self.rounded(image[None].to(self.rounded_input))
+                outputs = network(image[None].to(takes))
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 for (name, exact), rounded in zip(expected.items(), outputs, strict=True):
                     error = float(np.abs(rounded[0].float().numpy() - exact[i]).max())
-                    if not math.isfinite(error):
-                        raise DatDeployError(
-                            f"eager PyTorch in {precision} overflows at {name}, so its error is no measure. "
-                            f"Say what is allowed: --tolerance {FP32_TOLERANCE:g}"
-                        )
-                    worst[name] = max(worst[name], error)
-        return {name: 2 * error for name, error in worst.items()}
-
-    @cached_property
-    def rounded(self) -> DAT:
-        """Eager PyTorch in the engine's half precision."""
-        dtype = DTYPES[precision_of(self.about)]
-        if rounds_everything(self.about):
-            return copy.deepcopy(self.reference.model).to(dtype)
-        return half_network(self.reference.model, dtype)
+                    worst[name] = float(np.maximum(worst[name], error))  # NaN stays
+        return worst
 
     @property
-    def rounded_input(self) -> torch.dtype:
-        return DTYPES[precision_of(self.about)] if rounds_everything(self.about) else torch.float32
+    def lowered(self) -> tuple[torch.dtype, bool]:
+        """The half precision that the engine computes in, and whether it rounds the locations, too."""
+        return DTYPES[precision_of(self.about)], rounds_everything(self.about)
 
     @cached_property
     def drift_images(self) -> Images:
@@ -139,7 +131,17 @@ class Comparison:
     @cached_property
     def locations(self) -> dict[str, Locations]:
         """What PyTorch's blocks sample on `drift_images`, by their names."""
-        return network_locations(self.reference.model, self.drift_images)
+        images = self.drift_images
+        return self.reference.remembered("locations", images, lambda: network_locations(self.reference.model, images))
+
+    @cached_property
+    def rounded_locations(self) -> dict[str, Locations]:
+        """The same in the engine's half precision."""
+        images = self.drift_images
+        network, takes = self.reference.rounded(*self.lowered)
+        return self.reference.remembered(
+            ("locations", *self.lowered), images, lambda: network_locations(network, images, takes)
+        )
 
     @cached_property
     def engine_locations(self) -> dict[str, Locations] | None:
@@ -169,31 +171,6 @@ class Comparison:
 
 def joined(parts: Sequence[Outputs]) -> Outputs:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def open_reference(about: EngineDescription, checkpoint: Path | None) -> PytorchRunner:
-    """Eager PyTorch with the network and the weights of an engine.
-
-    Raises:
-        DatDeployError: if the checkpoint, or what stands in for none, holds other weights, or the engine has other
-            outputs.
-    """
-    with_points = any(name.startswith("sampling_locations") for name in about.outputs)
-    name = f"pytorch:{about.variant}"
-    reference = PytorchRunner(about.network, name, checkpoint=checkpoint, sampled_points=with_points)
-    held = reference.description
-    if held.weights_sha256 != about.weights_sha256:
-        raise DatDeployError(
-            f"{about.name} holds the weights of {about.weights_source} (sha256 {about.weights_sha256[:12]}), the "
-            f"PyTorch side those of {held.weights_source} ({held.weights_sha256[:12]}). "
-            f"Pass the same --checkpoint that it was exported with."
-        )
-    if set(about.outputs) != set(held.outputs):
-        raise DatDeployError(
-            f"{about.name} gives {', '.join(about.outputs)} where its network gives {', '.join(held.outputs)}, so they "
-            f"cannot be compared. Export it again, and leave its outputs as they are."
-        )
-    return reference
 
 
 def precision_of(about: EngineDescription) -> str:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from dat_deploy.export.lowering import operator_records
+from dat_deploy.export.records import operator_records
 from dat_deploy.export.subgraph import model_up_to
 from dat_deploy.model import DAT
 from dat_deploy.runners import Runner

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +10,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import ArrayLike
 
-from dat_deploy.errors import DatDeployError, VerificationError
-from dat_deploy.export import export
-from dat_deploy.export.lowering import OperatorRecord, operator_records
-from dat_deploy.metadata import FileMetadata, read_metadata
+from dat_deploy.export.records import OperatorRecord, operator_records
+from dat_deploy.metadata import FileMetadata
 from dat_deploy.model import reference_points
-from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
+from dat_deploy.runners import Runner, open_runner
 from dat_deploy.runners.base import Graph, Images
 from dat_deploy.validate import ValidationReport, validate
-from dat_deploy.validate.comparison import Outputs
+from dat_deploy.validate.reference import Outputs, Reference
+from dat_deploy.validate.self_test import BATCHES
 
-__all__ = ["FAULTS", "Fault", "SelfTest", "Tried", "faulty_report", "self_test"]
-
-BATCHES = (1, 2, 3)
+__all__ = ["FAULTS", "Fault", "faulty_report"]
 
 
 @dataclass(frozen=True)
@@ -42,92 +38,13 @@ class Fault:
     misbehave: Callable[[Images, Outputs], Outputs] | None = None
 
 
-@dataclass(frozen=True)
-class Tried:
-    """`caught_by`: the kinds of checks that failed, in the order of the report; `row`: the first that did."""
-
-    fault: str
-    story: str
-    caught_by: tuple[str, ...]
-    row: str
-
-
-@dataclass(frozen=True)
-class SelfTest:
-    """What validate made of each fault."""
-
-    engine: EngineDescription
-    tried: tuple[Tried, ...]
-
-    @property
-    def missed(self) -> list[str]:
-        return [tried.fault for tried in self.tried if not tried.caught_by]
-
-    @property
-    def verdict(self) -> str:
-        caught = len(self.tried) - len(self.missed)
-        sentence = f"validate caught {caught} of {len(self.tried)} faults put into {self.engine.name}"
-        return f"{sentence}; it missed {', '.join(self.missed)}." if self.missed else f"{sentence}."
-
-    def raise_if_failed(self) -> None:
-        """Raises VerificationError if a fault was missed."""
-        if self.missed:
-            raise VerificationError(self.verdict)
-
-
-def self_test(
-    engine: str | None = None,
-    *,
-    checkpoint: Path | None = None,
-    progress: Callable[[str], None] = lambda _: None,
-) -> SelfTest:
-    """Put each of FAULTS into an exported file and validate it.
-
-    Args:
-        engine: `[RUNTIME:]FILE.onnx` in fp32; by default `demo`, exported for this.
-        checkpoint: what it was exported from; without one, see `load_weights`.
-        progress: called with the name of each fault.
-
-    Raises:
-        DatDeployError: if the engine is no ONNX file, or one in which some faults could not show.
-        VerificationError: if it fails without a fault.
-    """
-    with tempfile.TemporaryDirectory(prefix="dat-deploy-") as folder:
-        if engine is None:
-            progress("exporting demo")
-            engine = str(Path(folder, "demo.onnx"))
-            export("demo", Path(engine))
-        runtime, target = parse_engine(engine)
-        if not target.endswith(".onnx"):
-            raise DatDeployError(f"faults are put into ONNX files, and '{engine}' is none; name a FILE.onnx.")
-        progress("no fault")
-        with open_runner(engine) as runner:
-            about = runner.description
-            if about.batch == 1 or "logits" not in about.outputs or read_metadata(Path(target)).precision != "fp32":
-                raise DatDeployError(
-                    f"the self-test takes an fp32 file that classifies batches, and {engine} is none; export it with "
-                    f"--batch dynamic and --precision fp32, without --features."
-                )
-            sound = validate(runner, checkpoint=checkpoint, batches=BATCHES)
-        if not sound.passed:
-            raise VerificationError(f"the self-test needs an engine that is right. {sound.verdict}")
-        found = []
-        for fault in FAULTS:
-            progress(fault.name)
-            report = faulty_report(fault, runtime.name, Path(target), Path(folder), checkpoint=checkpoint)
-            failed = [check for check in report.checks if check.passed is False]
-            kinds = tuple(dict.fromkeys(check.kind for check in failed))
-            found.append(Tried(fault.name, fault.story, kinds, failed[0].name if failed else ""))
-    return SelfTest(about, tuple(found))
-
-
 def faulty_report(
     fault: Fault,
     runtime: str,
     source: Path,
     folder: Path,
+    reference: Reference,
     *,
-    checkpoint: Path | None = None,
     skip: Sequence[str] = (),
 ) -> ValidationReport:
     """What validate says of a file with the fault, less the kinds of checks in `skip`."""
@@ -139,7 +56,7 @@ def faulty_report(
         ir.save(model, path)
     with open_runner(f"{runtime}:{path}") as runner:
         tested = runner if fault.misbehave is None else _Misbehaving(runner, fault.misbehave)
-        return validate(tested, checkpoint=checkpoint, batches=BATCHES, skip=skip)
+        return validate(tested, batches=BATCHES, skip=skip, reference=reference)
 
 
 class _Misbehaving(Runner):

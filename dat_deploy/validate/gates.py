@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 from dat_deploy.errors import DatDeployError
 
-__all__ = ["OF_DATA", "OF_LABELS", "Gates", "default_gates"]
+__all__ = ["OF_DATA", "OF_LABELS", "Gates", "check_gates", "default_gates"]
 
 OF_LABELS = ("top1_drop", "top5_drop")
 OF_DATA = (*OF_LABELS, "disagreement", "cosine_distance", "unreadable")
@@ -51,8 +51,8 @@ _DEFAULTS = {
 }
 
 
-def default_gates(precision: str, changes: Mapping[str, float] | None = None) -> Gates:
-    """Those of a precision, with `changes` by name, `-` or `_` between words.
+def check_gates(changes: Mapping[str, float] | None) -> dict[str, float]:
+    """`changes` with `_` between words.
 
     Raises:
         DatDeployError: if there is no such gate, or a value is negative or not a number.
@@ -67,4 +67,10 @@ def default_gates(precision: str, changes: Mapping[str, float] | None = None) ->
         if not value >= 0:  # nor NaN
             raise DatDeployError(f"gate '{name}' got {value}; it takes the largest value that passes, from 0 on.")
         given[field] = value
+    return given
+
+
+def default_gates(precision: str, changes: Mapping[str, float] | None = None) -> Gates:
+    """Those of a precision, with `changes` by name, `-` or `_` between words; raises as `check_gates`."""
+    given = check_gates(changes)
     return replace(_DEFAULTS[precision], **given, exact=tuple(given))

@@ -4,15 +4,17 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dat_deploy.errors import VerificationError
 from dat_deploy.files import atomic_output
 from dat_deploy.runners import EngineDescription
-from dat_deploy.validate.accuracy import Accuracy
-from dat_deploy.validate.drift import BlockDrift
 from dat_deploy.validate.gates import Gates
-from dat_deploy.validate.trace import Trace
+
+if TYPE_CHECKING:
+    from dat_deploy.validate.accuracy import Accuracy
+    from dat_deploy.validate.drift import BlockDrift
+    from dat_deploy.validate.trace import Trace
 
 __all__ = ["Check", "ValidationReport"]
 
@@ -65,15 +67,15 @@ class ValidationReport:
     engine: EngineDescription
     reference: EngineDescription
     checks: tuple[Check, ...]
-    accuracy: Accuracy | None = None
-    drift: tuple[BlockDrift, ...] = ()
+    accuracy: "Accuracy | None" = None
+    drift: "tuple[BlockDrift, ...]" = ()
     gates: Gates | None = None
     file_sha256: str | None = None
     date: str = ""
     version: str = ""
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    trace: Trace | None = field(default=None, repr=False, compare=False)
+    trace: "Trace | None" = field(default=None, repr=False, compare=False)
 
     @property
     def passed(self) -> bool:

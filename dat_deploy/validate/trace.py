@@ -67,7 +67,8 @@ def _errors(comparison: Comparison) -> list[BlockError]:
     precision = precision_of(comparison.about)
     rounded = None
     if precision in ("fp16", "bf16"):
-        rounded = captured(comparison.rounded, sources, image, comparison.rounded_input)
+        network, takes = comparison.reference.rounded(*comparison.lowered)
+        rounded = captured(network, sources, image, takes)
     feeds = {"image": np.repeat(image, comparison.about.batch or 1, axis=0)}
     found = []
     for block, step in ends.items():

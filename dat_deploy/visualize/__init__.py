@@ -12,12 +12,12 @@ from dat_deploy.benchmark.plotting import check_plot
 from dat_deploy.errors import DatDeployError, ShapeError, VerificationError
 from dat_deploy.files import check_output
 from dat_deploy.locations import pixels_from_locations
-from dat_deploy.model import reference_points
-from dat_deploy.preprocess import preprocess, read_image
-from dat_deploy.runners import EngineDescription, Runner, open_runner, parse_engine
-from dat_deploy.runners.pytorch_runner import PytorchRunner
+from dat_deploy.preprocess import check_images, preprocess, read_image
+from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
 from dat_deploy.variants import Variant
 from dat_deploy.visualize.plotting import BlockPoints, distances_px, plot_points
+
+# What loads torch is imported after the checks, so that a wrong argument is told at once.
 
 __all__ = ["BlockSummary", "Visualization", "visualize"]
 
@@ -86,12 +86,13 @@ def visualize(
         raise DatDeployError(
             f"{len(engines)} engines were named; visualize draws one, or two and their drift. Name one or two."
         )
+    check_images([image])
+    for engine in engines:
+        _check_has_points(check_engine(engine, checkpoint=checkpoint, image_size=image_size))
     picture = read_image(image)
     with contextlib.ExitStack() as stack:
         runners = [stack.enter_context(_open(engine, checkpoint, image_size)) for engine in engines]
         described = tuple(runner.description for runner in runners)
-        for about in described:
-            _check_has_points(about)
         _check_same_network(described)
         preprocessing = described[0].preprocessing
         image_nchw = preprocess(picture, preprocessing)[None]
@@ -106,20 +107,22 @@ def _open(engine: str, checkpoint: Path | None, image_size: tuple[int, int] | No
     runtime, target = parse_engine(engine)
     if runtime.package != "torch":  # an exported file gives its points or does not
         return open_runner(engine, checkpoint=checkpoint, image_size=image_size)
+    from dat_deploy.runners.pytorch_runner import PytorchRunner
+
     compiled = runtime.name == "pytorch-compile"
     return PytorchRunner(
         target, engine, checkpoint=checkpoint, image_size=image_size, sampled_points=True, compiled=compiled
     )
 
 
-def _check_has_points(about: EngineDescription) -> None:
+def _check_has_points(about: EngineOutline) -> None:
     blocks = about.network.deformable_blocks
     if not blocks:
         raise DatDeployError(
             f"{about.name}: variant '{about.variant}' has no deformable block (letter D), so it samples no points. "
             f"Name an engine of a variant that has some, such as pytorch:tiny."
         )
-    if not {f"sampling_locations_{i}_{j}" for i, j in blocks} <= set(about.outputs):
+    if about.outputs is not None and not {f"sampling_locations_{i}_{j}" for i, j in blocks} <= set(about.outputs):
         raise DatDeployError(
             f"{about.name} gives {', '.join(about.outputs)} and no sampling locations. "
             f"Export it again with --sampling-locations to see its points."
@@ -146,6 +149,8 @@ def _network(about: EngineDescription) -> str:
 
 
 def _sampled_points(runner: Runner, image_nchw: NDArray[np.float32]) -> list[BlockPoints]:
+    from dat_deploy.model import reference_points
+
     about = runner.description
     network = about.network
     outputs = runner.outputs(np.repeat(image_nchw, about.least_batch, axis=0))

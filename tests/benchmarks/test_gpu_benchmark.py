@@ -183,9 +183,9 @@ def test_another_call_goes_on_with_what_failed_alone(whole, capfd, monkeypatch):
 
 
 def test_a_run_that_is_killed_at_any_second_leaves_a_record_of_every_finished_row(tmp_path):
-    """Ten at once, killed at random times; no row begins before the last one is on disk, and no process is left."""
+    """Five at once, killed at random times; no row begins before the last one is on disk, and no process is left."""
     running, processes = {}, []
-    for i in range(10):
+    for i in range(5):
         folder = tmp_path / str(i)
         command = [sys.executable, fake_gpu.__file__, str(folder), "0.02"]
         running[folder] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # noqa: S603  # fixed
@@ -204,7 +204,7 @@ def test_a_run_that_is_killed_at_any_second_leaves_a_record_of_every_finished_ro
         planned = {each.key for each in gpu_plan.first() if each.kind != "prototype"}
         assert record.rows.keys() | record.not_measured.keys() == planned
         lengths.add(len(record.rows))
-    assert len(lengths) > 3
+    assert len(lengths) > 2
     time.sleep(0.5)
     states = [
         path.read_text().rpartition(") ")[2][0] for pid in processes if (path := Path(f"/proc/{pid}/stat")).exists()

@@ -235,7 +235,7 @@ def test_progress_is_told_and_an_interruption_ends_the_build(exported: Exported,
     source = exported("mini", "fp32", "hat")
     build(source, tmp_path / "x.engine", backend="tensorrt-rtx", progress=said.append)
     assert said[0] == "reading the file"
-    assert any(re.fullmatch(r"Optimizing graph \(\d+/\d+\)", text) for text in said)
+    assert any(re.fullmatch(r"building the engine, Optimizing graph \(\d+/\d+\)", text) for text in said)
 
     class Interruption(BaseException):
         pass
@@ -337,6 +337,7 @@ def test_heads_too_large_for_the_kernels_are_refused_with_the_nodes_name(mini: V
 
 
 def test_tensorrt_needs_a_gpu_to_build(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_library, "missing", lambda backend: [])
     monkeypatch.setattr("dat_deploy.engine.tensorrt_engine.import_tensorrt", lambda backend: None)
     with pytest.raises(UnsupportedError) as caught:
         build(exported("mini", "fp32", "hat"), tmp_path / "x.engine")

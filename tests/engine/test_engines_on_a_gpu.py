@@ -24,7 +24,8 @@ from dat_deploy.model import half_network
 from dat_deploy.plugins import trt_plugin
 from dat_deploy.runners import open_runner
 from dat_deploy.runners.base import Runner
-from dat_deploy.validate.comparison import DTYPES, FP32_TOLERANCE
+from dat_deploy.validate.comparison import DTYPES
+from dat_deploy.validate.kinds import FP32_TOLERANCE
 from dat_deploy.variants import Variant
 
 pytestmark = pytest.mark.gpu

@@ -15,7 +15,7 @@ import pytest
 
 from dat_deploy.errors import ExportError
 from dat_deploy.export import LOWERINGS, export, read_metadata, relower
-from dat_deploy.export.lowering import operator_records
+from dat_deploy.export.records import operator_records
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
 from dat_deploy.variants import VARIANTS, Variant
 

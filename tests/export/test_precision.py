@@ -19,8 +19,10 @@ from dat_deploy import cli
 from dat_deploy.checkpoint import load_model
 from dat_deploy.errors import ExportError, UnsupportedError
 from dat_deploy.export import LOWERINGS, export, read_metadata, relower
-from dat_deploy.export.lowering import function_bodies, lower, operator_records
-from dat_deploy.export.precision import cast_graph, precision_census
+from dat_deploy.export.census import precision_census
+from dat_deploy.export.lowering import function_bodies, lower
+from dat_deploy.export.precision import cast_graph
+from dat_deploy.export.records import operator_records
 from dat_deploy.export.subgraph import operator_model
 from dat_deploy.photographs import photographs
 from dat_deploy.preprocess import Preprocessing
@@ -444,7 +446,7 @@ def test_float32_bodies_have_no_casts_of_data(lowering):
 
 @pytest.mark.parametrize("lowering", ["function", "gather", "gridsample", "hat"])
 def test_census_counts_what_onnx_infers(lowering, mini_fp16, typed_mini_fp16):
-    census = precision_census(ir.load(mini_fp16(lowering)))
+    census = precision_census(onnx.load(mini_fp16(lowering)))
     if lowering == "function":
         assert census.nodes["fp16"]["window_attention"] == 4
         assert census.nodes["fp16"]["deformable_attention"] == 2
@@ -467,13 +469,13 @@ def test_island_is_counted_once_however_many_nodes_it_has():
         a = Relu(x) b = Abs(x) c = Add(a, b) h = Cast<to = 10>(c) i = Relu(h) j = Cast<to = 1>(i)
         s = Shape(x) k = Expand(j, s) y = Relu(k)
     }"""
-    census = precision_census(ir.from_proto(onnx.parser.parse_model(text)))
+    census = precision_census(onnx.parser.parse_model(text))
     assert (census.islands, census.casts) == (2, 2)
     assert census.nodes == {"fp16": {"Relu": 1}, "fp32": {"Relu": 2, "Abs": 1, "Add": 1, "Expand": 1}}
 
 
 def test_census_of_a_float32_file_is_one_number(exported):
-    assert str(precision_census(ir.load(exported("mini", "fp32", "plugin")))) == "precision: fp32 169 nodes"
+    assert str(precision_census(onnx.load(exported("mini", "fp32", "plugin")))) == "precision: fp32 169 nodes"
 
 
 def test_fp16_backbone_gives_the_maps_and_points_of_pytorch_in_float32(mini_pp, tmp_path):
@@ -545,11 +547,11 @@ def test_command_line_takes_a_precision_and_islands_and_prints_the_census(mini, 
     path = tmp_path / "mini.onnx"
     options = ("--precision", "fp16", "--fp32", "stages.3", "--no-fp32", "cls_norm", "--no-fp32", "patch_proj.norm")
     said = run("export", "--variant", "mini", "--output", path, *options)
-    assert str(precision_census(ir.load(path))) in said.splitlines()
+    assert str(precision_census(onnx.load(path))) in said.splitlines()
     metadata = read_metadata(path)
     assert (metadata.fp32_added, metadata.fp32_removed) == (("stages.3",), ("cls_norm", "patch_proj.norm"))
     said = run("export", "--from", path, "--lowering", "hat", "--output", tmp_path / "hat.onnx")
-    assert str(precision_census(ir.load(tmp_path / "hat.onnx"))) in said.splitlines()
+    assert str(precision_census(onnx.load(tmp_path / "hat.onnx"))) in said.splitlines()
     assert read_metadata(tmp_path / "hat.onnx").precision == "fp16"
     refusal = "error: --from changes nothing but --lowering; every other option needs a new export, without --from.\n"
     for extra in (["--precision", "bf16"], ["--fp32", "stages.3"], ["--no-fp32", "cls_norm"]):

@@ -19,8 +19,8 @@ from dat_deploy.engine.tensorrt_library import Log, import_tensorrt
 from dat_deploy.engine.tensorrt_network import parsed_network
 from dat_deploy.errors import DatDeployError, ExportError, ImageError, OutputError, UnsupportedError
 from dat_deploy.export import export, read_metadata, relower
-from dat_deploy.export.lowering import operator_records
 from dat_deploy.export.quantize import METHODS, QuantizeReport, quantize
+from dat_deploy.export.records import operator_records
 from dat_deploy.metadata import Calibration
 from dat_deploy.photographs import photographs
 from dat_deploy.preprocess import Preprocessing, preprocess, read_image

@@ -1,6 +1,7 @@
 """The torch operators: what torch's compilers make of them, what they refuse, and which code computes."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from dat_deploy import plugins
 from dat_deploy.errors import ShapeError, UnsupportedError
 from dat_deploy.model import REFERENCE
+from dat_deploy.plugins import cache_key
 from dat_deploy.plugins.launch import Configuration
 from dat_deploy.plugins.tuning import configurations_path, store, tuned_configuration
 
@@ -391,18 +393,38 @@ def test_autocast_changes_nothing(name, device):
     assert torch.equal(got, operator(name)(**inputs))
 
 
-def test_what_torch_compile_keeps_is_not_reused_after_a_change(tmp_path):
-    """Its caches on disk know an operator by its name; a new choice of configurations must not find the old code."""
-    code = "import torch, dat_deploy.plugins; print(torch.compiler.config.cache_key_tag)"
-    tags = []
+def test_the_cache_key_is_another_one_after_new_configurations_were_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("DAT_DEPLOY_CONFIGURATIONS", str(tmp_path / "kept.json"))
+    keys = []
     for kept in ("{}", "{}", '{"Some GPU": {}}'):
         (tmp_path / "kept.json").write_text(kept)
-        environment = {**os.environ, "DAT_DEPLOY_CONFIGURATIONS": str(tmp_path / "kept.json")}
-        command = [sys.executable, "-c", code]
+        keys.append(cache_key())
+    assert re.fullmatch(r"dat-deploy [0-9a-f]{16}", keys[0])
+    assert keys[0] == keys[1] != keys[2]
+
+
+STALE = """
+import sys, torch, dat_deploy.plugins
+from torch._dynamo.utils import counters
+
+torch.compiler.config.cache_key_tag = sys.argv[1]
+compiled = torch.compile(lambda qkv, table: dat_deploy.plugins.window_attention(qkv, table, 1, 2, 0))
+with torch.inference_mode():
+    compiled(torch.ones(1, 2, 2, 12), torch.zeros(9, 1))
+print(counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow  # four processes that compile
+def test_torch_compile_finds_what_another_version_compiled_unless_the_tag_tells_them_apart(tmp_path):
+    """Why users are told to set it; should the first line fail with a new torch, they need not be told any more."""
+    hits = []
+    for tag in ("", "", "version a", "version b"):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", STALE, tag]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)  # noqa: S603  # fixed
-        tags.append(done.stdout.strip())
-    assert tags[0].startswith("dat-deploy ")
-    assert tags[0] == tags[1] != tags[2]
+        hits.append(int(done.stdout))
+    assert hits == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("name", OPERATORS)

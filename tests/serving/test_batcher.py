@@ -11,7 +11,7 @@ from dat_deploy.serving.batcher import Batcher, Job
 Calls = list[list[str]]
 
 
-def collected(calls: Calls, seconds: float = 0.02, *, most: int = 4, wait_s: float = 0.0) -> Batcher[str, str]:
+def collected(calls: Calls, seconds: float = 0.2, *, most: int = 4, wait_s: float = 0.0) -> Batcher[str, str]:
     async def run(jobs: Sequence[Job[str, str]]) -> list[str]:
         calls.append([job.work for job in jobs])
         await asyncio.sleep(seconds)
@@ -59,7 +59,7 @@ def test_an_idle_engine_waits_for_others_only_so_long():
         await asyncio.gather(submit(batcher, "a"), submit(batcher, "b"))
         return time.monotonic() - started
 
-    assert 0.045 < asyncio.run(play()) < 0.5
+    assert 0.045 < asyncio.run(play()) < 2
     assert calls == [["a", "b"]]
 
 
@@ -89,7 +89,7 @@ def test_what_nobody_waits_for_any_more_is_not_run():
     calls: Calls = []
 
     async def play() -> None:
-        batcher = collected(calls, 0.05)
+        batcher = collected(calls, 0.3)
         first = asyncio.create_task(submit(batcher, "a"))
         await asyncio.sleep(0.005)
         late = asyncio.create_task(submit(batcher, "late", seconds=0.01))

@@ -495,8 +495,8 @@ def test_a_line_of_the_log_is_one_line_whatever_is_in_it(capsys: pytest.CaptureF
 
 
 @pytest.fixture
-def container(demo_onnx: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts the entry point with a tritonserver that writes down its words, and what `nvidia-smi` prints."""
+def environment(demo_onnx: Path, tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Variables with a tritonserver on the PATH that writes down its words, and with what `nvidia-smi` prints."""
     programs = tmp_path / "bin"
     programs.mkdir()
 
@@ -508,19 +508,28 @@ def container(demo_onnx: Path, tmp_path: Path) -> Callable[..., subprocess.Popen
     program("tritonserver", f'echo "$$ $*" > {shlex.quote(str(tmp_path / "tritonserver.words"))}')
     program("nvidia-smi", "exit 9")
 
-    def start(*arguments: str, nvidia_smi: str | None = None, **settings: str) -> subprocess.Popen[str]:
+    def variables(*, nvidia_smi: str | None = None, **settings: str) -> dict[str, str]:
         if nvidia_smi is not None:
             program("nvidia-smi", f"echo {shlex.quote(nvidia_smi)}")
-        environment = os.environ | {
+        return {
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
             "DAT_DEPLOY_MODEL": str(demo_onnx),
             "DAT_DEPLOY_CACHE": str(tmp_path / "cache"),
             "DAT_DEPLOY_REPOSITORY": str(tmp_path / "models"),
-        }
+        } | settings
+
+    return variables
+
+
+@pytest.fixture
+def container(environment: Callable[..., dict[str, str]], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Starts the entry point in a process of its own."""
+
+    def start(*arguments: str, **settings: str) -> subprocess.Popen[str]:
+        paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
         return subprocess.Popen(  # noqa: S603  # fixed words
             [sys.executable, "-m", "dat_deploy.serving.entrypoint", *arguments],
-            env=environment | settings,
+            env=os.environ | paths | environment(**settings),
             stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
@@ -550,19 +559,30 @@ def test_the_cpu_serves_what_was_validated(
     assert (tmp_path / "models" / "demo" / "1" / "model.onnx").read_bytes() == demo_onnx.read_bytes()
 
 
+def test_a_container_ends_with_the_exit_code_of_what_was_refused(
+    container: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = container()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 3, error
+    refused = 'dat-deploy level=error event=refused message="no NVIDIA GPU is visible in this container '
+    assert error.splitlines()[-1].startswith(refused)
+    assert not (tmp_path / "tritonserver.words").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "settings", "code", "said"),
     [
-        ((), {}, 3, "no NVIDIA GPU is visible in this container"),
         ((), {"nvidia_smi": "9.0\n8.9"}, 3, "compute capabilities 8.9, 9.0"),
         ((), {"nvidia_smi": "9.0"}, 3, "backend tensorrt cannot be used here: package tensorrt is not installed"),
         (("--exit-on-error=false",), {"DAT_DEPLOY_DEVICE": "cpu"}, 1, "is not passed on to tritonserver"),
     ],
-    ids=["no GPU", "two kinds of GPU", "no TensorRT", "an option that is refused"],
+    ids=["two kinds of GPU", "no TensorRT", "an option that is refused"],
 )
 def test_what_cannot_be_served_ends_with_its_exit_code(
-    container: Callable[..., subprocess.Popen[str]],
-    tmp_path: Path,
+    environment: Callable[..., dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     arguments: tuple[str, ...],
     settings: dict[str, str],
     code: int,
@@ -570,12 +590,12 @@ def test_what_cannot_be_served_ends_with_its_exit_code(
 ) -> None:
     if "TensorRT" in said and importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("TensorRT is installed")
-    process = container(*arguments, **settings)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == code, error
+    for name, value in environment(**settings).items():
+        monkeypatch.setenv(name, value)
+    assert entrypoint.main(arguments, become=_never) == code
+    error = capsys.readouterr().err
     assert said in error.splitlines()[-1]
     assert error.splitlines()[-1].startswith("dat-deploy level=error event=refused message=")
-    assert not (tmp_path / "tritonserver.words").exists()
 
 
 def test_a_container_that_is_stopped_while_it_validates_ends_at_once(

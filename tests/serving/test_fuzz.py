@@ -41,10 +41,12 @@ def check(fuzz: ModuleType, server, seeds) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.server
 def test_requests_that_no_client_means_crash_nothing(fuzz, server):
     check(fuzz, server, [*KEPT, *SHORT])
 
 
+@pytest.mark.server
 @pytest.mark.slow
 def test_ten_thousand_of_them_crash_nothing(fuzz, server):
     check(fuzz, server, WHOLE)

@@ -6,6 +6,7 @@ in tests/golden/model_repository is what a reader of this repository sees; `DAT_
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -35,7 +36,7 @@ from dat_deploy.errors import (
     UnsupportedError,
     VerificationError,
 )
-from dat_deploy.export import export, relower
+from dat_deploy.export import relower
 from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.preprocess import preprocess
 from dat_deploy.serving import model_config
@@ -688,7 +689,7 @@ def test_the_command_prints_what_it_wrote_and_how_to_serve_it(
     words = ("package", "--engine", demo_onnx, "--output", output, "--images", "--device", "cpu", "--json", record)
     assert run_command(monkeypatch, *words) == 0
     printed = capfd.readouterr()
-    assert printed.err == ""
+    assert re.fullmatch(r"(package: .+, \d+\.\d s\n)*", printed.err)
     assert printed.out.splitlines() == [
         f"{output}:",
         "  demo/1/model.onnx",
@@ -729,9 +730,7 @@ def test_it_is_in_the_api() -> None:
     assert api.package is package
 
 
-def test_a_file_of_fixed_batch_is_packaged(tmp_path: Path) -> None:
-    path = tmp_path / "demo.onnx"
-    export("demo", path, batch=2)
-    config = configs(package([path], tmp_path / "models"))["demo"]
-    check_against(config, read_metadata(path), ["logits"])
-    assert (config.max_batch_size, tuple(config.input[0].dims)) == (0, (2, 3, 64, 64))
+def test_a_file_of_fixed_batch_is_packaged(demo_batch_3_onnx: Path, tmp_path: Path) -> None:
+    config = configs(package([demo_batch_3_onnx], tmp_path / "models"))["demo"]
+    check_against(config, read_metadata(demo_batch_3_onnx), ["logits"])
+    assert (config.max_batch_size, tuple(config.input[0].dims)) == (0, (3, 3, 64, 64))

@@ -40,6 +40,8 @@ from dat_deploy.serving.settings import ServeSettings
 from dat_deploy.serving.tensors import TensorSpec
 from dat_deploy.visualize import plotting
 
+pytestmark = pytest.mark.server
+
 BOOT = Path(__file__).parents[2] / "dat_deploy" / "data" / "ankle_boot.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE_S = 20.0  # a loaded machine is slow; nothing waits for long where all is well

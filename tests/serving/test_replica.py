@@ -15,7 +15,6 @@ from PIL import Image
 from dat_deploy.classify import classify
 from dat_deploy.engine.passport import Profile
 from dat_deploy.errors import EngineRunError, PassportError
-from dat_deploy.export import export
 from dat_deploy.runners import open_runner
 from dat_deploy.serving.replica import Replica, Reply, ServedModel, engine_batch
 from dat_deploy.serving.server import _served_model
@@ -71,23 +70,19 @@ def test_requests_that_wait_together_go_into_one_call_and_each_gets_its_own_answ
         np.testing.assert_allclose(logits(reply)[0], row, atol=1e-5)
 
 
-def test_a_fixed_batch_is_filled_up_and_the_filling_is_not_answered(tmp_path, images):
-    path = tmp_path / "demo.onnx"
-    export("demo", path, batch=3)
-    one, model = replica(path, max_batch=16)
+def test_a_fixed_batch_is_filled_up_and_the_filling_is_not_answered(demo_batch_3_onnx, images):
+    one, model = replica(demo_batch_3_onnx, max_batch=16)
     assert model.most_images == 3
     assert model.image.shape == (-1, 3, 64, 64)
     reply = infer(one, images[:2])
     assert [(call.images, call.padding) for call in reply.calls] == [(2, 1)]
-    with open_runner(str(path)) as runner:
+    with open_runner(str(demo_batch_3_onnx)) as runner:
         np.testing.assert_allclose(logits(reply), runner(images[:3])[:2], atol=1e-5)
     assert infer(one, images[:4]).status == 400
 
 
-def test_a_smaller_limit_than_the_engines_holds(tmp_path, demo_onnx, images):
-    fixed = tmp_path / "demo.onnx"
-    export("demo", fixed, batch=3)
-    for path in (fixed, demo_onnx):
+def test_a_smaller_limit_than_the_engines_holds(demo_batch_3_onnx, demo_onnx, images):
+    for path in (demo_batch_3_onnx, demo_onnx):
         one, model = replica(path, max_batch=2)
         assert model.most_images == 2
         assert infer(one, images[:2]).status == 200
@@ -168,12 +163,12 @@ def test_a_picture_of_endless_scans_is_refused_at_once(demo_onnx):
     out = io.BytesIO()
     Image.new("RGB", (2000, 2000)).save(out, "JPEG", progressive=True)
     scan = bytes.fromhex("ffda 0008 01 01 00 01 01 00")  # of nothing: a pass over all pixels each
-    started = time.monotonic()
+    started = time.process_time()
     bomb = out.getvalue()[:-2] + 20_000 * scan + b"\xff\xd9"
     reply = asyncio.run(one.classify(bomb, 1, points=False, seconds=30))
     assert reply.status == 400
     assert "scans; accepted are at most 100" in json.loads(reply.body)["error"]
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert asyncio.run(one.classify(out.getvalue(), 1, points=False, seconds=30)).status == 200
 
 
@@ -181,11 +176,11 @@ def test_a_picture_of_endless_scans_is_refused_at_once(demo_onnx):
 def test_json_of_millions_of_objects_is_refused_before_they_are_made(demo_onnx, item):
     one, _ = replica(demo_onnx)
     body = b'{"inputs": [{"name": "image", "datatype": "FP32", "shape": [1], "data": [' + b",".join([item] * 5_000_000)
-    started = time.monotonic()
+    started = time.process_time()
     reply = asyncio.run(one.infer(body + b"]}]}", None, 30))
     sentence = "the request's JSON has more than 200000 brackets and quotes; send flat 'data'."
     assert (reply.status, json.loads(reply.body)) == (400, {"error": sentence})
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_call_that_never_ends_is_seen(demo_onnx, images, monkeypatch):
@@ -208,17 +203,17 @@ def test_a_call_that_never_ends_is_seen(demo_onnx, images, monkeypatch):
     one.check_health()
 
 
-def test_a_file_that_was_exchanged_is_refused(demo_onnx, tmp_path):
+def test_a_file_that_was_exchanged_is_refused(demo_onnx, demo_batch_3_onnx, tmp_path):
     path = tmp_path / "demo.onnx"
     path.write_bytes(demo_onnx.read_bytes())
     _, model = replica(path)
-    export("demo", path, batch=1, force=True)
+    path.write_bytes(demo_batch_3_onnx.read_bytes())
     with pytest.raises(PassportError, match="is not the file that the server was started with; start the server again"):
         Replica(model, threads=1, wait_s=0)
 
 
-def test_a_dynamic_file_takes_sizes_that_its_network_takes(pp_tiny_onnx):
-    one, model = replica(pp_tiny_onnx["function"], max_batch=1)
+def test_a_dynamic_file_takes_sizes_that_its_network_takes(any_size_onnx):
+    one, model = replica(any_size_onnx, max_batch=1)
     assert model.image.shape == (-1, 3, -1, -1)
     assert logits(infer(one, np.zeros((1, 3, 64, 96), np.float32))).shape == (1, 1000)
     reply = infer(one, np.zeros((1, 3, 65, 96), np.float32))

@@ -1,0 +1,497 @@
+"""The search of `bisect`: few runs, over the tensors between the blocks, then between the operators of one."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from dat_deploy.errors import DatDeployError
+from dat_deploy.export.boundaries import Block, Step, block_boundaries, network_blocks
+from dat_deploy.export.records import OperatorRecord, operator_records
+from dat_deploy.export.subgraph import model_up_to, operator_model
+from dat_deploy.model import DAT, REFERENCE
+from dat_deploy.photographs import photographs
+from dat_deploy.plugins.deformable_attention.reference import attention_with_bias, interpolated_bias
+from dat_deploy.preprocess import preprocess_files
+from dat_deploy.runners import Runner, open_runner, parse_engine
+from dat_deploy.runners.base import Graph
+from dat_deploy.validate.bisect import PHOTOGRAPHS, BisectReport, Progress, Run
+from dat_deploy.validate.comparison import DTYPES, precision_of, rounds_everything
+from dat_deploy.validate.hooks import captured
+from dat_deploy.validate.kinds import FP32_TOLERANCE
+from dat_deploy.validate.reference import Reference, open_reference
+from dat_deploy.validate.stress import stress_images
+
+__all__ = ["find_difference"]
+
+Array = NDArray[Any]
+
+FAR_AWAY = 8.0  # a sampling location from which no displacement reaches a bias table
+
+
+def find_difference(
+    engine: str,
+    *,
+    checkpoint: Path | None,
+    images: Sequence[Path] | None,
+    tolerance: float | None,
+    reference: Reference | None,
+    progress: Progress,
+) -> BisectReport:
+    """As `bisect`, whose arguments were checked."""
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(open_runner(engine, checkpoint=checkpoint))
+        if reference is None:
+            reference = stack.enter_context(open_reference(runner.description, checkpoint))
+        reference.check_fits(runner.description)
+        search = _Search(runner, reference, images, tolerance, progress)
+        block, operator = search.find()
+        is_inside = block is not None and operator is not None and operator.name != block.name
+        return BisectReport(
+            engine=runner.description,
+            reference=reference.description,
+            steps=tuple(search.runs),
+            block=None if block is None else block.name,
+            operator=operator.name if is_inside and operator is not None else None,
+            part=search.part,
+            hint=search.hint,
+            blocks=search.blocks,
+        )
+
+
+class _LimitReachedError(Exception):
+    """Only in networks of 4 or 5 blocks, of which none is released; `bisect` then names the block alone."""
+
+
+class _Search:
+    """The runs so far and what they are compared with.
+
+    Attributes:
+        part, hint: see `BisectReport`.
+        blocks: attentions with their MLPs, which the limit of runs counts.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        reference: Reference,
+        images: Sequence[Path] | None,
+        tolerance: float | None,
+        progress: Progress,
+    ) -> None:
+        self.runner, self.reference, self.progress = runner, reference, progress
+        self.about = runner.description
+        self.blocks = sum(len(stage.blocks) for stage in self.about.network.stages)
+        self.limit = int(2 * math.log2(self.blocks) + 4)
+        self.runs: list[Run] = []
+        self.part: str | None = None
+        self.hint = ""
+        _, target = parse_engine(self.about.name)
+        self.model = ir.load(target)
+        self.boundaries = block_boundaries(self.model.metadata_props)
+        # the first of its module: `--sampling-locations` calls the attention again, with values that are constant
+        records = reversed(operator_records(self.model.metadata_props))
+        self.records = {(r.name.partition("/")[0], r.operator): r for r in records}
+        if not self.boundaries:
+            raise DatDeployError(
+                f"{self.about.name} does not list the tensors between its blocks: it was made by another version, or "
+                f"edited. Export it again with: dat-deploy export --variant {self.about.variant}"
+            )
+        paths = list(images) if images else photographs(PHOTOGRAPHS)
+        self.images = preprocess_files(paths, self.about.preprocessing)
+        if not images:
+            self.images = np.concatenate([self.images, *stress_images(self.about.image_size).values()])
+        precision = precision_of(self.about)
+        if tolerance is None and precision != "fp32" and precision not in DTYPES:
+            raise DatDeployError(
+                f"{self.about.name} is in {precision}, in which PyTorch's own error is not known. "
+                f"Say what is allowed: --tolerance 0.01"
+            )
+        self.scale = FP32_TOLERANCE if tolerance is None else tolerance
+        self.dtype = DTYPES[precision] if tolerance is None and precision != "fp32" else None
+        self.exact: dict[tuple[str, str], Array] = {}
+        self.allowed: dict[tuple[str, str], float] = {}
+
+    def find(self) -> tuple[Block | None, Step | None]:
+        """The block and its operator; (None, None) if the outputs agree."""
+        wrong = self.wrong_output()
+        if wrong is None:
+            return None, None
+        blocks = self.blocks_before(wrong)
+        self.compare([(block.steps[-1].module, block.steps[-1].side) for block in blocks[:-1]])
+        while len(blocks) > 1:
+            middle = _best_split(tuple(_worst_case(block) for block in blocks))
+            blocks = blocks[middle:] if self.is_right(blocks[middle - 1]) else blocks[:middle]
+        (block,) = blocks
+        try:
+            return block, self.inside(block)
+        except _LimitReachedError:
+            self.hint = f"which of its operators it is would take more than {self.limit} runs"
+            return block, None
+
+    def wrong_output(self) -> str | None:
+        """The first output of the engine itself that is outside its tolerance."""
+        self.progress("the whole engine")
+        expected: dict[str, list[Array]] = {name: [] for name in self.about.outputs}
+        rounded: dict[str, float] = dict.fromkeys(expected, 0.0)
+        networks, lowered = self.networks(), (self.dtype, rounds_everything(self.about))
+
+        def answers(image: Array) -> list[list[Array]]:
+            return [_outputs(network, image, dtype) for network, dtype in networks]
+
+        for image in self.images:
+            exact, *lower = self.reference.remembered(("bisect", *lowered), image, functools.partial(answers, image))
+            for name, value in zip(self.about.outputs, exact, strict=True):
+                expected[name].append(value)
+            for (name, values), value in zip(expected.items(), lower[0] if lower else (), strict=bool(lower)):
+                rounded[name] = max(rounded[name], float(np.abs(value - values[-1]).max()))
+        joined = {name: np.concatenate(values) for name, values in expected.items()}
+        for name, value in joined.items():
+            self.check_finite(name, value, rounded[name])
+        got = self.batched(self.runner.outputs, len(self.images), lambda slots: self.images[slots])
+        # an output may err as `validate` lets it
+        found = [
+            Run(name, name, _error(got[name], value), max(self.scale, 2 * rounded[name]))
+            for name, value in joined.items()
+        ]
+        wrong = [run for run in found if not run.passed]
+        shown = wrong[0] if wrong else max(found, key=lambda run: run.error / run.tolerance)
+        self.runs.append(shown)
+        return shown.place if wrong else None
+
+    def blocks_before(self, output: str) -> list[Block]:
+        """What an output follows from, in order; of a sampled point's, the last is cut short."""
+        blocks = network_blocks(self.about.network)
+        kind, _, place = output.rpartition("_") if output != "logits" else ("logits", "", "")
+        if kind == "logits":
+            return blocks
+        if kind == "feature_map":
+            end = next(i for i, block in enumerate(blocks) if block.name == f"norms.{place}")
+            return [block for block in blocks[:end] if not block.name.startswith("norms.")] + [blocks[end]]
+        kind, _, stage = kind.rpartition("_")
+        end = next(i for i, block in enumerate(blocks) if block.name == f"stages.{stage}.attns.{place}")
+        steps = blocks[end].steps
+        last = steps[:3] if kind == "sampling_locations" else steps[6:7]  # up to them; the attention itself
+        before = [block for block in blocks[:end] if not block.name.startswith("norms.")]
+        return [*before, replace(blocks[end], steps=last)]
+
+    def inside(self, block: Block) -> Step:
+        """The step of a wrong block whose result is wrong and whose input is right."""
+        steps = list(block.steps)
+        if len(steps) == 1:
+            return steps[0]
+        self.compare([(step.module, step.side) for step in steps[:-1]])
+        if len(steps) < 8 or not block.is_deformable:
+            return self.narrowed(block, steps)
+        sample, key, value, attention, out = steps[3:]
+        if not self.is_right(block, sample):
+            return self.narrowed(block, steps[:4])
+        if not self.is_right_alone(block, attention):
+            return attention
+        if self.is_right(block, attention):
+            return out
+        if not self.is_right(block, key):
+            return key
+        # one of its inputs is wrong, and the points, which follow from the queries, are not
+        return steps[1] if len(self.runs) < self.limit and self.is_right(block, value) else value
+
+    def narrowed(self, block: Block, steps: Sequence[Step]) -> Step:
+        """Of steps in a chain, of which the last ends wrong and what is before the first is right."""
+        tried_alone = False
+        while len(steps) > 1:
+            if len(steps) == 2 and steps[0].is_operator:
+                tried_alone = True
+                steps = steps[1:] if self.is_right_alone(block, steps[0]) else steps[:1]
+                continue
+            middle = len(steps) // 2
+            steps = steps[middle:] if self.is_right(block, steps[middle - 1]) else steps[:middle]
+        (step,) = steps
+        may_try = step.is_operator and not tried_alone and len(self.runs) < self.limit
+        if may_try and self.is_right_alone(block, step):
+            self.hint = "fed with PyTorch's inputs it is right, so what is allowed of them may be too much"
+        return step
+
+    def is_right(self, block: Block, step: Step | None = None) -> bool:
+        """Run the file up to the end of a block, or of one of its steps."""
+        self.check_limit()
+        name = block.name if step is None else f"{block.name}: {step.name}"
+        step = step or block.steps[-1]
+        tensor = self.tensor(block, step)
+        self.progress(name)
+        try:
+            part = model_up_to(self.model, tensor)
+        except ValueError as error:  # of onnx-ir, for a name that is not in the graph
+            raise DatDeployError(
+                f"{self.about.name} lists the tensor '{tensor}' after {name}, but has none of that name: it was "
+                f"edited. Export it again with: dat-deploy export --variant {self.about.variant}"
+            ) from error
+        run = self.runner.open_graph(part)
+        source = (step.module, step.side)
+        got = self.batched(_as_outputs(run), len(self.images), lambda slots: {"image": self.images[slots]})["output"]
+        found = Run(name, tensor, _error(got, self.exact[source]), self.allowed[source])
+        self.runs.append(found)
+        if step.side == "locations" and not found.passed:
+            swapped = _error(got, self.exact[source][..., ::-1])
+            if swapped <= self.allowed[source]:
+                self.hint = "it behaves as if x and y of the locations were swapped"
+        return found.passed
+
+    def is_right_alone(self, block: Block, step: Step) -> bool:
+        """Run one of our operators cut out of the file, on the inputs that PyTorch gives it."""
+        self.check_limit()
+        record = self.record(block, step)
+        self.progress(f"{block.name}: {step.name} alone")
+        graph = self.runner.open_graph(operator_model(self.model, record))
+        inputs = {name: torch.from_numpy(value) for name, value in self.operator_inputs(block, record).items()}
+        module = self.reference.model.get_submodule(block.name)
+        exact = _operator(module, record, inputs)
+        allowed = self.scale * max(1.0, float(np.abs(exact).max()))
+        if self.dtype is not None:
+            of_locations = self.dtype if rounds_everything(self.about) else torch.float32
+            rounded = _operator(module, record, inputs, self.dtype, of_locations)
+            allowed = max(allowed, 2 * float(np.abs(rounded - exact).max()))
+        got = self.fed(graph, inputs)
+        found = Run(f"{block.name}: {step.name} alone", record.output, _error(got, exact), allowed)
+        self.runs.append(found)
+        if not found.passed:
+            if step.name == "deformable_attention":
+                # Without the bias, which far points do not have, is it right?
+                far = {**inputs, "sampling_locations": torch.full_like(inputs["sampling_locations"], FAR_AWAY)}
+                if _error(self.fed(graph, far), _operator(module, record, far)) <= allowed:
+                    self.part = "bias"
+            for label, output in _mistakes(module, record, inputs):
+                if _error(got, output) <= allowed:
+                    self.hint = f"it behaves as if {label}"
+                    break
+        return found.passed
+
+    def check_limit(self) -> None:
+        if len(self.runs) >= self.limit:
+            raise _LimitReachedError
+
+    def fed(self, graph: Graph, inputs: Mapping[str, torch.Tensor]) -> Array:
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+
+        def slots_of(slots: list[int]) -> dict[str, Array]:
+            return {name: value[slots] for name, value in arrays.items()}
+
+        return self.batched(_as_outputs(graph), len(self.images), slots_of)["output"]
+
+    def operator_inputs(self, block: Block, record: OperatorRecord) -> dict[str, Array]:
+        steps = {step.name: step for step in block.steps}
+        sources = {
+            "qkv": "proj_qkv",
+            "query": "proj_q",
+            "key": "proj_k",
+            "value": block.steps[0].name if record.operator == "deformable_sample" else "proj_v",
+            "sampling_locations": "conv_offset",
+        }
+        found = {parameter: steps[sources[parameter]] for parameter in record.inputs}
+        return {parameter: self.exact[step.module, step.side] for parameter, step in found.items()}
+
+    def record(self, block: Block, step: Step) -> OperatorRecord:
+        try:
+            return self.records[block.name, step.name]
+        except KeyError:
+            raise DatDeployError(
+                f"the metadata of {self.about.name} lists no {step.name} in {block.name}, so it cannot be cut out. "
+                f"Export it again with: dat-deploy export --variant {self.about.variant}"
+            ) from None
+
+    def tensor(self, block: Block, step: Step) -> str:
+        if step.is_operator:
+            return self.record(block, step).output
+        if step.side == "locations":
+            return self.record(block, block.steps[3]).inputs["sampling_locations"]
+        return self.boundaries[step.ends]
+
+    def networks(self) -> list[tuple[DAT, torch.dtype]]:
+        """The reference, with the type of its images, and in a lower precision the same network in that."""
+        exact = (self.reference.model, torch.float32)
+        if self.dtype is None:
+            return [exact]
+        return [exact, self.reference.rounded(self.dtype, rounds_everything(self.about))]
+
+    def compare(self, sources: Sequence[tuple[str, str]]) -> None:
+        """Let PyTorch make the tensors `sources`, and with them what each is allowed.
+
+        In float32 that is FP32_TOLERANCE times the largest element, where that exceeds 1: rounding errors grow with
+        the numbers that are summed, and a residual stream reaches tens.
+        """
+        if not sources:
+            return
+        rounded = dict.fromkeys(sources, 0.0)
+        found: dict[tuple[str, str], list[Array]] = {source: [] for source in sources}
+        networks, lowered = self.networks(), (self.dtype, rounds_everything(self.about))
+
+        def inside(image: Array) -> list[dict[tuple[str, str], Array]]:
+            return [captured(network, sources, image[None], dtype) for network, dtype in networks]
+
+        for image in self.images:
+            what = ("bisect", *lowered, *sources)
+            exact, *lower = self.reference.remembered(what, image, functools.partial(inside, image))
+            for source, value in exact.items():
+                found[source].append(value)
+                if lower:
+                    rounded[source] = max(rounded[source], float(np.abs(lower[0][source] - value).max()))
+        for source, values in found.items():
+            value = np.concatenate(values)
+            self.check_finite(f"the {source[1]} of {source[0]}", value, rounded[source])
+            self.exact[source] = value
+            self.allowed[source] = max(self.scale * max(1.0, float(np.abs(value).max())), 2 * rounded[source])
+
+    def check_finite(self, name: str, exact: Array, rounded: float) -> None:
+        if not np.isfinite(exact).all():
+            raise DatDeployError(
+                f"PyTorch itself gives NaN or infinity as {name}, so there is nothing to compare "
+                f"{self.about.name} with. Check the checkpoint and the images."
+            )
+        if not math.isfinite(rounded):
+            raise DatDeployError(
+                f"eager PyTorch in {precision_of(self.about)} overflows at {name}, so its error is no measure. "
+                f"Say what is allowed: --tolerance {FP32_TOLERANCE:g}"
+            )
+
+    def batched(
+        self, run: Callable[[Any], Mapping[str, Array]], count: int, feeds: Callable[[list[int]], Any]
+    ) -> dict[str, Array]:
+        """All images at once, or in batches of the size that the file has."""
+        got: dict[str, list[Array]] = {}
+        batch = self.about.batch or count
+        for first in range(0, count, batch):
+            slots = [(first + slot) % count for slot in range(batch)]
+            for name, values in run(feeds(slots)).items():
+                got.setdefault(name, []).append(values)
+        return {name: np.concatenate(values)[:count] for name, values in got.items()}
+
+
+def _as_outputs(graph: Graph) -> Callable[[Any], Mapping[str, Array]]:
+    return lambda feeds: {"output": graph(feeds)}
+
+
+def _error(got: Array, exact: Array) -> float:
+    if got.shape != exact.shape:
+        return math.inf
+    return float(np.abs(got.astype(np.float64) - exact).max())  # NaN if the engine has one
+
+
+def _worst_case(block: Block) -> int:
+    """Runs that `inside` may need."""
+    if block.is_deformable and len(block.steps) == 8:
+        return 4
+    return math.ceil(math.log2(len(block.steps)))
+
+
+@functools.cache
+def _runs_needed(costs: tuple[int, ...]) -> int:
+    """In the worst case, to find one among blocks that then cost `costs` runs each."""
+    if len(costs) == 1:
+        return costs[0]
+    middle = _best_split(costs)
+    return 1 + max(_runs_needed(costs[:middle]), _runs_needed(costs[middle:]))
+
+
+@functools.cache
+def _best_split(costs: tuple[int, ...]) -> int:
+    """Where to cut blocks in two so that the worst case is the least; what one half gains, the other loses."""
+
+    def worse_half(i: int) -> int:
+        return max(_runs_needed(costs[:i]), _runs_needed(costs[i:]))
+
+    low, high = 1, len(costs) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if _runs_needed(costs[:middle]) < _runs_needed(costs[middle:]):
+            low = middle + 1
+        else:
+            high = middle
+    return min(range(max(1, low - 1), low + 1), key=worse_half)
+
+
+def _image(image: Array, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(image[None]).to(dtype)
+
+
+@torch.inference_mode()
+def _outputs(network: DAT, image: Array, dtype: torch.dtype) -> list[Array]:
+    results = network(_image(image, dtype))
+    return [result.float().numpy() for result in (results if isinstance(results, tuple) else (results,))]
+
+
+def _parameters(module: torch.nn.Module, record: OperatorRecord) -> dict[str, torch.Tensor]:
+    """Of the operator, those that are weights."""
+    found = {}
+    if record.operator != "deformable_sample":
+        found["relative_position_bias_table"] = module.get_parameter("relative_position_bias_table").data
+    if record.operator == "neighborhood_attention":
+        found["padding_qkv"] = module.get_parameter("proj_qkv.bias").data
+    return found
+
+
+@torch.inference_mode()
+def _operator(
+    module: torch.nn.Module,
+    record: OperatorRecord,
+    inputs: Mapping[str, torch.Tensor],
+    dtype: torch.dtype = torch.float64,
+    of_locations: torch.dtype | None = None,
+) -> Array:
+    """One of our operators in eager PyTorch, with the weights of its module."""
+    values = {
+        name: value.to(of_locations or dtype if name == "sampling_locations" else dtype)
+        for name, value in {**_parameters(module, record), **inputs}.items()
+    }
+    output = getattr(REFERENCE, record.operator)(**values, **record.attributes)
+    return output.double().numpy()  # type: ignore[no-any-return]  # found by name
+
+
+def _mistakes(
+    module: torch.nn.Module, record: OperatorRecord, inputs: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, Array]]:
+    """What an operator would give if it were wrong in one of the ways that exports and runtimes often are."""
+    attributes = record.attributes
+    weights = _parameters(module, record)
+
+    def changed(**values: torch.Tensor) -> Array:
+        return _operator(module, record, {**inputs, **values})
+
+    if "sampling_locations" in inputs:
+        locations = inputs["sampling_locations"].double()
+        yield "x and y of the locations were swapped", changed(sampling_locations=locations.flip(-1))
+    if record.operator == "deformable_sample":
+        sides = torch.tensor(inputs["value"].shape[1:3]).double()
+        moved = ((locations + 1) * sides - 1) / (sides - 1).clamp(min=1) - 1
+        yield "it read with align_corners=False", changed(sampling_locations=moved)
+        index = ((locations + 1) / 2 * (sides - 1)).round()
+        yield "it read the nearest pixel", changed(sampling_locations=index / (sides - 1).clamp(min=1) * 2 - 1)
+        yield "it read the border outside the map", changed(sampling_locations=locations.clamp(-1, 1))
+    if record.operator == "window_attention" and attributes["shift_size"]:
+        unshifted = replace(record, attributes={**attributes, "shift_size": 0})
+        yield "its windows were not shifted", _operator(module, unshifted, inputs)
+    table = weights.get("relative_position_bias_table")
+    if table is None:
+        return
+    yield "the bias table were zero", changed(relative_position_bias_table=torch.zeros_like(table))
+    if record.operator == "window_attention":
+        side = 2 * attributes["window_size"] - 1
+        transposed = table.reshape(side, side, -1).transpose(0, 1).reshape(table.shape)
+    else:
+        transposed = table.transpose(1, 2)
+    yield "the bias table were transposed", changed(relative_position_bias_table=transposed)
+    if record.operator == "deformable_attention":
+        query, half_pixel = inputs["query"].double(), bool(attributes["half_pixel_queries"])
+        keys = (query, inputs["key"].double(), inputs["value"].double())
+        for label, flag, aligned in (
+            ("its table were read with align_corners=False", half_pixel, False),
+            (f"half_pixel_queries were {int(not half_pixel)}", not half_pixel, True),
+        ):
+            bias = interpolated_bias(table, locations, query.shape[1], query.shape[2], flag, align_corners=aligned)
+            yield label, attention_with_bias(*keys, bias, attributes["num_heads"]).numpy()

@@ -1,0 +1,102 @@
+"""Eager PyTorch, which engines are compared with; what it once computed is kept for the checks that ask again."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dat_deploy.errors import DatDeployError
+from dat_deploy.model import DAT, half_network
+from dat_deploy.runners import EngineDescription
+from dat_deploy.runners.pytorch_runner import PytorchRunner
+
+__all__ = ["Reference", "open_reference"]
+
+Answer = TypeVar("Answer")
+Outputs = dict[str, NDArray[np.float32]]
+
+
+class Reference(PytorchRunner):
+    """A network in eager PyTorch, float32, for any number of engines that hold its weights.
+
+    It may be given to `validate` and `bisect` of one engine after another: PyTorch's side is most of a comparison, and
+    is then computed once for the same images. What is kept grows with the images, about 10 KB each; `bisect` keeps what
+    it looked at inside the network, too.
+    """
+
+    def __init__(self, about: EngineDescription, checkpoint: Path | None) -> None:
+        with_points = any(name.startswith("sampling_locations") for name in about.outputs)
+        name = f"pytorch:{about.variant}"
+        super().__init__(about.network, name, checkpoint=checkpoint, sampled_points=with_points)
+        self._answers: dict[Hashable, Any] = {}
+
+    def check_fits(self, about: EngineDescription) -> None:
+        """Raises DatDeployError unless the engine holds these weights in this network, and gives the same outputs."""
+        held = self.description
+        if held.weights_sha256 != about.weights_sha256:
+            raise DatDeployError(
+                f"{about.name} holds the weights of {about.weights_source} (sha256 {about.weights_sha256[:12]}), the "
+                f"PyTorch side those of {held.weights_source} ({held.weights_sha256[:12]}). "
+                f"Pass the same --checkpoint that it was exported with."
+            )
+        if set(about.outputs) != set(held.outputs):
+            raise DatDeployError(
+                f"{about.name} gives {', '.join(about.outputs)} where its network gives {', '.join(held.outputs)}, so "
+                f"they cannot be compared. Export it again, and leave its outputs as they are."
+            )
+        if about.network != held.network:
+            raise DatDeployError(
+                f"{about.name} holds another network than the reference {held.name}, or one for another image size. "
+                f"Open a reference for it: open_reference(engine.description, checkpoint)."
+            )
+
+    def remembered(self, what: Hashable, images: NDArray[Any], compute: Callable[[], Answer]) -> Answer:
+        """What `compute` gives, or once gave for the same images."""
+        content = np.ascontiguousarray(images)
+        key = (what, images.shape, hashlib.sha256(content.data).digest())
+        if key not in self._answers:
+            self._answers[key] = compute()
+        return self._answers[key]  # type: ignore[no-any-return]  # of what `compute` gives
+
+    def rounded(self, dtype: torch.dtype, locations_too: bool) -> tuple[DAT, torch.dtype]:
+        """The same network in a lower precision, and the type of the images that it takes.
+
+        Args:
+            locations_too: as a runtime rounds that lowers the precision by itself; else as exported files do.
+        """
+        key = ("rounded", dtype, locations_too)
+        if key not in self._answers:
+            self._answers[key] = (
+                copy.deepcopy(self.model).to(dtype) if locations_too else half_network(self.model, dtype)
+            )
+        return self._answers[key], dtype if locations_too else torch.float32
+
+    def _run(self, images_nchw: NDArray[np.float32]) -> Outputs:
+        def compute() -> Outputs:
+            outputs = PytorchRunner._run(self, images_nchw)
+            for values in outputs.values():
+                values.setflags(write=False)  # it will be given again
+            return outputs
+
+        return dict(self.remembered("outputs", images_nchw, compute))
+
+    def close(self) -> None:
+        super().close()
+        self._answers.clear()
+
+
+def open_reference(about: EngineDescription, checkpoint: Path | None = None) -> Reference:
+    """Eager PyTorch with the network and the weights of an engine.
+
+    Raises:
+        DatDeployError: if the checkpoint, or what stands in for none, holds other weights, or the engine has other
+            outputs.
+    """
+    reference = Reference(about, checkpoint)
+    reference.check_fits(about)
+    return reference

@@ -1,0 +1,112 @@
+"""Known faults put into a file, one at a time; what validate makes of each."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dat_deploy.checkpoint_file import check_checkpoint
+from dat_deploy.errors import DatDeployError, VerificationError
+from dat_deploy.export import export
+from dat_deploy.metadata import read_metadata
+from dat_deploy.runners import EngineDescription, check_engine, open_runner, parse_engine
+from dat_deploy.validate import validate
+
+# What loads a graph library is imported after the checks, so that a wrong argument is told at once.
+
+__all__ = ["BATCHES", "SelfTest", "Tried", "self_test"]
+
+BATCHES = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """`caught_by`: the kinds of checks that failed, in the order of the report; `row`: the first that did."""
+
+    fault: str
+    story: str
+    caught_by: tuple[str, ...]
+    row: str
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What validate made of each fault."""
+
+    engine: EngineDescription
+    tried: tuple[Tried, ...]
+
+    @property
+    def missed(self) -> list[str]:
+        return [tried.fault for tried in self.tried if not tried.caught_by]
+
+    @property
+    def verdict(self) -> str:
+        caught = len(self.tried) - len(self.missed)
+        sentence = f"validate caught {caught} of {len(self.tried)} faults put into {self.engine.name}"
+        return f"{sentence}; it missed {', '.join(self.missed)}." if self.missed else f"{sentence}."
+
+    def raise_if_failed(self) -> None:
+        """Raises VerificationError if a fault was missed."""
+        if self.missed:
+            raise VerificationError(self.verdict)
+
+
+def self_test(
+    engine: str | None = None,
+    *,
+    checkpoint: Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> SelfTest:
+    """Put each of FAULTS into an exported file and validate it.
+
+    Args:
+        engine: `[RUNTIME:]FILE.onnx` in fp32; by default `demo`, exported for this.
+        checkpoint: what it was exported from; without one, see `load_weights`.
+        progress: called with the name of each fault.
+
+    Raises:
+        DatDeployError: if the engine is no ONNX file, or one in which some faults could not show.
+        VerificationError: if it fails without a fault.
+    """
+    if engine is not None:
+        _check(engine)
+    check_checkpoint(checkpoint)
+    from dat_deploy.validate.faults import FAULTS, faulty_report
+    from dat_deploy.validate.reference import open_reference
+
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dat-deploy-"))
+        if engine is None:
+            progress("exporting demo")
+            engine = str(Path(folder, "demo.onnx"))
+            export("demo", Path(engine))
+        runtime, target = parse_engine(engine)
+        progress("no fault")
+        with open_runner(engine) as runner:
+            about = runner.description
+            reference = stack.enter_context(open_reference(about, checkpoint))
+            sound = validate(runner, batches=BATCHES, reference=reference)
+        if not sound.passed:
+            raise VerificationError(f"the self-test needs an engine that is right. {sound.verdict}")
+        found = []
+        for fault in FAULTS:
+            progress(fault.name)
+            report = faulty_report(fault, runtime.name, Path(target), Path(folder), reference)
+            failed = [check for check in report.checks if check.passed is False]
+            kinds = tuple(dict.fromkeys(check.kind for check in failed))
+            found.append(Tried(fault.name, fault.story, kinds, failed[0].name if failed else ""))
+    return SelfTest(about, tuple(found))
+
+
+def _check(engine: str) -> None:
+    _, target = parse_engine(engine)
+    if not target.endswith(".onnx"):
+        raise DatDeployError(f"faults are put into ONNX files, and '{engine}' is none; name a FILE.onnx.")
+    outline = check_engine(engine)
+    if outline.batch == 1 or outline.network.features or read_metadata(Path(target)).precision != "fp32":
+        raise DatDeployError(
+            f"the self-test takes an fp32 file that classifies batches, and {engine} is none; export it with "
+            f"--batch dynamic and --precision fp32, without --features."
+        )
