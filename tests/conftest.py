@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _traced_once(pytestconfig: pytest.Config) -> Iterator[None]:
+def _traced_once(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What torch makes of a network is kept on disk, for all workers and until a source of it changes.
 
     Everything behind it (precision, lowering, metadata, writing) runs in each export.
@@ -57,7 +57,9 @@ def _traced_once(pytestconfig: pytest.Config) -> Iterator[None]:
     sources = hashlib.sha256(f"{sys.version} {versions}".encode())
     for path in sorted(package.rglob("*.py")):
         sources.update(path.read_bytes())
-    folder = pytestconfig.cache.mkdir("traces") / sources.hexdigest()[:16]
+    cache = getattr(pytestconfig, "cache", None)  # None with -p no:cacheprovider, as benchmarks/gpu_networks.py asks
+    traces = tmp_path_factory.mktemp("traces") if cache is None else cache.mkdir("traces")
+    folder = traces / sources.hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     with FileLock(folder.parent / "lock"):
         for other in folder.parent.iterdir():

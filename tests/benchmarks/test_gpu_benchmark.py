@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -169,7 +170,8 @@ def test_a_whole_run_measures_every_row_and_one_that_fails_costs_itself_alone(wh
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_another_call_goes_on_with_what_failed_alone(whole, capfd, monkeypatch):
+def test_another_call_goes_on_with_what_failed_alone(whole, tmp_path, capfd, monkeypatch):
+    whole = shutil.copytree(whole, tmp_path / "out")
     again = [key for key, row in Record.read(gpu_record.newest(whole)).rows.items() if row.error]
     (whole / "begun.txt").unlink()
     gpu_record.newest(whole).with_name(entry.CONFIGURATIONS).write_text("{}")  # without it, what tuned would run again

@@ -18,6 +18,8 @@ from dat_deploy.plugins.launch import Configuration, Problem
 SHARED_MEMORY_LIMIT = 48 * 1024  # what a TensorRT plugin may use
 SPILLS_OUTSIDE_LOOPS = 16  # bytes: kernels that fill all registers, by Triton 3.9; none by 3.6
 
+LIKE_80 = (86, 89, 120)
+
 WINDOWS = {"batch": 64, "height": 56, "width": 56, "heads": 3, "head_dim": 32}
 ATTENTION = {"batch": 64, "height": 14, "width": 14, "keys": 196, "heads": 12, "head_dim": 32, "offset_groups": 3}
 PROBLEMS: dict[str, tuple[str, Problem]] = {
@@ -73,13 +75,18 @@ def pool() -> Iterator[ProcessPoolExecutor]:
 @pytest.mark.compiler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_configuration_compiles_within_what_tensorrt_allows(architecture, pool):
-    """48 KiB of shared memory and, which `compile_launch` holds, no scratch memory and no hidden parameter."""
+    """48 KiB of shared memory and, which `compile_launch` holds, no scratch memory and no hidden parameter.
+
+    86, 89 and 120 multiply as 80 does and take as much memory, so of DAT, which takes seconds each, they have the first
+    and the last alone: one of each kernel.
+    """
     jobs: dict[str, Future[CompiledLaunch]] = {}
     for name in PROBLEMS if architecture == 90 else ("DAT", "sample", "window 7", "neighborhood"):
-        for configuration in configurations(name):
+        every = configurations(name)
+        for configuration in (every[0], every[-1]) if name == "DAT" and architecture in LIKE_80 else every:
             jobs[f"{name}: {configuration}"] = pool.submit(compiled, name, configuration, architecture)
     results = {job: future.result() for job, future in jobs.items()}
-    assert len(results) >= 20
+    assert len(results) >= 15
     assert not {job: shared_memory(c) for job, c in results.items() if shared_memory(c) > SHARED_MEMORY_LIMIT}
     if architecture == 90:
         assert not {job: c.spilled_bytes for job, c in results.items() if c.spilled_bytes > SPILLS_OUTSIDE_LOOPS}

@@ -52,7 +52,8 @@ def tensorrt_rtx() -> Any:
 
 @pytest.fixture
 def rtx(tensorrt_rtx: Any) -> Iterator[Any]:
-    """TensorRT-RTX with the plugins registered."""
+    """TensorRT-RTX with the plugins registered, and no error of another test's build."""
+    trt_plugin.last_error()
     trt_plugin.register_plugins(tensorrt_rtx)
     yield tensorrt_rtx
     trt_plugin.deregister_plugins(tensorrt_rtx)
@@ -387,6 +388,7 @@ def test_registering_again_changes_nothing_and_deregistering_takes_all_out(tenso
         creators = tensorrt_rtx.get_plugin_registry().all_creators
         return sorted(each.name for each in creators if each.plugin_namespace == "dat_deploy")
 
+    trt_plugin.deregister_plugins(tensorrt_rtx)  # those of another test's build
     assert registered() == []
     for _ in range(2):
         trt_plugin.register_plugins(tensorrt_rtx)
