@@ -153,7 +153,8 @@ def test_inlined_tiny_has_at_most_90_transposes(models, lowering, mini):
     inlined = onnx.inliner.inline_local_functions(models[lowering])
     assert {node.domain for node in inlined.graph.node} == {""}
     assert transposes_of(mini, models[lowering], mini) == operators(inlined)["Transpose"]
-    assert 60 < transposes_of(VARIANTS["tiny"], models[lowering], mini) <= 90
+    of_tiny = {"function": 72, "gather": 60, "gridsample": 60, "hat": 68}  # counted in its files, too
+    assert transposes_of(VARIANTS["tiny"], models[lowering], mini) == of_tiny[lowering]
 
 
 @pytest.mark.parametrize("lowering", INLINED)
