@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A machine with a GPU may have torch for it, and nothing to make .venv from.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-compile test-serving test-all fashion-mnist lint format bench bench-accuracy bench-serving gpu-kit bench-gpu clean
+.PHONY: demo test test-compile test-serving test-networks test-all fashion-mnist lint format bench bench-accuracy bench-serving gpu-kit bench-gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/dat-deploy demo
@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest --durations=10
 WORKERS := --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 test: $(VENV)/ready
-	$(PYTEST) $(WORKERS) -m "not slow and not gpu and not interpreter and not compiler and not server"
+	$(PYTEST) $(WORKERS) -m "not slow and not gpu and not interpreter and not compiler and not server and not released"
 	TRITON_INTERPRET=1 $(PYTEST) $(WORKERS) tests/plugins/test_kernels.py
 
 test-compile: $(VENV)/ready
@@ -23,6 +23,9 @@ test-compile: $(VENV)/ready
 
 test-serving: $(VENV)/ready
 	$(PYTEST) -m "server and not slow and not gpu"
+
+test-networks: $(VENV)/ready
+	$(PYTEST) -m "released and not slow and not gpu"
 
 test-all: $(VENV)/ready fashion-mnist
 	$(PYTEST) -m "not gpu and not interpreter"

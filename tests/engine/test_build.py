@@ -82,7 +82,7 @@ def test_small_networks_are_built_and_have_no_grid_sample(
     check_built(report, {"mini": mini, "mini-pp": mini_pp}[network], precision, lowering)
 
 
-@pytest.mark.slow
+@pytest.mark.released
 def test_tiny_is_built_with_plugins(tiny_onnx: dict[str, Path], tmp_path: Path) -> None:
     report = build(tiny_onnx["plugin"], tmp_path / "tiny.engine", backend="tensorrt-rtx")
     check_built(report, VARIANTS["tiny"], "fp32", "plugin")

@@ -321,8 +321,10 @@ def test_dynamic_pp_tiny_at_800x1344_is_right_and_takes_less_than_8_gib(
     assert int(done.stdout) < 8 * 2**20  # kB
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.released if v in ("tiny", "pp-tiny") else pytest.mark.slow) for v in VARIANTS],
+)
 def test_every_lowering_of_every_variant_agrees_with_pytorch(variant, tmp_path):
     height, width = VARIANTS[variant].image_size
     images = np.random.default_rng(1).standard_normal((4, 3, height, width)).astype(np.float32)

@@ -558,8 +558,13 @@ def test_command_line_takes_a_precision_and_islands_and_prints_the_census(mini, 
         assert run("export", "--from", path, "--lowering", "hat", *extra) == refusal
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["tiny", "small", "plus", "pp-tiny", "pp-base", "base-384"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param("tiny", marks=pytest.mark.released),
+        *(pytest.param(v, marks=pytest.mark.slow) for v in ("small", "plus", "pp-tiny", "pp-base", "base-384")),
+    ],
+)
 def test_every_lowering_of_the_larger_variants_agrees_in_fp16(variant, tmp_path):
     network = VARIANTS[variant]
     images = noise_of(network)
