@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 import yaml
 
 from dat_deploy.checkpoint import load_model, save_checkpoint
 from dat_deploy.errors import DatDeployError, ExportError, OutputError, ShapeError
-from dat_deploy.export import LOWERINGS, OPSET_VERSIONS, export, relower
+from dat_deploy.export import LOWERINGS, OPSET_VERSIONS, export, onnx_model, relower
+from dat_deploy.export.lowering import lower
 from dat_deploy.labels import imagenet_class_names
 from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.model import DAT
@@ -204,14 +206,20 @@ def test_dynamic_file_names_its_free_dimensions(mini_pp_dynamic, backbone):
     assert read_metadata(backbone["hat"]).dynamic_image_size
 
 
-def test_opset_17_gives_the_same_logits_of_dynamic_dat_pp(mini_pp, lowered):
-    """Of a fixed size: test_precision.py, in fp16. A file of opset 19 has the nodes of one of 18."""
+@pytest.mark.parametrize("opset", OTHER_OPSETS)
+def test_every_opset_gives_the_same_logits_of_dynamic_dat_pp(opset, mini_pp, mini_pp_dynamic, tmp_path):
+    """The opset of what was traced is changed as `export` changes it; of a fixed size: test_precision.py."""
     images = np.random.default_rng(3).standard_normal((2, 3, 96, 160)).astype(np.float32)
     expected = pytorch_logits(load_model(mini_pp), images)
-    files = lowered(mini_pp, image_size=(96, 160), dynamic_image_size=True, opset_version=17)
     for lowering in BODIED:
-        onnx.checker.check_model(onnx.load(files[lowering]), full_check=True)
-        np.testing.assert_allclose(logits(files[lowering], images), expected, rtol=0, atol=1e-4)
+        model = ir.load(mini_pp_dynamic["plugin"])
+        onnx_model._set_opset(model, opset)
+        ir.save(lower(model, lowering), tmp_path / f"{lowering}.onnx")
+        lowered = onnx.load(tmp_path / f"{lowering}.onnx")
+        onnx.checker.check_model(lowered, full_check=True)
+        assert {entry.domain: entry.version for entry in lowered.opset_import}[""] == opset
+        (got,) = onnxruntime.InferenceSession(tmp_path / f"{lowering}.onnx").run(None, {"image": images})
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="session")
@@ -282,7 +290,7 @@ def test_configuration_file_exports_and_the_file_remembers_it(tmp_path):
     config = tmp_path / "dat.yaml"
     config.write_text(yaml.safe_dump({"MODEL": {"TYPE": "dat", "DAT": section}}))
     path = tmp_path / "dat.onnx"
-    export(str(config), path, dynamic_image_size=True)
+    export(str(config), path)
     config.unlink()
     report = validate(str(path), images=photographs(2), batches=[1])  # its reference is made from the file alone
     assert report.passed
