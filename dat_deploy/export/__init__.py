@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
+
 from dat_deploy.checkpoint_file import check_checkpoint
 from dat_deploy.configuration import find_variant
 from dat_deploy.errors import ExportError, ShapeError
@@ -159,14 +161,14 @@ def export(
     progress("lowering")
     model = lower(model, lowering)
     progress("writing")
-    _save(model, metadata, output, force=force)
+    proto = _saved(model, metadata, output, force=force)
     return ExportReport(
         path=output,
         metadata=metadata,
         size_bytes=output.stat().st_size,
         nodes=len(model.graph),
         operators=operators,
-        census=precision_census(load_onnx(output)),
+        census=precision_census(proto),
         outputs=tuple(module.output_names),
         seconds=time.monotonic() - started,
         notes=weights.notes,
@@ -200,14 +202,14 @@ def relower(
     model = lower(model, lowering)
     progress("writing")
     metadata = dataclasses.replace(metadata, lowering=lowering)
-    _save(model, metadata, output, force=force)
+    proto = _saved(model, metadata, output, force=force)
     return ExportReport(
         path=output,
         metadata=metadata,
         size_bytes=output.stat().st_size,
         nodes=len(model.graph),
         operators=operators,
-        census=precision_census(load_onnx(output)),
+        census=precision_census(proto),
         outputs=tuple(str(value.name) for value in model.graph.outputs),
         seconds=time.monotonic() - started,
         notes=(),
@@ -227,12 +229,15 @@ def _check_dynamic_image_size(network: Variant, *, sampling_locations: bool) -> 
         )
 
 
-def _save(model: "ir.Model", metadata: FileMetadata, output: Path, *, force: bool) -> None:
+def _saved(model: "ir.Model", metadata: FileMetadata, output: Path, *, force: bool) -> onnx.ModelProto:
+    """What was written."""
     import onnx_ir as ir
 
     model.producer_name = "dat-deploy"
     model.producer_version = metadata.version
     model.graph.name = "dat_" + re.sub(r"\W", "_", metadata.network.name)
     model.metadata_props.update(metadata.to_properties())
+    proto = ir.to_proto(model)
     with atomic_output(output, force=force) as temporary:
-        ir.save(model, temporary)
+        onnx.save(proto, temporary)
+    return proto
