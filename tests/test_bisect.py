@@ -25,7 +25,7 @@ from dat_deploy.errors import DatDeployError, UnsupportedError, VerificationErro
 from dat_deploy.export import LOWERINGS, export, relower
 from dat_deploy.export.boundaries import block_boundaries, network_blocks
 from dat_deploy.export.records import operator_records
-from dat_deploy.runners import Runner, onnxruntime_runner, open_runner, openvino_runner, pytorch_runner
+from dat_deploy.runners import Runner, onnxruntime_runner, open_runner, openvino_runner
 from dat_deploy.validate.bisect import bisect
 from dat_deploy.validate.reference import Reference, open_reference
 from dat_deploy.variants import VARIANTS, StageConfig, Variant
@@ -67,7 +67,7 @@ def find(checkpoint: Path, reference: Reference) -> Callable[..., library.Bisect
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network is so small that threads only wait for each other."""
-    for module in (pytorch_runner, onnxruntime_runner, openvino_runner):
+    for module in (onnxruntime_runner, openvino_runner):
         monkeypatch.setattr(module, "available_cores", lambda: 1)
 
 
