@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.helper
-import onnx_ir as export_ir
 import pytest
 import torch
 import typer.main
@@ -597,7 +596,7 @@ def test_an_export_interrupted_while_it_writes_leaves_nothing(
         seen.extend(names(tmp_path))
         interruption()
 
-    monkeypatch.setattr(export_ir, "save", interrupted_save)
+    monkeypatch.setattr(onnx, "save", interrupted_save)
     outcome = run("export", "--from", mini_onnx, "--lowering", "hat", "--output", tmp_path / "out.onnx")
     assert (outcome.code, outcome.error, outcome.out) == (code, word, "")
     assert len(seen) == 1
@@ -646,7 +645,7 @@ def test_an_interruption_that_a_library_loses_is_still_one(
         except SystemExit:
             raise AttributeError("module 'torch._dynamo' has no attribute 'exc'") from None
 
-    monkeypatch.setattr(export_ir, "save", lost)
+    monkeypatch.setattr(onnx, "save", lost)
     outcome = run("export", "--from", mini_onnx, "--output", tmp_path / "out.onnx")
     assert (outcome.code, outcome.error) == (143, "terminated")
     assert names(tmp_path) == []

@@ -69,7 +69,9 @@ def benchmark(
     reference = labels[0] if baseline is None else _baseline_label(baseline, engines, labels)
     _check_counts(batches, rounds=rounds, calls=calls, warmup_calls=warmup_calls, threads=threads, seconds=seconds)
     if _opener == OPENER:
-        for label, engine in zip(labels, engines, strict=True):
+        named_engines = zip(labels, engines, strict=True)
+        # files last, which take time to read: what is wrong with another engine's name is told at once
+        for label, engine in sorted(named_engines, key=lambda each: Path(each[1].split(":")[-1]).is_file()):
             try:
                 outline = check_engine(engine, checkpoint=checkpoint, image_size=image_size, features=features)
             except DatDeployError as error:

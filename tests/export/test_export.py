@@ -378,11 +378,11 @@ def test_existing_file_is_kept_unless_forced(tmp_path):
 def test_export_that_stops_while_writing_leaves_nothing(failure, mini_onnx, tmp_path, monkeypatch):
     plugin = mini_onnx("plugin")
 
-    def half_a_file(_: ir.Model, path: Path) -> None:
+    def half_a_file(_: onnx.ModelProto, path: Path) -> None:
         Path(path).write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr(ir, "save", half_a_file)
+    monkeypatch.setattr(onnx, "save", half_a_file)
     with pytest.raises((KeyboardInterrupt, OutputError)) as error:
         relower(plugin, tmp_path / "tiny.onnx", "hat")
     if isinstance(error.value, OutputError):
