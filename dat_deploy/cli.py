@@ -348,7 +348,7 @@ def inspect(
     force: ForceOption = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Say what an engine is, after its passport was checked; on the GPU that it is for, also what is in it."""
+    """Say what an exported file or an engine holds; on the GPU that an engine is for, also what is in that."""
     from dat_deploy.engine import inspector as library
 
     _check_json(json_file, force=force)
@@ -1186,6 +1186,8 @@ def _print_file(path: Path, metadata: "FileMetadata", file: "OnnxFile") -> None:
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (rule.mean, rule.std))
     names = metadata.class_names
     table = Table(box=None, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a hash is of use as a whole
     table.add_row("file", f"{path}, {file.size_bytes / 1e6:.1f} MB, sha256 {file.sha256}")
     table.add_row("written by", f"{file.written_by}; opset {file.opset_version}, IR version {file.ir_version}")
     table.add_row(
@@ -1204,7 +1206,7 @@ def _print_file(path: Path, metadata: "FileMetadata", file: "OnnxFile") -> None:
     table.add_row("lowering", metadata.lowering)
     table.add_row("operators", f"{operators}; {file.operator_form}")
     table.add_row("precision", _precision(metadata))
-    table.add_row("nodes", str(file.census).removeprefix("precision: "))
+    table.add_row("nodes", f"{file.nodes}; that compute: {str(file.census).removeprefix('precision: ')}")
     table.add_row("weights", f"{metadata.weights_source}, sha256 {metadata.weights_sha256}")
     calibration = metadata.calibration
     if calibration is not None:

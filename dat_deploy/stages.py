@@ -17,6 +17,7 @@ __all__ = ["Stages"]
 _LEAST_S = 0.1  # of a stage that is worth a line
 _LEAST_S_OF_FORECAST = 5
 _STARTING = "starting"
+_LEAST_S_OF_START = 0.5  # below it is what every command needs, and an error that comes then stands alone
 
 
 class Stages:
@@ -36,7 +37,7 @@ class Stages:
         self._stage = self._text = ""
         self._had_torch = "torch" in sys.modules
         self._bar: tuple[int, int] | None = None
-        self._began = 0.0
+        self._began = time.monotonic()
         self._spinner = Spinner("dots")
         animated = console.is_terminal and not console.is_dumb_terminal
         self._live = Live(console=console, transient=True, get_renderable=self._line) if animated else None
@@ -44,7 +45,11 @@ class Stages:
     def __enter__(self) -> Self:
         self.begin(_STARTING)
         if self._live is not None:
-            self._live.start(refresh=True)
+            try:
+                self._live.start(refresh=True)
+            except BaseException:  # interrupted before the block begins, whose end would give the cursor back
+                self._live.stop()
+                raise
         return self
 
     def __exit__(
@@ -71,7 +76,7 @@ class Stages:
 
     def _print_finished(self) -> None:
         seconds = time.monotonic() - self._began
-        if seconds >= _LEAST_S:
+        if seconds >= (_LEAST_S_OF_START if self._stage == _STARTING else _LEAST_S):
             self._console.print(f"{self._command}: {self._named(self._stage)}, {seconds:.1f} s")
 
     def _named(self, text: str) -> str:

@@ -13,7 +13,6 @@ import torch
 
 from dat_deploy.export import export, onnx_model
 from dat_deploy.export.onnx_model import onnx_from_model
-from dat_deploy.model import DAT
 from dat_deploy.runners import open_runner
 from dat_deploy.runners.torch_threads import torch_threads
 
@@ -56,18 +55,16 @@ def test_an_export_changes_nothing(mini_dat, tmp_path, changed, monkeypatch):
     assert changed() == []
 
 
-def test_an_export_that_fails_while_it_traces_changes_nothing(mini_dat, process_state, monkeypatch):
-    network = DAT(mini_dat)
-    before = process_state()
-
+def test_an_export_that_fails_while_it_traces_changes_nothing(mini_dat, tmp_path, changed, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         assert not gc.isenabled()
         raise ValueError("no")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
+    monkeypatch.setattr(onnx_model, "onnx_from_model", onnx_from_model)
     with pytest.raises(ValueError, match="no"):
-        onnx_from_model(network)
-    assert process_state() == before
+        export(mini_dat, tmp_path / "mini.onnx")
+    assert changed() == []
 
 
 @pytest.mark.parametrize("engine", ["pytorch:demo", "onnxruntime:{file}", "openvino:{file}"])

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import gc
 import logging
 import math
 import warnings
@@ -67,7 +66,7 @@ def onnx_from_model(
         for axis, name in ((2, "height"), (3, "width")):
             dims[axis] = step * torch.export.Dim(f"{name}_{step}", min=least // step)
     progress("tracing")
-    with _quiet(), _uncollected():
+    with _quiet():
         program = torch.onnx.export(
             model,
             (example,),
@@ -243,18 +242,6 @@ def _name_sides(graph_model: ir.Model, model: DAT) -> None:
         if shape is not None and len(shape) == 4:
             suffix = f"/{strides[str(value.name)]}" if value.name in strides else ""
             value.shape = ir.Shape([shape[0], shape[1], f"height{suffix}", f"width{suffix}"])
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Tracing makes objects by the million that all live until it ends; looking through them took a seventh of it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager
