@@ -915,7 +915,7 @@ def test_inspecting_an_exported_file_prints_what_is_in_it_and_loads_nothing_slow
         "lowering function",
         "operators 1 window_attention; nodes without bodies",
         "precision fp32",
-        "nodes fp32 1 nodes",
+        "nodes 1; that compute: fp32 1 nodes",
         f"weights seeded random weights (seed 0), sha256 {'5' * 64}",
     ]
     found = json.loads((folder / "inspection.json").read_text())
