@@ -22,11 +22,12 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
 from dat_deploy import plugins
-from dat_deploy import tune as tune_module
+from dat_deploy import tune_network
 from dat_deploy.checkpoint import load_model
 from dat_deploy.model import REFERENCE
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration, Problem
+from dat_deploy.tune import tune
 from dat_deploy.variants import VARIANTS, StageConfig
 
 pytestmark = [
@@ -523,9 +524,9 @@ def test_tune_keeps_the_fastest_configuration_and_the_operators_then_take_it(mon
     monkeypatch.setenv("DAT_DEPLOY_CONFIGURATIONS", str(tmp_path / "kept.json"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
-    monkeypatch.setattr(tune_module, "DEVICE", "cpu")
+    monkeypatch.setattr(tune_network, "DEVICE", "cpu")
     monkeypatch.setattr(
-        tune_module, "measured", lambda candidates, run: {c: abs(i - 2) + 1.0 for i, c in enumerate(candidates)}
+        tune_network, "measured", lambda candidates, run: {c: abs(i - 2) + 1.0 for i, c in enumerate(candidates)}
     )
     run = Job.run
 
@@ -535,7 +536,7 @@ def test_tune_keeps_the_fastest_configuration_and_the_operators_then_take_it(mon
             job.output[..., -1] += 1
 
     monkeypatch.setattr(Job, "run", spoilt)
-    tuning = tune_module.tune(mini_pp.with_image_size(64, 64), batches=[1], precision="fp16")
+    tuning = tune(mini_pp.with_image_size(64, 64), batches=[1], precision="fp16")
     for row in tuning.launches:
         every = import_module(f"dat_deploy.plugins.{row.operator}.kernel").configurations(row.problem)
         assert row.wrong == ((every[1],) if row.operator == "deformable_sample" else ())
