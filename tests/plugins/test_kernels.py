@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from dat_deploy import plugins
-from dat_deploy import tune_network
+from dat_deploy import plugins, tune_network
 from dat_deploy.checkpoint import load_model
 from dat_deploy.model import REFERENCE
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
