@@ -382,14 +382,14 @@ def whole_window_kernel(
             )
             largest = tl.maximum(largest, tl.max(more_scores, 1))
         largest *= SCALE
-        weights = tl.exp2(scores * SCALE - largest[:, None])
-        total = tl.sum(weights, 1)
-        attended = tl.dot(weights.to(v.dtype), v)
+        weights = tl.exp2(scores * SCALE - largest[:, None]).to(v.dtype)
+        total = tl.dot(weights, tl.full((KEYS, 8), 1.0, v.dtype))  # a row of 8 times the same
+        attended = tl.dot(weights, v)
         if MORE_KEYS > 0:
-            weights = tl.exp2(more_scores * SCALE - largest[:, None])
-            total += tl.sum(weights, 1)
-            attended = tl.dot(weights.to(v.dtype), more_v, acc=attended)
-        attended *= (1 / total)[:, None]
+            weights = tl.exp2(more_scores * SCALE - largest[:, None]).to(v.dtype)
+            total = tl.dot(weights, tl.full((MORE_KEYS, 8), 1.0, v.dtype), acc=total)
+            attended = tl.dot(weights, more_v, acc=attended)
+        attended *= (1 / tl.max(total, 1))[:, None]
         end = output + image * CHANNELS + head * HEAD_DIM
         tl.store(end + (pixel[:, None] * CHANNELS + dim), attended.to(output.dtype.element_ty), mask=is_query)
 
