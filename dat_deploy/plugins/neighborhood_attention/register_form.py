@@ -1,0 +1,276 @@
+"""The second form of `neighborhood_attention`: neighbors, scores and bias in registers, a plain softmax.
+
+A warp computes 2 rows × up to 8 columns of queries, which is one row block of the matrix product. All their neighbors
+lie in 8 rows × KEY_COLUMNS columns of keys, which are taken 8, 4 and 2 columns at a time. The bias, -inf for what is no
+neighbor, depends on the place in the map alone: it is made once, and serves IMAGES images.
+
+Nothing goes through shared memory. Threads read what they multiply: the product holds 8 rows by 4 pairs of columns
+across a warp, and in which order it sums over head dims and over keys is free.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["QUERY_COLUMNS", "QUERY_ROWS", "register_neighbors_kernel"]
+
+QUERY_ROWS = 2
+QUERY_COLUMNS = 8  # at most
+
+
+@triton.jit
+def _first_neighbor(position, positions: tl.constexpr, KERNEL_SIZE: tl.constexpr):
+    """Of the K neighbors on an axis: a window that would leave the map is shifted inwards."""
+    return tl.minimum(tl.maximum(position - KERNEL_SIZE // 2, 0), positions - KERNEL_SIZE)
+
+
+@triton.jit
+def _pixels_of_keys(
+    row,
+    column,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CLAMPED: tl.constexpr,
+):
+    if CLAMPED:  # the map is smaller than the rectangle of keys
+        row, column = tl.minimum(row, HEIGHT - 1), tl.minimum(column, WIDTH - 1)
+    return row.to(tl.int64) * WIDTH + column  # int64: what is constant of it then goes into the instruction
+
+
+@triton.jit
+def _register_mask_and_bias(
+    table,
+    query_row,
+    query_column,
+    first_key_row,
+    first_key_column,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    WARP_TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The bias to 8 rows of COLUMNS keys as an accumulator takes it, -inf for what is no neighbor.
+
+    Its index has the axes (8 keys, row of queries, warp, column of queries, pair of keys): registers, registers, warps,
+    lanes, lanes. That is how the matrix product holds its scores, so they meet in the same threads.
+
+    Args:
+        table: where that of each head begins, and with queries and keys [1, 1, WARP_TILES, 1, 1] or of axes as above.
+
+    Returns [WARP_TILES, 16, 8 * COLUMNS] float32.
+    """
+    SIDE: tl.constexpr = 2 * KERNEL_SIZE - 1
+    window_y = _first_neighbor(query_row, HEIGHT, KERNEL_SIZE)
+    window_x = _first_neighbor(query_column, WIDTH, KERNEL_SIZE)
+    eighth = tl.arange(0, COLUMNS)[:, None, None, None, None]
+    in_eighth = 2 * tl.arange(0, 4)[None, None, None, None, :]
+    key_row = first_key_row + eighth * (8 // COLUMNS) + in_eighth // COLUMNS
+    key_column = first_key_column + in_eighth % COLUMNS
+    is_row = (key_row >= window_y) & (key_row < window_y + KERNEL_SIZE)
+    is_left = is_row & (key_column >= window_x) & (key_column < window_x + KERNEL_SIZE)
+    is_right = is_row & (key_column + 1 >= window_x) & (key_column + 1 < window_x + KERNEL_SIZE)
+    entry = (key_row - query_row + (KERNEL_SIZE - 1)) * SIDE + key_column - query_column + (KERNEL_SIZE - 1)
+    left = tl.load(table + entry, mask=is_left, other=float("-inf")).to(tl.float32)
+    right = tl.load(table + entry + 1, mask=is_right, other=float("-inf")).to(tl.float32)
+    bias = tl.trans(tl.join(left, right), 2, 1, 3, 0, 4, 5) * HEAD_DIM**0.5
+    return tl.reshape(bias, (WARP_TILES, 16, 8 * COLUMNS))
+
+
+@triton.jit
+def _register_keys(
+    start,
+    first_key_row,
+    first_key_column,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WARP_TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CLAMPED: tl.constexpr,
+):
+    """8 rows of COLUMNS keys, transposed, each thread with the dims next to each other: [WARP_TILES, D, 8 * COLUMNS]."""
+    QUARTER: tl.constexpr = HEAD_DIM // 4
+    eighth = tl.arange(0, COLUMNS)[:, None, None, None, None]
+    in_eighth = tl.arange(0, 8)[None, None, :, None, None]
+    quarter = tl.arange(0, 4)[None, None, None, :, None]
+    dim = quarter * QUARTER + tl.arange(0, QUARTER)[None, None, None, None, :]
+    pixel = _pixels_of_keys(
+        first_key_row + in_eighth // COLUMNS + eighth * (8 // COLUMNS),
+        first_key_column + in_eighth % COLUMNS,
+        HEIGHT,
+        WIDTH,
+        CLAMPED,
+    )
+    keys = tl.load(start + CHANNELS + (pixel * (3 * CHANNELS) + dim))
+    keys = tl.reshape(keys, (COLUMNS, WARP_TILES, 8, 4, HEAD_DIM // 16, 2, 2))
+    return tl.reshape(tl.trans(keys, 1, 4, 5, 3, 6, 0, 2), (WARP_TILES, HEAD_DIM, 8 * COLUMNS))
+
+
+@triton.jit
+def _register_values(
+    start,
+    first_key_row,
+    first_key_column,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WARP_TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CLAMPED: tl.constexpr,
+):
+    """The values of these keys: [WARP_TILES, 8 * COLUMNS, D], dims in the order of `_dims_in_order`."""
+    EIGHTH: tl.constexpr = HEAD_DIM // 8
+    eighth = tl.arange(0, COLUMNS)[:, None, None, None, None, None]
+    in_pair = tl.arange(0, 2)[None, :, None, None, None, None]
+    dims = tl.arange(0, 8)[None, None, None, :, None, None]
+    in_eighth = 2 * tl.arange(0, 4)[None, None, None, None, :, None]
+    dim = dims * EIGHTH + tl.arange(0, EIGHTH)[None, None, None, None, None, :]
+    pixel = _pixels_of_keys(
+        first_key_row[None] + in_eighth // COLUMNS + eighth * (8 // COLUMNS),
+        first_key_column[None] + in_eighth % COLUMNS + in_pair,
+        HEIGHT,
+        WIDTH,
+        CLAMPED,
+    )
+    values = tl.load(start[None] + 2 * CHANNELS + (pixel * (3 * CHANNELS) + dim))
+    return tl.reshape(tl.trans(values, 2, 0, 4, 1, 5, 3), (WARP_TILES, 8 * COLUMNS, HEAD_DIM))
+
+
+@triton.jit
+def _largest_of_eighths(scores, WARP_TILES: tl.constexpr, COLUMNS: tl.constexpr):
+    """[WARP_TILES, 16, 8]: within a thread."""
+    return tl.max(tl.reshape(scores, (WARP_TILES, 16, COLUMNS, 8)), 2)
+
+
+@triton.jit
+def _take_values(scores, values, largest, total, attended, ONES: tl.constexpr, HEAD_DIM: tl.constexpr):
+    scale: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5  # see `attend`
+    weights = tl.exp2(scores * scale - largest[:, :, None]).to(values.dtype)
+    ones = tl.full((values.shape[0], values.shape[1], ONES), 1.0, values.dtype)
+    return tl.dot(weights, ones, acc=total), tl.dot(weights, values, acc=attended)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def register_neighbors_kernel(
+    qkv,
+    padding_qkv,
+    relative_position_bias_table,
+    batch,
+    output,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+    WARP_TILES: tl.constexpr,
+    IMAGES: tl.constexpr,
+):
+    """Grid: chunk of IMAGES images, WARP_TILES tiles, the last fastest. Tiles: head, column, row, the last fastest."""
+    CHANNELS: tl.constexpr = NUM_HEADS * HEAD_DIM
+    ROWS: tl.constexpr = (HEIGHT + 1) // 2
+    COLUMNS: tl.constexpr = (WIDTH + TILE_COLUMNS - 1) // TILE_COLUMNS
+    TILES: tl.constexpr = NUM_HEADS * ROWS * COLUMNS
+    PROGRAMS: tl.constexpr = (TILES + WARP_TILES - 1) // WARP_TILES
+    CLAMPED: tl.constexpr = HEIGHT < 8 or WIDTH < KEY_COLUMNS
+    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5
+    EIGHTH: tl.constexpr = HEAD_DIM // 8
+    QUARTER: tl.constexpr = HEAD_DIM // 4
+
+    program = tl.program_id(0)
+    first_image = program // PROGRAMS * IMAGES
+    tile = program % PROGRAMS * WARP_TILES + tl.arange(0, WARP_TILES)[None, None, :, None, None]
+    is_tile = tile < TILES
+    tile = tl.minimum(tile, TILES - 1)
+    head = tile // (ROWS * COLUMNS)
+    # The last tiles reach back into those before them, rather than beyond the map; each stores what is its own.
+    own_row, own_column = tile % ROWS * 2, tile // ROWS % COLUMNS * TILE_COLUMNS
+    first_row, first_column = tl.minimum(own_row, HEIGHT - 2), tl.minimum(own_column, WIDTH - TILE_COLUMNS)
+    first_key_row = tl.maximum(tl.minimum(_first_neighbor(first_row, HEIGHT, KERNEL_SIZE), HEIGHT - 8), 0)
+    first_key_column = tl.maximum(
+        tl.minimum(_first_neighbor(first_column, WIDTH, KERNEL_SIZE), WIDTH - KEY_COLUMNS), 0
+    )
+
+    in_row = tl.arange(0, 8)[None, None, None, :, None]
+    row = first_row + tl.arange(0, 2)[None, :, None, None, None]
+    column = first_column + tl.minimum(in_row, TILE_COLUMNS - 1)
+    table = relative_position_bias_table + head * ((2 * KERNEL_SIZE - 1) * (2 * KERNEL_SIZE - 1))
+    bias_8 = _register_mask_and_bias(
+        table, row, column, first_key_row, first_key_column, HEIGHT, WIDTH, HEAD_DIM, KERNEL_SIZE, WARP_TILES, 8
+    )
+    if KEY_COLUMNS % 8 >= 4:
+        bias_4 = _register_mask_and_bias(
+            table, row, column, first_key_row, first_key_column + 8, HEIGHT, WIDTH, HEAD_DIM, KERNEL_SIZE, WARP_TILES, 4
+        )
+    if KEY_COLUMNS % 4 >= 2:
+        bias_2 = _register_mask_and_bias(
+            table,
+            row,
+            column,
+            first_key_row,
+            first_key_column + (KEY_COLUMNS - 2),
+            HEIGHT,
+            WIDTH,
+            HEAD_DIM,
+            KERNEL_SIZE,
+            WARP_TILES,
+            2,
+        )
+
+    # [2, WARP_TILES, 8, 4, D // 4], as threads hold them
+    half = tl.arange(0, 2)[:, None, None, None, None]
+    tile_head = tl.reshape(head, (1, WARP_TILES, 1, 1, 1))
+    key_y = tl.reshape(first_key_row, (1, WARP_TILES, 1, 1, 1))
+    key_x = tl.reshape(first_key_column, (1, WARP_TILES, 1, 1, 1))
+    query_y = tl.reshape(first_row, (1, WARP_TILES, 1, 1, 1)) + half
+    in_tile = tl.arange(0, 8)[None, None, :, None, None]
+    query_x = tl.reshape(first_column, (1, WARP_TILES, 1, 1, 1)) + tl.minimum(in_tile, TILE_COLUMNS - 1)
+    pixel = query_y.to(tl.int64) * WIDTH + query_x
+    dim = tl.arange(0, 4)[None, None, None, :, None] * QUARTER + tl.arange(0, QUARTER)[None, None, None, None, :]
+    is_own = (query_y >= tl.reshape(own_row, (1, WARP_TILES, 1, 1, 1))) & (in_tile < TILE_COLUMNS)
+    is_own &= query_x >= tl.reshape(own_column, (1, WARP_TILES, 1, 1, 1))
+    is_own &= tl.reshape(is_tile, (1, WARP_TILES, 1, 1, 1))
+
+    for image in range(first_image, min(first_image + IMAGES, batch)):
+        first_pixel = tl.cast(image, tl.int64) * (HEIGHT * WIDTH)
+        start = qkv + first_pixel * (3 * CHANNELS) + tile_head * HEAD_DIM
+        q = tl.load(start + (pixel * (3 * CHANNELS) + dim))
+        q = tl.trans(tl.reshape(q, (2, WARP_TILES, 8, 4, HEAD_DIM // 16, 2, 2)), 1, 0, 2, 4, 5, 3, 6)
+        q = tl.reshape(q, (WARP_TILES, 16, HEAD_DIM))
+
+        k = _register_keys(start, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
+        v_8 = _register_values(start, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
+        scores_8 = tl.dot(q, k, acc=bias_8)
+        largest = _largest_of_eighths(scores_8, WARP_TILES, 8)
+        if KEY_COLUMNS % 8 >= 4:
+            x = key_x + 8
+            k = _register_keys(start, key_y, x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 4, CLAMPED)
+            v_4 = _register_values(start, key_y, x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 4, CLAMPED)
+            scores_4 = tl.dot(q, k, acc=bias_4)
+            largest = tl.maximum(largest, _largest_of_eighths(scores_4, WARP_TILES, 4))
+        if KEY_COLUMNS % 4 >= 2:
+            x = key_x + (KEY_COLUMNS - 2)
+            k = _register_keys(start, key_y, x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 2, CLAMPED)
+            v_2 = _register_values(start, key_y, x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 2, CLAMPED)
+            scores_2 = tl.dot(q, k, acc=bias_2)
+            largest = tl.maximum(largest, _largest_of_eighths(scores_2, WARP_TILES, 2))
+
+        largest = tl.max(largest, 2) * SCALE
+        total = tl.zeros((WARP_TILES, 16, 8), tl.float32)
+        attended = tl.zeros((WARP_TILES, 16, HEAD_DIM), tl.float32)
+        total, attended = _take_values(scores_8, v_8, largest, total, attended, 8, HEAD_DIM)
+        if KEY_COLUMNS % 8 >= 4:
+            total, attended = _take_values(scores_4, v_4, largest, total, attended, 8, HEAD_DIM)
+        if KEY_COLUMNS % 4 >= 2:
+            total, attended = _take_values(scores_2, v_2, largest, total, attended, 8, HEAD_DIM)
+
+        # All 8 columns of `total` are alike; each thread has two.
+        attended = tl.reshape(attended, (WARP_TILES, 16, EIGHTH, 8)) * (1 / total)[:, :, None, :]
+        attended = tl.reshape(attended.to(output.dtype.element_ty), (WARP_TILES, 2, 8, EIGHTH, 4, 2))
+        attended = tl.reshape(tl.trans(attended, 1, 0, 2, 4, 5, 3), (2, WARP_TILES, 8, 4, QUARTER))
+        end = output + first_pixel * CHANNELS + tile_head * HEAD_DIM
+        tl.store(end + (pixel * CHANNELS + dim), attended, mask=is_own)
