@@ -39,6 +39,7 @@ def _pixels_of_keys(
 @triton.jit
 def _register_mask_and_bias(
     table,
+    first_entry,
     query_row,
     query_column,
     first_key_row,
@@ -55,12 +56,10 @@ def _register_mask_and_bias(
     Its index has the axes (8 keys, row of queries, warp, column of queries, pair of keys): registers, registers, warps,
     lanes, lanes. That is how the matrix product holds its scores, so they meet in the same threads.
 
-    Args:
-        table: where that of each head begins, and with queries and keys [1, 1, WARP_TILES, 1, 1] or of axes as above.
-
     Returns [WARP_TILES, 16, 8 * COLUMNS] float32.
     """
     SIDE: tl.constexpr = 2 * KERNEL_SIZE - 1
+    COUNT: tl.constexpr = COLUMNS * WARP_TILES * 64
     window_y = _first_neighbor(query_row, HEIGHT, KERNEL_SIZE)
     window_x = _first_neighbor(query_column, WIDTH, KERNEL_SIZE)
     eighth = tl.arange(0, COLUMNS)[:, None, None, None, None]
@@ -68,18 +67,21 @@ def _register_mask_and_bias(
     key_row = first_key_row + eighth * (8 // COLUMNS) + in_eighth // COLUMNS
     key_column = first_key_column + in_eighth % COLUMNS
     is_row = (key_row >= window_y) & (key_row < window_y + KERNEL_SIZE)
-    is_left = is_row & (key_column >= window_x) & (key_column < window_x + KERNEL_SIZE)
-    is_right = is_row & (key_column + 1 >= window_x) & (key_column + 1 < window_x + KERNEL_SIZE)
+    is_left = tl.reshape(is_row & (key_column >= window_x) & (key_column < window_x + KERNEL_SIZE), (COUNT,))
+    key_column += 1
+    is_right = tl.reshape(is_row & (key_column >= window_x) & (key_column < window_x + KERNEL_SIZE), (COUNT,))
     entry = (key_row - query_row + (KERNEL_SIZE - 1)) * SIDE + key_column - query_column + (KERNEL_SIZE - 1)
-    left = tl.load(table + entry, mask=is_left, other=float("-inf")).to(tl.float32)
-    right = tl.load(table + entry + 1, mask=is_right, other=float("-inf")).to(tl.float32)
-    bias = tl.trans(tl.join(left, right), 2, 1, 3, 0, 4, 5) * HEAD_DIM**0.5
-    return tl.reshape(bias, (WARP_TILES, 16, 8 * COLUMNS))
+    right = table + tl.reshape(first_entry + entry, (COUNT,))
+    left = tl.load(right - 1, mask=is_left, other=float("-inf")).to(tl.float32)
+    right = tl.load(right, mask=is_right, other=float("-inf")).to(tl.float32)
+    bias = tl.reshape(tl.join(left, right) * HEAD_DIM**0.5, (COLUMNS, 2, WARP_TILES, 8, 4, 2))
+    return tl.reshape(tl.trans(bias, 2, 1, 3, 0, 4, 5), (WARP_TILES, 16, 8 * COLUMNS))
 
 
 @triton.jit
-def _register_keys(
+def _neighbor_keys(
     start,
+    origin,
     first_key_row,
     first_key_column,
     HEIGHT: tl.constexpr,
@@ -90,12 +92,14 @@ def _register_keys(
     COLUMNS: tl.constexpr,
     CLAMPED: tl.constexpr,
 ):
-    """8 rows of COLUMNS keys, transposed, each thread with the dims next to each other: [WARP_TILES, D, 8 * COLUMNS]."""
+    """8 rows of COLUMNS keys, transposed, each thread with the dims next to each other: [WARP_TILES, D, 8 * COLUMNS].
+
+    Loads are from [threads, dims], for which Triton has one layout; from more axes it chooses by its version.
+    """
     QUARTER: tl.constexpr = HEAD_DIM // 4
-    eighth = tl.arange(0, COLUMNS)[:, None, None, None, None]
-    in_eighth = tl.arange(0, 8)[None, None, :, None, None]
-    quarter = tl.arange(0, 4)[None, None, None, :, None]
-    dim = quarter * QUARTER + tl.arange(0, QUARTER)[None, None, None, None, :]
+    eighth = tl.arange(0, COLUMNS)[:, None, None, None]
+    in_eighth = tl.arange(0, 8)[None, None, :, None]
+    quarter = tl.arange(0, 4)[None, None, None, :]
     pixel = _pixels_of_keys(
         first_key_row + in_eighth // COLUMNS + eighth * (8 // COLUMNS),
         first_key_column + in_eighth % COLUMNS,
@@ -103,14 +107,17 @@ def _register_keys(
         WIDTH,
         CLAMPED,
     )
-    keys = tl.load(start + CHANNELS + (pixel * (3 * CHANNELS) + dim))
+    offset = tl.reshape(origin + pixel * (3 * CHANNELS) + (CHANNELS + quarter * QUARTER), (COLUMNS * WARP_TILES * 32,))
+    offset = tl.multiple_of(offset, QUARTER)
+    keys = tl.load(start + (offset[:, None] + tl.arange(0, QUARTER)[None, :]))
     keys = tl.reshape(keys, (COLUMNS, WARP_TILES, 8, 4, HEAD_DIM // 16, 2, 2))
     return tl.reshape(tl.trans(keys, 1, 4, 5, 3, 6, 0, 2), (WARP_TILES, HEAD_DIM, 8 * COLUMNS))
 
 
 @triton.jit
-def _register_values(
+def _neighbor_values(
     start,
+    origin,
     first_key_row,
     first_key_column,
     HEIGHT: tl.constexpr,
@@ -121,13 +128,14 @@ def _register_values(
     COLUMNS: tl.constexpr,
     CLAMPED: tl.constexpr,
 ):
-    """The values of these keys: [WARP_TILES, 8 * COLUMNS, D], dims in the order of `_dims_in_order`."""
+    """The values of these keys, [WARP_TILES, 8 * COLUMNS, D]; column i·8 + g has dim g·(D / 8) + i."""
     EIGHTH: tl.constexpr = HEAD_DIM // 8
-    eighth = tl.arange(0, COLUMNS)[:, None, None, None, None, None]
-    in_pair = tl.arange(0, 2)[None, :, None, None, None, None]
-    dims = tl.arange(0, 8)[None, None, None, :, None, None]
-    in_eighth = 2 * tl.arange(0, 4)[None, None, None, None, :, None]
-    dim = dims * EIGHTH + tl.arange(0, EIGHTH)[None, None, None, None, None, :]
+    COUNT: tl.constexpr = COLUMNS * WARP_TILES * 64
+    # Axes (8 keys, key of a pair, warp, 8 dims, pair); first keys and origins are [1, WARP_TILES, 1, 1].
+    eighth = tl.arange(0, COLUMNS)[:, None, None, None, None]
+    in_pair = tl.arange(0, 2)[None, :, None, None, None]
+    dims = tl.arange(0, 8)[None, None, None, :, None]
+    in_eighth = 2 * tl.arange(0, 4)[None, None, None, None, :]
     pixel = _pixels_of_keys(
         first_key_row[None] + in_eighth // COLUMNS + eighth * (8 // COLUMNS),
         first_key_column[None] + in_eighth % COLUMNS + in_pair,
@@ -135,7 +143,10 @@ def _register_values(
         WIDTH,
         CLAMPED,
     )
-    values = tl.load(start[None] + 2 * CHANNELS + (pixel * (3 * CHANNELS) + dim))
+    offset = tl.reshape(origin[None] + pixel * (3 * CHANNELS) + (2 * CHANNELS + dims * EIGHTH), (COUNT,))
+    offset = tl.multiple_of(offset, EIGHTH)
+    values = tl.load(start + (offset[:, None] + tl.arange(0, EIGHTH)[None, :]))
+    values = tl.reshape(values, (COLUMNS, 2, WARP_TILES, 8, 4, EIGHTH))
     return tl.reshape(tl.trans(values, 2, 0, 4, 1, 5, 3), (WARP_TILES, 8 * COLUMNS, HEAD_DIM))
 
 
@@ -198,64 +209,63 @@ def register_neighbors_kernel(
     in_row = tl.arange(0, 8)[None, None, None, :, None]
     row = first_row + tl.arange(0, 2)[None, :, None, None, None]
     column = first_column + tl.minimum(in_row, TILE_COLUMNS - 1)
-    table = relative_position_bias_table + head * ((2 * KERNEL_SIZE - 1) * (2 * KERNEL_SIZE - 1))
+    table = relative_position_bias_table
+    entry = head * ((2 * KERNEL_SIZE - 1) * (2 * KERNEL_SIZE - 1))
+    y, x = first_key_row, first_key_column
     bias_8 = _register_mask_and_bias(
-        table, row, column, first_key_row, first_key_column, HEIGHT, WIDTH, HEAD_DIM, KERNEL_SIZE, WARP_TILES, 8
+        table, entry, row, column, y, x, HEIGHT, WIDTH, HEAD_DIM, KERNEL_SIZE, WARP_TILES, 8
     )
     if KEY_COLUMNS % 8 >= 4:
         bias_4 = _register_mask_and_bias(
-            table, row, column, first_key_row, first_key_column + 8, HEIGHT, WIDTH, HEAD_DIM, KERNEL_SIZE, WARP_TILES, 4
+            table, entry, row, column, y, x + 8, HEIGHT, WIDTH, HEAD_DIM, KERNEL_SIZE, WARP_TILES, 4
         )
     if KEY_COLUMNS % 4 >= 2:
+        x += KEY_COLUMNS - 2
         bias_2 = _register_mask_and_bias(
-            table,
-            row,
-            column,
-            first_key_row,
-            first_key_column + (KEY_COLUMNS - 2),
-            HEIGHT,
-            WIDTH,
-            HEAD_DIM,
-            KERNEL_SIZE,
-            WARP_TILES,
-            2,
+            table, entry, row, column, y, x, HEIGHT, WIDTH, HEAD_DIM, KERNEL_SIZE, WARP_TILES, 2
         )
 
-    # [2, WARP_TILES, 8, 4, D // 4], as threads hold them
-    half = tl.arange(0, 2)[:, None, None, None, None]
-    tile_head = tl.reshape(head, (1, WARP_TILES, 1, 1, 1))
-    key_y = tl.reshape(first_key_row, (1, WARP_TILES, 1, 1, 1))
-    key_x = tl.reshape(first_key_column, (1, WARP_TILES, 1, 1, 1))
-    query_y = tl.reshape(first_row, (1, WARP_TILES, 1, 1, 1)) + half
-    in_tile = tl.arange(0, 8)[None, None, :, None, None]
-    query_x = tl.reshape(first_column, (1, WARP_TILES, 1, 1, 1)) + tl.minimum(in_tile, TILE_COLUMNS - 1)
+    # Axes (row of queries, warp, column of queries, part of the dims), as the matrix product holds queries.
+    half = tl.arange(0, 2)[:, None, None, None]
+    in_tile = tl.arange(0, 8)[None, None, :, None]
+    quarter = tl.arange(0, 4)[None, None, None, :] * QUARTER
+    origin = tl.reshape(head, (1, WARP_TILES, 1, 1)) * HEAD_DIM
+    key_y = tl.reshape(first_key_row, (1, WARP_TILES, 1, 1))
+    key_x = tl.reshape(first_key_column, (1, WARP_TILES, 1, 1))
+    query_y = tl.reshape(first_row, (1, WARP_TILES, 1, 1)) + half
+    query_x = tl.reshape(first_column, (1, WARP_TILES, 1, 1)) + tl.minimum(in_tile, TILE_COLUMNS - 1)
     pixel = query_y.to(tl.int64) * WIDTH + query_x
-    dim = tl.arange(0, 4)[None, None, None, :, None] * QUARTER + tl.arange(0, QUARTER)[None, None, None, None, :]
-    is_own = (query_y >= tl.reshape(own_row, (1, WARP_TILES, 1, 1, 1))) & (in_tile < TILE_COLUMNS)
-    is_own &= query_x >= tl.reshape(own_column, (1, WARP_TILES, 1, 1, 1))
-    is_own &= tl.reshape(is_tile, (1, WARP_TILES, 1, 1, 1))
+    dim = tl.arange(0, QUARTER)[None, :]
+    query_offset = tl.reshape(origin + pixel * (3 * CHANNELS) + quarter, (WARP_TILES * 64,))
+    query_offset = tl.multiple_of(query_offset, QUARTER)[:, None] + dim
+    output_offset = tl.reshape(origin + pixel * CHANNELS + quarter, (WARP_TILES * 64,))
+    output_offset = tl.multiple_of(output_offset, QUARTER)[:, None] + dim
+    is_own = (query_y >= tl.reshape(own_row, (1, WARP_TILES, 1, 1))) & (in_tile < TILE_COLUMNS) & (quarter >= 0)
+    is_own &= query_x >= tl.reshape(own_column, (1, WARP_TILES, 1, 1))
+    is_own &= tl.reshape(is_tile, (1, WARP_TILES, 1, 1))
+    is_own = tl.reshape(is_own, (WARP_TILES * 64,))[:, None]
 
     for image in range(first_image, min(first_image + IMAGES, batch)):
         first_pixel = tl.cast(image, tl.int64) * (HEIGHT * WIDTH)
-        start = qkv + first_pixel * (3 * CHANNELS) + tile_head * HEAD_DIM
-        q = tl.load(start + (pixel * (3 * CHANNELS) + dim))
+        start = qkv + first_pixel * (3 * CHANNELS)
+        q = tl.load(start + query_offset)
         q = tl.trans(tl.reshape(q, (2, WARP_TILES, 8, 4, HEAD_DIM // 16, 2, 2)), 1, 0, 2, 4, 5, 3, 6)
         q = tl.reshape(q, (WARP_TILES, 16, HEAD_DIM))
 
-        k = _register_keys(start, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
-        v_8 = _register_values(start, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
+        k = _neighbor_keys(start, origin, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
+        v_8 = _neighbor_values(start, origin, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
         scores_8 = tl.dot(q, k, acc=bias_8)
         largest = _largest_of_eighths(scores_8, WARP_TILES, 8)
         if KEY_COLUMNS % 8 >= 4:
-            x = key_x + 8
-            k = _register_keys(start, key_y, x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 4, CLAMPED)
-            v_4 = _register_values(start, key_y, x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 4, CLAMPED)
+            more_x = key_x + 8
+            k = _neighbor_keys(start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 4, CLAMPED)
+            v_4 = _neighbor_values(start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 4, CLAMPED)
             scores_4 = tl.dot(q, k, acc=bias_4)
             largest = tl.maximum(largest, _largest_of_eighths(scores_4, WARP_TILES, 4))
         if KEY_COLUMNS % 4 >= 2:
-            x = key_x + (KEY_COLUMNS - 2)
-            k = _register_keys(start, key_y, x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 2, CLAMPED)
-            v_2 = _register_values(start, key_y, x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 2, CLAMPED)
+            more_x = key_x + (KEY_COLUMNS - 2)
+            k = _neighbor_keys(start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 2, CLAMPED)
+            v_2 = _neighbor_values(start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 2, CLAMPED)
             scores_2 = tl.dot(q, k, acc=bias_2)
             largest = tl.maximum(largest, _largest_of_eighths(scores_2, WARP_TILES, 2))
 
@@ -271,6 +281,5 @@ def register_neighbors_kernel(
         # All 8 columns of `total` are alike; each thread has two.
         attended = tl.reshape(attended, (WARP_TILES, 16, EIGHTH, 8)) * (1 / total)[:, :, None, :]
         attended = tl.reshape(attended.to(output.dtype.element_ty), (WARP_TILES, 2, 8, EIGHTH, 4, 2))
-        attended = tl.reshape(tl.trans(attended, 1, 0, 2, 4, 5, 3), (2, WARP_TILES, 8, 4, QUARTER))
-        end = output + first_pixel * CHANNELS + tile_head * HEAD_DIM
-        tl.store(end + (pixel * CHANNELS + dim), attended, mask=is_own)
+        attended = tl.reshape(tl.trans(attended, 1, 0, 2, 4, 5, 3), (WARP_TILES * 64, QUARTER))
+        tl.store(output + first_pixel * CHANNELS + output_offset, attended, mask=is_own)
