@@ -11,6 +11,8 @@ across a warp, and in which order it sums over head dims and over keys is free.
 import triton
 import triton.language as tl
 
+from dat_deploy.plugins.half2 import ASSEMBLY
+
 __all__ = ["QUERY_COLUMNS", "QUERY_ROWS", "register_neighbors_kernel"]
 
 QUERY_ROWS = 2
@@ -24,16 +26,25 @@ def _first_neighbor(position, positions: tl.constexpr, KERNEL_SIZE: tl.constexpr
 
 
 @triton.jit
-def _pixels_of_keys(
-    row,
-    column,
+def _key_pixels(
+    first_key_row,
+    first_key_column,
+    eighth,
+    in_eighth,
+    in_pair,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CLAMPED: tl.constexpr,
 ):
+    """Where key `in_eighth + in_pair` of these 8 is; int64, so that what threads have in common of an address, and is
+    known, goes into the instruction."""
+    row, column = first_key_row + in_eighth // COLUMNS, first_key_column + in_eighth % COLUMNS
     if CLAMPED:  # the map is smaller than the rectangle of keys
-        row, column = tl.minimum(row, HEIGHT - 1), tl.minimum(column, WIDTH - 1)
-    return row.to(tl.int64) * WIDTH + column  # int64: what is constant of it then goes into the instruction
+        row, column = row + eighth * (8 // COLUMNS), column + in_pair
+        return (tl.minimum(row, HEIGHT - 1) * WIDTH + tl.minimum(column, WIDTH - 1)).to(tl.int64)
+    else:
+        return (row * WIDTH + column).to(tl.int64) + (eighth * (8 // COLUMNS * WIDTH) + in_pair).to(tl.int64)
 
 
 @triton.jit
@@ -79,6 +90,18 @@ def _register_mask_and_bias(
 
 
 @triton.jit
+def _kept_together(q, batch):
+    """The same. The assembler else gathers the registers of a query again for each product."""
+    if ASSEMBLY:
+        zero = (q.to(tl.int16, bitcast=True) & 0) | (batch >> 31).to(tl.int16)  # which the assembler does not know
+        return tl.inline_asm_elementwise(
+            "or.b32 $0, $1, $2;", "=r,r,r", [q, zero], dtype=q.dtype, is_pure=True, pack=2
+        )
+    else:
+        return q
+
+
+@triton.jit
 def _neighbor_keys(
     start,
     origin,
@@ -100,13 +123,7 @@ def _neighbor_keys(
     eighth = tl.arange(0, COLUMNS)[:, None, None, None]
     in_eighth = tl.arange(0, 8)[None, None, :, None]
     quarter = tl.arange(0, 4)[None, None, None, :]
-    pixel = _pixels_of_keys(
-        first_key_row + in_eighth // COLUMNS + eighth * (8 // COLUMNS),
-        first_key_column + in_eighth % COLUMNS,
-        HEIGHT,
-        WIDTH,
-        CLAMPED,
-    )
+    pixel = _key_pixels(first_key_row, first_key_column, eighth, in_eighth, 0, HEIGHT, WIDTH, COLUMNS, CLAMPED)
     offset = tl.reshape(origin + pixel * (3 * CHANNELS) + (CHANNELS + quarter * QUARTER), (COLUMNS * WARP_TILES * 32,))
     offset = tl.multiple_of(offset, QUARTER)
     keys = tl.load(start + (offset[:, None] + tl.arange(0, QUARTER)[None, :]))
@@ -136,12 +153,8 @@ def _neighbor_values(
     in_pair = tl.arange(0, 2)[None, :, None, None, None]
     dims = tl.arange(0, 8)[None, None, None, :, None]
     in_eighth = 2 * tl.arange(0, 4)[None, None, None, None, :]
-    pixel = _pixels_of_keys(
-        first_key_row[None] + in_eighth // COLUMNS + eighth * (8 // COLUMNS),
-        first_key_column[None] + in_eighth % COLUMNS + in_pair,
-        HEIGHT,
-        WIDTH,
-        CLAMPED,
+    pixel = _key_pixels(
+        first_key_row[None], first_key_column[None], eighth, in_eighth, in_pair, HEIGHT, WIDTH, COLUMNS, CLAMPED
     )
     offset = tl.reshape(origin[None] + pixel * (3 * CHANNELS) + (2 * CHANNELS + dims * EIGHTH), (COUNT,))
     offset = tl.multiple_of(offset, EIGHTH)
@@ -250,7 +263,7 @@ def register_neighbors_kernel(
         start = qkv + first_pixel * (3 * CHANNELS)
         q = tl.load(start + query_offset)
         q = tl.trans(tl.reshape(q, (2, WARP_TILES, 8, 4, HEAD_DIM // 16, 2, 2)), 1, 0, 2, 4, 5, 3, 6)
-        q = tl.reshape(q, (WARP_TILES, 16, HEAD_DIM))
+        q = _kept_together(tl.reshape(q, (WARP_TILES, 16, HEAD_DIM)), batch)
 
         k = _neighbor_keys(start, origin, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
         v_8 = _neighbor_values(start, origin, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
@@ -279,7 +292,8 @@ def register_neighbors_kernel(
             total, attended = _take_values(scores_2, v_2, largest, total, attended, 8, HEAD_DIM)
 
         # All 8 columns of `total` are alike; each thread has two.
-        attended = tl.reshape(attended, (WARP_TILES, 16, EIGHTH, 8)) * (1 / total)[:, :, None, :]
+        total, _ = tl.split(tl.reshape(total, (WARP_TILES, 16, 4, 2)))
+        attended = tl.reshape(attended, (WARP_TILES, 16, EIGHTH, 4, 2)) * (1 / total)[:, :, None, :, None]
         attended = tl.reshape(attended.to(output.dtype.element_ty), (WARP_TILES, 2, 8, EIGHTH, 4, 2))
         attended = tl.reshape(tl.trans(attended, 1, 0, 2, 4, 5, 3), (WARP_TILES * 64, QUARTER))
         tl.store(output + first_pixel * CHANNELS + output_offset, attended, mask=is_own)
