@@ -90,10 +90,10 @@ def _register_mask_and_bias(
 
 
 @triton.jit
-def _kept_together(q, batch):
+def _kept_together(q, zero):
     """The same. The assembler else gathers the registers of a query again for each product."""
     if ASSEMBLY:
-        zero = (q.to(tl.int16, bitcast=True) & 0) | (batch >> 31).to(tl.int16)  # which the assembler does not know
+        zero = (q.to(tl.int16, bitcast=True) & 0) | zero
         return tl.inline_asm_elementwise(
             "or.b32 $0, $1, $2;", "=r,r,r", [q, zero], dtype=q.dtype, is_pure=True, pack=2
         )
@@ -258,12 +258,13 @@ def register_neighbors_kernel(
     is_own &= tl.reshape(is_tile, (1, WARP_TILES, 1, 1))
     is_own = tl.reshape(is_own, (WARP_TILES * 64,))[:, None]
 
+    zero = (output.to(tl.int64) >> 63).to(tl.int16)  # an address has fewer bits, which no compiler knows
     for image in range(first_image, min(first_image + IMAGES, batch)):
         first_pixel = tl.cast(image, tl.int64) * (HEIGHT * WIDTH)
         start = qkv + first_pixel * (3 * CHANNELS)
         q = tl.load(start + query_offset)
         q = tl.trans(tl.reshape(q, (2, WARP_TILES, 8, 4, HEAD_DIM // 16, 2, 2)), 1, 0, 2, 4, 5, 3, 6)
-        q = _kept_together(tl.reshape(q, (WARP_TILES, 16, HEAD_DIM)), batch)
+        q = _kept_together(tl.reshape(q, (WARP_TILES, 16, HEAD_DIM)), zero)
 
         k = _neighbor_keys(start, origin, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
         v_8 = _neighbor_values(start, origin, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
