@@ -1,9 +1,11 @@
 """`neighborhood_attention` in one launch: bias, softmax and values; only the output reaches memory.
 
-One program computes one head of one image for a tile of TILE_ROWS × TILE_COLUMNS queries. The neighbors of all of them
-lie in a rectangle of (TILE_ROWS + K - 1) × (TILE_COLUMNS + K - 1) keys; it is walked KEY_ROWS rows at a time, and what
-is no neighbor of a query is masked. With a dilation, pixels of the same remainders form maps of their own, and a tile
-is of one of them.
+There are two kernels: `register_form` computes in half precision what a network asks for, the one here everything.
+
+One program of it computes one head of one image for a tile of TILE_ROWS × TILE_COLUMNS queries. The neighbors of all of
+them lie in a rectangle of (TILE_ROWS + K - 1) × (TILE_COLUMNS + K - 1) keys; it is walked KEY_ROWS rows at a time, and
+what is no neighbor of a query is masked. With a dilation, pixels of the same remainders form maps of their own, and a
+tile is of one of them.
 """
 
 import triton
@@ -22,7 +24,7 @@ __all__ = ["configurations", "launch", "neighborhood_attention_kernel", "problem
 INPUTS = ("qkv", "padding_qkv", "relative_position_bias_table")
 SCALARS = ("height", "width")
 TILES = [(8, 8, 4, 4), (8, 8, 2, 4), (16, 8, 2, 8), (4, 16, 2, 4), (8, 8, 1, 4)]
-REGISTER_TILES = [(4, 4), (4, 16), (2, 4), (8, 4), (4, 1)]  # tiles, each of a warp, and images
+REGISTER_TILES = [(4, 8), (4, 4), (4, 1), (2, 4), (2, 1)]  # tiles, each of a warp, and images
 REGISTER_KERNEL_SIZE = 7  # of 2 rows of queries, whose neighbors are in 8 rows
 BLOCK_BYTES = 4096  # of a block of keys: larger ones spill registers, or take more shared memory than TensorRT allows
 
@@ -160,9 +162,21 @@ def configurations(problem: Problem) -> list[Configuration]:
     ]
     if not _fits_registers(problem):
         return by_blocks
+
+    def time(tile: tuple[int, int]) -> float:
+        """A guess for a GPU of 132 multiprocessors, in what an image's tile takes a warp that need not wait."""
+        warp_tiles, images = tile
+        programs = _register_programs(problem, warp_tiles, images)
+        images = min(images, problem["batch"]) + 1.3  # what is made once
+        columns = _register_columns(problem["width"], problem["kernel_size"])[1]
+        resident = (8 if columns > 10 else 14) // warp_tiles
+        busiest = ceil_div(programs, 132)
+        waits = ceil_div(busiest, resident) * 11 * images  # for memory
+        return max(busiest * warp_tiles * images, waits) * (1.2 if warp_tiles == 2 else 1.0)  # which reads more keys
+
     in_registers = [
         Configuration((("WARP_TILES", warp_tiles), ("IMAGES", images)), warp_tiles, 1)
-        for warp_tiles, images in REGISTER_TILES
+        for warp_tiles, images in (sorted(REGISTER_TILES, key=time) if are_known(problem, "batch") else REGISTER_TILES)
     ]
     return [*in_registers, by_blocks[0]]  # one more for GPUs of sm_75, whose products are of another form
 
@@ -204,6 +218,12 @@ def _tiles(problem: Problem, rows: int, columns: int) -> int:
     return ceil_div(height, rows) * ceil_div(width, columns)
 
 
+def _register_programs(problem: Problem, warp_tiles: int, images: int) -> int:
+    columns, _ = _register_columns(problem["width"], problem["kernel_size"])
+    tiles = problem["heads"] * ceil_div(problem["height"], QUERY_ROWS) * ceil_div(problem["width"], columns)
+    return ceil_div(problem["batch"], images) * ceil_div(tiles, warp_tiles)
+
+
 def launch(problem: Problem, configuration: Configuration) -> Launch:
     tiles = dict(configuration.tiles)
     if "WARP_TILES" in tiles:
@@ -233,10 +253,9 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
 def _launch_in_registers(problem: Problem, configuration: Configuration) -> Launch:
     tiles = dict(configuration.tiles)
     columns, key_columns = _register_columns(problem["width"], problem["kernel_size"])
-    count = problem["heads"] * ceil_div(problem["height"], QUERY_ROWS) * ceil_div(problem["width"], columns)
     return Launch(
         kernel=register_neighbors_kernel,
-        programs=ceil_div(problem["batch"], tiles["IMAGES"]) * ceil_div(count, tiles["WARP_TILES"]),
+        programs=_register_programs(problem, tiles["WARP_TILES"], tiles["IMAGES"]),
         inputs=INPUTS,
         scalars={"batch": problem["batch"]},
         constants={

@@ -94,9 +94,7 @@ def _kept_together(q, zero):
     """The same. The assembler else gathers the registers of a query again for each product."""
     if ASSEMBLY:
         zero = (q.to(tl.int16, bitcast=True) & 0) | zero
-        return tl.inline_asm_elementwise(
-            "or.b32 $0, $1, $2;", "=r,r,r", [q, zero], dtype=q.dtype, is_pure=True, pack=2
-        )
+        return tl.inline_asm_elementwise("or.b32 $0, $1, $2;", "=r,r,r", [q, zero], dtype=q.dtype, is_pure=True, pack=2)
     else:
         return q
 
@@ -215,9 +213,7 @@ def register_neighbors_kernel(
     own_row, own_column = tile % ROWS * 2, tile // ROWS % COLUMNS * TILE_COLUMNS
     first_row, first_column = tl.minimum(own_row, HEIGHT - 2), tl.minimum(own_column, WIDTH - TILE_COLUMNS)
     first_key_row = tl.maximum(tl.minimum(_first_neighbor(first_row, HEIGHT, KERNEL_SIZE), HEIGHT - 8), 0)
-    first_key_column = tl.maximum(
-        tl.minimum(_first_neighbor(first_column, WIDTH, KERNEL_SIZE), WIDTH - KEY_COLUMNS), 0
-    )
+    first_key_column = tl.maximum(tl.minimum(_first_neighbor(first_column, WIDTH, KERNEL_SIZE), WIDTH - KEY_COLUMNS), 0)
 
     in_row = tl.arange(0, 8)[None, None, None, :, None]
     row = first_row + tl.arange(0, 2)[None, :, None, None, None]
@@ -273,13 +269,17 @@ def register_neighbors_kernel(
         if KEY_COLUMNS % 8 >= 4:
             more_x = key_x + 8
             k = _neighbor_keys(start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 4, CLAMPED)
-            v_4 = _neighbor_values(start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 4, CLAMPED)
+            v_4 = _neighbor_values(
+                start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 4, CLAMPED
+            )
             scores_4 = tl.dot(q, k, acc=bias_4)
             largest = tl.maximum(largest, _largest_of_eighths(scores_4, WARP_TILES, 4))
         if KEY_COLUMNS % 4 >= 2:
             more_x = key_x + (KEY_COLUMNS - 2)
             k = _neighbor_keys(start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 2, CLAMPED)
-            v_2 = _neighbor_values(start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 2, CLAMPED)
+            v_2 = _neighbor_values(
+                start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 2, CLAMPED
+            )
             scores_2 = tl.dot(q, k, acc=bias_2)
             largest = tl.maximum(largest, _largest_of_eighths(scores_2, WARP_TILES, 2))
 
