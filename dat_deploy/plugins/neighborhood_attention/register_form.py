@@ -90,34 +90,13 @@ def _register_mask_and_bias(
 
 
 @triton.jit
-def _words_of_halves(halves, COUNT: tl.constexpr, LENGTH: tl.constexpr):
-    """[COUNT, LENGTH] in int32 by twos: a loop hands on halves as such, and pairs each again for the product."""
-    a, b = tl.split(tl.reshape(halves, (COUNT, LENGTH // 2, 2)))
-    return (a.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (b.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
-def _halves_of_words(words, zero, DTYPE: tl.constexpr):
-    """What `_words_of_halves` took: [COUNT, LENGTH // 2, 2].
-
-    The assembly does nothing, to what Triton and its assembler do not know. Without, Triton 3.6 takes the join to mean
-    packed numbers of 4 bits, and gives the product another layout; and the assembler gathers the registers of a query
-    again for each product.
-    """
-    a = (words & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
-    b = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-    halves = tl.join(a, b)
-    if not ASSEMBLY:
-        return halves
-    elif zero is None:
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [halves], dtype=halves.dtype, is_pure=False, pack=2
-        )
+def _kept_together(q, zero):
+    """The same. The assembler else gathers the registers of a query again for each product."""
+    if ASSEMBLY:
+        zero = (q.to(tl.int16, bitcast=True) & 0) | zero
+        return tl.inline_asm_elementwise("or.b32 $0, $1, $2;", "=r,r,r", [q, zero], dtype=q.dtype, is_pure=True, pack=2)
     else:
-        zero = (halves.to(tl.int16, bitcast=True) & 0) | zero
-        return tl.inline_asm_elementwise(
-            "or.b32 $0, $1, $2;", "=r,r,r", [halves, zero], dtype=halves.dtype, is_pure=False, pack=2
-        )
+        return q
 
 
 @triton.jit
@@ -134,7 +113,7 @@ def _neighbor_keys(
     COLUMNS: tl.constexpr,
     CLAMPED: tl.constexpr,
 ):
-    """8 rows of COLUMNS keys, each thread with dims that are next to each other, as words; see `_product_of_keys`.
+    """8 rows of COLUMNS keys, transposed, each thread with the dims next to each other: [WARP_TILES, D, 8 * COLUMNS].
 
     Loads are from [threads, dims], for which Triton has one layout; from more axes it chooses by its version.
     """
@@ -146,47 +125,8 @@ def _neighbor_keys(
     offset = tl.reshape(origin + pixel * (3 * CHANNELS) + (CHANNELS + quarter * QUARTER), (COLUMNS * WARP_TILES * 32,))
     offset = tl.multiple_of(offset, QUARTER)
     keys = tl.load(start + (offset[:, None] + tl.arange(0, QUARTER)[None, :]))
-    return _words_of_halves(keys, COLUMNS * WARP_TILES * 32, QUARTER)
-
-
-@triton.jit
-def _neighbor_queries_and_keys(
-    start,
-    query_offset,
-    origin,
-    first_key_row,
-    first_key_column,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WARP_TILES: tl.constexpr,
-    KEY_COLUMNS: tl.constexpr,
-    CLAMPED: tl.constexpr,
-):
-    """Queries, and keys of the columns that are taken 8, 4 and 2 at a time; of what there is not the first again."""
-    y, x = first_key_row, first_key_column
-    q = _words_of_halves(tl.load(start + query_offset), WARP_TILES * 64, HEAD_DIM // 4)
-    k_8 = _neighbor_keys(start, origin, y, x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
-    k_4, k_2 = k_8, k_8
-    if KEY_COLUMNS % 8 >= 4:
-        x = first_key_column + 8
-        k_4 = _neighbor_keys(start, origin, y, x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 4, CLAMPED)
-    if KEY_COLUMNS % 4 >= 2:
-        x = first_key_column + (KEY_COLUMNS - 2)
-        k_2 = _neighbor_keys(start, origin, y, x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 2, CLAMPED)
-    return q, k_8, k_4, k_2
-
-
-@triton.jit
-def _product_of_keys(
-    q, words, bias, DTYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WARP_TILES: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """`attend`'s scores before the scale, [WARP_TILES, 16, 8 * COLUMNS]."""
-    keys = _halves_of_words(words, None, DTYPE)
     keys = tl.reshape(keys, (COLUMNS, WARP_TILES, 8, 4, HEAD_DIM // 16, 2, 2))
-    keys = tl.reshape(tl.trans(keys, 1, 4, 5, 3, 6, 0, 2), (WARP_TILES, HEAD_DIM, 8 * COLUMNS))
-    return tl.dot(q, keys, acc=bias)
+    return tl.reshape(tl.trans(keys, 1, 4, 5, 3, 6, 0, 2), (WARP_TILES, HEAD_DIM, 8 * COLUMNS))
 
 
 @triton.jit
@@ -263,7 +203,6 @@ def register_neighbors_kernel(
     EIGHTH: tl.constexpr = HEAD_DIM // 8
     QUARTER: tl.constexpr = HEAD_DIM // 4
 
-    DTYPE: tl.constexpr = qkv.dtype.element_ty
     program = tl.program_id(0)
     first_image = program // PROGRAMS * IMAGES
     tile = program % PROGRAMS * WARP_TILES + tl.arange(0, WARP_TILES)[None, None, :, None, None]
@@ -316,49 +255,33 @@ def register_neighbors_kernel(
     is_own = tl.reshape(is_own, (WARP_TILES * 64,))[:, None]
 
     zero = (output.to(tl.int64) >> 63).to(tl.int16)  # an address has fewer bits, which no compiler knows
-    last_image = min(first_image + IMAGES, batch) - 1
-    if IMAGES > 1:
-        start = qkv + tl.cast(first_image, tl.int64) * (HEIGHT * WIDTH * 3 * CHANNELS)
-        q_words, k_8, k_4, k_2 = _neighbor_queries_and_keys(
-            start, query_offset, origin, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, KEY_COLUMNS,
-            CLAMPED,
-        )  # fmt: skip
-    for image in range(first_image, last_image + 1):
+    for image in range(first_image, min(first_image + IMAGES, batch)):
         first_pixel = tl.cast(image, tl.int64) * (HEIGHT * WIDTH)
         start = qkv + first_pixel * (3 * CHANNELS)
-        if IMAGES == 1:
-            q_words, k_8, k_4, k_2 = _neighbor_queries_and_keys(
-                start, query_offset, origin, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, KEY_COLUMNS,
-                CLAMPED,
-            )  # fmt: skip
+        q = tl.load(start + query_offset)
+        q = tl.trans(tl.reshape(q, (2, WARP_TILES, 8, 4, HEAD_DIM // 16, 2, 2)), 1, 0, 2, 4, 5, 3, 6)
+        q = _kept_together(tl.reshape(q, (WARP_TILES, 16, HEAD_DIM)), zero)
+
+        k = _neighbor_keys(start, origin, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
         v_8 = _neighbor_values(start, origin, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 8, CLAMPED)
+        scores_8 = tl.dot(q, k, acc=bias_8)
+        largest = _largest_of_eighths(scores_8, WARP_TILES, 8)
         if KEY_COLUMNS % 8 >= 4:
             more_x = key_x + 8
+            k = _neighbor_keys(start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 4, CLAMPED)
             v_4 = _neighbor_values(
                 start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 4, CLAMPED
             )
+            scores_4 = tl.dot(q, k, acc=bias_4)
+            largest = tl.maximum(largest, _largest_of_eighths(scores_4, WARP_TILES, 4))
         if KEY_COLUMNS % 4 >= 2:
             more_x = key_x + (KEY_COLUMNS - 2)
+            k = _neighbor_keys(start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 2, CLAMPED)
             v_2 = _neighbor_values(
                 start, origin, key_y, more_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, 2, CLAMPED
             )
-
-        q = tl.reshape(_halves_of_words(q_words, zero, DTYPE), (2, WARP_TILES, 8, 4, HEAD_DIM // 16, 2, 2))
-        q = tl.reshape(tl.trans(q, 1, 0, 2, 4, 5, 3, 6), (WARP_TILES, 16, HEAD_DIM))
-        scores_8 = _product_of_keys(q, k_8, bias_8, DTYPE, HEAD_DIM, WARP_TILES, 8)
-        largest = _largest_of_eighths(scores_8, WARP_TILES, 8)
-        if KEY_COLUMNS % 8 >= 4:
-            scores_4 = _product_of_keys(q, k_4, bias_4, DTYPE, HEAD_DIM, WARP_TILES, 4)
-            largest = tl.maximum(largest, _largest_of_eighths(scores_4, WARP_TILES, 4))
-        if KEY_COLUMNS % 4 >= 2:
-            scores_2 = _product_of_keys(q, k_2, bias_2, DTYPE, HEAD_DIM, WARP_TILES, 2)
+            scores_2 = tl.dot(q, k, acc=bias_2)
             largest = tl.maximum(largest, _largest_of_eighths(scores_2, WARP_TILES, 2))
-        if IMAGES > 1:  # those of the next image are under way during the rest; into the registers of these
-            start = qkv + tl.cast(min(image + 1, last_image), tl.int64) * (HEIGHT * WIDTH * 3 * CHANNELS)
-            q_words, k_8, k_4, k_2 = _neighbor_queries_and_keys(
-                start, query_offset, origin, key_y, key_x, HEIGHT, WIDTH, CHANNELS, HEAD_DIM, WARP_TILES, KEY_COLUMNS,
-                CLAMPED,
-            )  # fmt: skip
 
         largest = tl.max(largest, 2) * SCALE
         total = tl.zeros((WARP_TILES, 16, 8), tl.float32)
