@@ -241,15 +241,15 @@ def register_neighbors_kernel(
     origin = tl.reshape(head, (1, WARP_TILES, 1, 1)) * HEAD_DIM
     key_y = tl.reshape(first_key_row, (1, WARP_TILES, 1, 1))
     key_x = tl.reshape(first_key_column, (1, WARP_TILES, 1, 1))
-    query_y = tl.reshape(first_row, (1, WARP_TILES, 1, 1)) + half
+    query_y = tl.reshape(first_row, (1, WARP_TILES, 1, 1))
     query_x = tl.reshape(first_column, (1, WARP_TILES, 1, 1)) + tl.minimum(in_tile, TILE_COLUMNS - 1)
-    pixel = query_y.to(tl.int64) * WIDTH + query_x
+    pixel = (query_y * WIDTH + query_x).to(tl.int64) + (half * WIDTH).to(tl.int64)
     dim = tl.arange(0, QUARTER)[None, :]
     query_offset = tl.reshape(origin + pixel * (3 * CHANNELS) + quarter, (WARP_TILES * 64,))
     query_offset = tl.multiple_of(query_offset, QUARTER)[:, None] + dim
     output_offset = tl.reshape(origin + pixel * CHANNELS + quarter, (WARP_TILES * 64,))
     output_offset = tl.multiple_of(output_offset, QUARTER)[:, None] + dim
-    is_own = (query_y >= tl.reshape(own_row, (1, WARP_TILES, 1, 1))) & (in_tile < TILE_COLUMNS) & (quarter >= 0)
+    is_own = (query_y + half >= tl.reshape(own_row, (1, WARP_TILES, 1, 1))) & (in_tile < TILE_COLUMNS) & (quarter >= 0)
     is_own &= query_x >= tl.reshape(own_column, (1, WARP_TILES, 1, 1))
     is_own &= tl.reshape(is_tile, (1, WARP_TILES, 1, 1))
     is_own = tl.reshape(is_own, (WARP_TILES * 64,))[:, None]
