@@ -198,14 +198,31 @@ def register_neighbors_kernel(
     COLUMNS: tl.constexpr = (WIDTH + TILE_COLUMNS - 1) // TILE_COLUMNS
     TILES: tl.constexpr = NUM_HEADS * ROWS * COLUMNS
     PROGRAMS: tl.constexpr = (TILES + WARP_TILES - 1) // WARP_TILES
+    INNER: tl.constexpr = ROWS // WARP_TILES - 2 if ROWS % WARP_TILES == 0 and ROWS // WARP_TILES > 2 else 0
     CLAMPED: tl.constexpr = HEIGHT < 8 or WIDTH < KEY_COLUMNS
     SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5
     EIGHTH: tl.constexpr = HEAD_DIM // 8
     QUARTER: tl.constexpr = HEAD_DIM // 4
 
     program = tl.program_id(0)
-    first_image = program // PROGRAMS * IMAGES
-    tile = program % PROGRAMS * WARP_TILES + tl.arange(0, WARP_TILES)[None, None, :, None, None]
+    image = program // PROGRAMS * IMAGES
+    images = min(IMAGES, batch - image)
+    program = program % PROGRAMS
+    if INNER > 0:
+        group = program % (INNER + 2)
+        is_inner = (group > 0) & (group <= INNER)
+        first = tl.where(is_inner, (group - 1) * IMAGES, 0)
+        an_image = tl.where(is_inner, INNER, 1)
+        if first >= images * an_image:
+            return
+        end = tl.minimum(first + IMAGES, images * an_image)
+        image += tl.where(is_inner, first // INNER, 0)
+        below = tl.where(is_inner, first % INNER, 0)
+        first_tile = (program - group + tl.where(is_inner, 1, group)) * WARP_TILES
+    else:
+        first, an_image, end, below = 0, 1, images, 0
+        first_tile = program * WARP_TILES
+    tile = first_tile + tl.arange(0, WARP_TILES)[None, None, :, None, None]
     is_tile = tile < TILES
     tile = tl.minimum(tile, TILES - 1)
     head = tile // (ROWS * COLUMNS)
@@ -255,8 +272,8 @@ def register_neighbors_kernel(
     is_own = tl.reshape(is_own, (WARP_TILES * 64,))[:, None]
 
     zero = (output.to(tl.int64) >> 63).to(tl.int16)  # an address has fewer bits, which no compiler knows
-    for image in range(first_image, min(first_image + IMAGES, batch)):
-        first_pixel = tl.cast(image, tl.int64) * (HEIGHT * WIDTH)
+    for _ in range(first, end):
+        first_pixel = tl.cast(image, tl.int64) * (HEIGHT * WIDTH) + below * (2 * WARP_TILES * WIDTH)
         start = qkv + first_pixel * (3 * CHANNELS)
         q = tl.load(start + query_offset)
         q = tl.trans(tl.reshape(q, (2, WARP_TILES, 8, 4, HEAD_DIM // 16, 2, 2)), 1, 0, 2, 4, 5, 3, 6)
@@ -298,3 +315,9 @@ def register_neighbors_kernel(
         attended = tl.reshape(attended.to(output.dtype.element_ty), (WARP_TILES, 2, 8, EIGHTH, 4, 2))
         attended = tl.reshape(tl.trans(attended, 1, 0, 2, 4, 5, 3), (WARP_TILES * 64, QUARTER))
         tl.store(output + first_pixel * CHANNELS + output_offset, attended, mask=is_own)
+        if INNER > 0:
+            below += 1
+            image += (below == an_image).to(tl.int32)
+            below = tl.where(below == an_image, 0, below)
+        else:
+            image += 1
