@@ -477,6 +477,8 @@ def has_neighbors_in_registers(configuration: Configuration) -> bool:
         ((11, 23), 1, 1, 16, torch.float16),  # tiles that overlap on both axes
         ((20, 14), 1, 1, 32, torch.float16),  # tiles of 7 columns, and some in the middle of the map
         ((7, 40), 1, 1, 16, torch.float16),
+        ((24, 8), 3, 1, 16, torch.float16),  # groups of tiles between those at the borders: 4 and 1 of them
+        ((23, 9), 1, 1, 16, torch.float16),
     ],
     ids=str,
 )
@@ -489,7 +491,7 @@ def test_neighborhood_attention_in_registers(size, batch, heads, head_dim, dtype
         "neighborhood_attention",
         inputs,
         {"num_heads": heads, "kernel_size": 7, "dilation": 1},
-        every=size in ((8, 8), (9, 16)) and dtype == torch.float16,
+        every=size in ((8, 8), (9, 16), (24, 8)) and dtype == torch.float16,
         of=has_neighbors_in_registers,
     )
 

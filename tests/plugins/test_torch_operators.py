@@ -195,7 +195,7 @@ def test_on_cuda_compile_sees_the_kernel_and_that_it_writes_the_output_alone(
     inputs = arguments(name, dtype=dtype)
     if (name, dtype) == ("neighborhood_attention", torch.float16):  # a map that is not padded
         table = torch.randn(2, 13, 13, dtype=dtype)
-        inputs |= {"qkv": inputs["qkv"].repeat(1, 2, 2, 1), "relative_position_bias_table": table, "kernel_size": 7}
+        inputs |= {"qkv": inputs["qkv"].repeat(1, 6, 2, 1), "relative_position_bias_table": table, "kernel_size": 7}
         inputs["padding_qkv"] = torch.zeros(192, dtype=dtype)
     if dtype == torch.float16:  # heads of 24 are not for these forms, heads of 32 are
         of_channels = inputs.keys() & {"query", "key", "value", "qkv"}

@@ -15,6 +15,7 @@ from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, are
 from dat_deploy.plugins.neighborhood_attention.register_form import (
     QUERY_COLUMNS,
     QUERY_ROWS,
+    inner_groups,
     register_neighbors_kernel,
 )
 from dat_deploy.plugins.online_softmax import attend
@@ -166,13 +167,17 @@ def configurations(problem: Problem) -> list[Configuration]:
     def time(tile: tuple[int, int]) -> float:
         """A guess for a GPU of 132 multiprocessors, in what an image's tile takes a warp that need not wait."""
         warp_tiles, images = tile
-        programs = _register_programs(problem, warp_tiles, images)
-        images = min(images, problem["batch"]) + 1.3  # what is made once
-        columns = _register_columns(problem["width"], problem["kernel_size"])[1]
-        resident = (8 if columns > 10 else 14) // warp_tiles
+        columns, key_columns = _register_columns(problem["width"], problem["kernel_size"])
+        inner = inner_groups(ceil_div(problem["height"], QUERY_ROWS), warp_tiles)
+        rows = max(inner, 1) * warp_tiles * QUERY_ROWS  # that share keys in an L1 cache
+        keys = (rows + problem["kernel_size"] - 1) * key_columns / (rows * columns)  # read for each query
+        programs, in_turn = _register_programs(problem, warp_tiles, images), min(images, problem["batch"])
+        if inner:  # some have nothing to do if there are fewer images
+            programs = programs // (inner + 2) * (2 + ceil_div(in_turn * inner, images))
+            in_turn = min(images, in_turn * inner)
         busiest = ceil_div(programs, 132)
-        waits = ceil_div(busiest, resident) * 11 * images  # for memory
-        return max(busiest * warp_tiles * images, waits) * (1.2 if warp_tiles == 2 else 1.0)  # which reads more keys
+        waits = ceil_div(busiest, (11 if key_columns > 10 else 16) // warp_tiles)
+        return max(busiest * warp_tiles, 11 * waits) * (1.3 + in_turn) * (1 + keys / 10)  # 1.3: what is made once
 
     in_registers = [
         Configuration((("WARP_TILES", warp_tiles), ("IMAGES", images)), warp_tiles, 1)
@@ -266,6 +271,7 @@ def _launch_in_registers(problem: Problem, configuration: Configuration) -> Laun
             "KERNEL_SIZE": problem["kernel_size"],
             "TILE_COLUMNS": columns,
             "KEY_COLUMNS": key_columns,
+            "INNER": inner_groups(ceil_div(problem["height"], QUERY_ROWS), tiles["WARP_TILES"]),
             **tiles,
         },
         num_warps=configuration.num_warps,

@@ -2,7 +2,9 @@
 
 A warp computes 2 rows × up to 8 columns of queries, which is one row block of the matrix product. All their neighbors
 lie in 8 rows × KEY_COLUMNS columns of keys, which are taken 8, 4 and 2 columns at a time. The bias, -inf for what is no
-neighbor, depends on the place in the map alone: it is made once, and serves IMAGES images.
+neighbor, depends on the place in the map alone: it is made once, and serves IMAGES images. If a column of tiles can be
+cut into groups of WARP_TILES, those that touch no border have one bias, and a program takes IMAGES of them, one below
+the other.
 
 Nothing goes through shared memory. Threads read what they multiply: the product holds 8 rows by 4 pairs of columns
 across a warp, and in which order it sums over head dims and over keys is free.
@@ -13,10 +15,15 @@ import triton.language as tl
 
 from dat_deploy.plugins.half2 import ASSEMBLY
 
-__all__ = ["QUERY_COLUMNS", "QUERY_ROWS", "register_neighbors_kernel"]
+__all__ = ["QUERY_COLUMNS", "QUERY_ROWS", "inner_groups", "register_neighbors_kernel"]
 
 QUERY_ROWS = 2
 QUERY_COLUMNS = 8  # at most
+
+
+def inner_groups(tiles: int, warp_tiles: int) -> int:
+    """Of a column of so many tiles: groups between the first and the last one; 0 if it cannot be cut into groups."""
+    return tiles // warp_tiles - 2 if tiles % warp_tiles == 0 and tiles // warp_tiles > 2 else 0
 
 
 @triton.jit
@@ -189,16 +196,20 @@ def register_neighbors_kernel(
     KERNEL_SIZE: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
     WARP_TILES: tl.constexpr,
     IMAGES: tl.constexpr,
 ):
-    """Grid: chunk of IMAGES images, WARP_TILES tiles, the last fastest. Tiles: head, column, row, the last fastest."""
+    """Grid: chunk of IMAGES images, WARP_TILES tiles, the last fastest. Tiles: head, column, row, the last fastest.
+
+    Of a column's INNER + 2 programs the first and the last one take their tiles in each image of the chunk; the inner
+    ones share those between by groups: the first takes IMAGES of them, counted from the first image on, and so on.
+    """
     CHANNELS: tl.constexpr = NUM_HEADS * HEAD_DIM
     ROWS: tl.constexpr = (HEIGHT + 1) // 2
     COLUMNS: tl.constexpr = (WIDTH + TILE_COLUMNS - 1) // TILE_COLUMNS
     TILES: tl.constexpr = NUM_HEADS * ROWS * COLUMNS
     PROGRAMS: tl.constexpr = (TILES + WARP_TILES - 1) // WARP_TILES
-    INNER: tl.constexpr = ROWS // WARP_TILES - 2 if ROWS % WARP_TILES == 0 and ROWS // WARP_TILES > 2 else 0
     CLAMPED: tl.constexpr = HEIGHT < 8 or WIDTH < KEY_COLUMNS
     SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5
     EIGHTH: tl.constexpr = HEAD_DIM // 8
