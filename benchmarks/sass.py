@@ -53,8 +53,8 @@ KINDS = {
 }
 _KIND_OF = {name: each for each, names in KINDS.items() for name in names.split()}
 _FROM_SHAPE = {
-    "BLOCK_DIM", "CHANNELS", "DILATION", "HALF_PIXEL", "HEAD_DIM", "KERNEL_SIZE", "MASKED", "NUM_HEADS",
-    "OFFSET_GROUPS", "SHIFT_SIZE", "TABLE_HEIGHT", "TABLE_WIDTH", "WINDOW_SIZE",
+    "BLOCK_DIM", "CHANNELS", "DILATION", "HALF_PIXEL", "HEAD_DIM", "HEIGHT", "KERNEL_SIZE", "MASKED", "NUM_HEADS",
+    "OFFSET_GROUPS", "SHIFT_SIZE", "TABLE_HEIGHT", "TABLE_WIDTH", "WIDTH", "WINDOW_SIZE",
 }  # fmt: skip
 _STATIC = re.compile(r"\.shared\s+(?:\.align\s+\d+\s+)?\.\w(\d+)\s+\w+\[(\d+)\]")  # what inline assembly declares
 _LABEL = re.compile(r"\s*(\.L_\w+):")
@@ -166,6 +166,9 @@ def scores(case: Case, launch: Launch) -> tuple[int, int]:
         case "deformable_attention", {"TILE_ROWS": rows, "TILE_COLUMNS": columns, "BLOCK_KEYS": keys}:
             trip, trips = rows * columns * keys, ceil_div(math.prod(case.sampled), keys)
             return trip, launch.programs * trips * trip
+        case "neighborhood_attention", {"WARP_TILES": warps, "IMAGES": images} if across:
+            trip = warps * 16 * 8 * across
+            return trip, launch.programs * trip * case.batch // ceil_div(case.batch, images)
         case "neighborhood_attention", {"TILE_ROWS": rows, "TILE_COLUMNS": columns, "KEY_ROWS": key_rows} if across:
             trip = rows * columns * key_rows * across
             return trip, launch.programs * ceil_div(rows + case.kernel_size - 1, key_rows) * trip

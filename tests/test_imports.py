@@ -42,6 +42,7 @@ HOMES = {
         "kernel.py",
         "general_form.py",
         "shared_table_form.py",
+        "register_form.py",
         "half2.py",
         "online_softmax.py",
         "ahead_of_time.py",

@@ -95,6 +95,8 @@ SAMPLE = Case("deformable_sample", 2, 9, 9, 64, 0, (5, 4), 2)
             5120,
             16 * 64 * 15 * 16,
         ),
+        (NEIGHBORHOOD, 3, {"KEY_COLUMNS": 10, "WARP_TILES": 4, "IMAGES": 4}, 5120, 3 * 2 * 5120),
+        (NEIGHBORHOOD, 6, {"KEY_COLUMNS": 10, "WARP_TILES": 4, "IMAGES": 1}, 5120, 6 * 5120),
         (SAMPLE, 8, {"BLOCK_POINTS": 16, "BLOCK_CHANNELS": 32}, 512, 8 * 512),
     ],
 )

@@ -133,9 +133,14 @@ def test_ptx_takes_the_arguments_and_nothing_else(name):
 
 @pytest.mark.compiler
 def test_half_precision_products_run_on_tensor_cores():
-    for name in ("window 7", "neighborhood"):
-        assert "wgmma.mma_async" in compiled(name, configurations(name)[0], 90).ptx
-        assert "mma.sync" in compiled(name, configurations(name)[0], 80).ptx
+    assert "wgmma.mma_async" in compiled("window 7", configurations("window 7")[0], 90).ptx
+    assert "mma.sync" in compiled("window 7", configurations("window 7")[0], 80).ptx
+    assert "wgmma.mma_async" in compiled("neighborhood", configurations("neighborhood")[-1], 90).ptx
+    for architecture in (90, 80):
+        made = compiled("neighborhood", configurations("neighborhood")[0], architecture)
+        assert "mma.sync" in made.ptx
+        assert "bar.sync" not in made.ptx  # each thread reads what it multiplies
+        assert shared_memory(made) == 0
     assert "wgmma.mma_async" in compiled("DAT", configurations("DAT")[0], 90).ptx
     for architecture in (80, 90):  # a warp a program
         assert "mma.sync" in compiled("DAT", configurations("DAT")[-1], architecture).ptx

@@ -26,6 +26,7 @@ from dat_deploy.checkpoint import load_model
 from dat_deploy.model import REFERENCE
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration, Problem
+from dat_deploy.plugins.neighborhood_attention.reference import neighborhood_index
 from dat_deploy.tune import tune
 from dat_deploy.variants import VARIANTS, StageConfig
 
@@ -460,6 +461,68 @@ def test_neighborhood_attention_in_every_configuration(size, dilation, heads, dt
 def test_neighborhood_attention_of_head_dim(head_dim):
     inputs = {name: value.half() for name, value in neighborhood_inputs(8, 9, 7, head_dim).items()}
     assert_kernel_is_exact("neighborhood_attention", inputs, {"num_heads": 2, "kernel_size": 7, "dilation": 1})
+
+
+def has_neighbors_in_registers(configuration: Configuration) -> bool:
+    return "WARP_TILES" in dict(configuration.tiles)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "heads", "head_dim", "dtype"),
+    [
+        ((7, 7), 2, 3, 16, torch.bfloat16),  # one window; 12 tiles, of which a program takes 4
+        ((8, 8), 9, 1, 16, torch.float16),  # a program takes up to 8 images
+        ((8, 8), 1, 1, 32, torch.bfloat16),
+        ((9, 16), 2, 1, 32, torch.float16),  # the last row of tiles is half of another
+        ((11, 23), 1, 1, 16, torch.float16),  # tiles that overlap on both axes
+        ((20, 14), 1, 1, 32, torch.float16),  # tiles of 7 columns, and some in the middle of the map
+        ((7, 40), 1, 1, 16, torch.float16),
+        ((24, 8), 3, 1, 16, torch.float16),  # groups of tiles between those at the borders: 4 and 1 of them
+        ((23, 9), 1, 1, 16, torch.float16),
+    ],
+    ids=str,
+)
+def test_neighborhood_attention_in_registers(size, batch, heads, head_dim, dtype):
+    inputs = {
+        name: value.float() if "table" in name else value.to(dtype)
+        for name, value in neighborhood_inputs(*size, 7, head_dim, heads, batch).items()
+    }
+    assert_kernel_is_exact(
+        "neighborhood_attention",
+        inputs,
+        {"num_heads": heads, "kernel_size": 7, "dilation": 1},
+        every=size in ((8, 8), (9, 16), (24, 8)) and dtype == torch.float16,
+        of=has_neighbors_in_registers,
+    )
+
+
+@pytest.mark.parametrize("what", ["large scores", "a table of 1e3", "keys that are all alike"])
+def test_neighborhood_attention_in_registers_holds_what_is_hard(what):
+    inputs = {name: value.half() for name, value in neighborhood_inputs(8, 9, 7, heads=1, batch=1).items()}
+    inputs["relative_position_bias_table"] = inputs["relative_position_bias_table"].float()
+    match what:
+        case "large scores":
+            inputs["qkv"][..., :16] *= 1000
+        case "a table of 1e3":
+            inputs["relative_position_bias_table"] *= 1e3
+        case _:
+            inputs["qkv"][..., 16:32] = 0
+    attributes = {"num_heads": 1, "kernel_size": 7, "dilation": 1}
+    assert_kernel_is_exact("neighborhood_attention", inputs, attributes, of=has_neighbors_in_registers)
+
+
+@pytest.mark.parametrize("width", [*range(7, 34), 56])
+def test_the_keys_of_a_tile_hold_the_neighbors_of_its_queries(width):
+    kernel = import_module("dat_deploy.plugins.neighborhood_attention.kernel")
+    index, _ = neighborhood_index(width, 7, 1)
+    columns, keys = kernel._register_columns(width, 7)
+    assert keys in (8, 10, 12, 14)
+    for own in range(0, width, columns):
+        first = min(own, width - columns)
+        origin = max(min(int(index[first, 0]), width - keys), 0)
+        last = min(first + columns, width) - 1
+        assert origin <= int(index[first, 0])
+        assert int(index[last, -1]) < origin + keys
 
 
 def test_a_table_may_be_float32_beside_half_precision(locations):

@@ -27,6 +27,7 @@ OPERATORS = ["deformable_sample", "deformable_attention", "window_attention", "n
 SECOND_FORMS = {
     "window_attention": "whole_window_kernel",
     "deformable_attention": "deformable_attention_shared_table_kernel",
+    "neighborhood_attention": "register_neighbors_kernel",
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -168,6 +169,7 @@ class Traced(Exception):  # noqa: N818  # no error
         *((name, dynamic, torch.float32) for name in OPERATORS for dynamic in (False, True)),
         ("window_attention", False, torch.float16),
         ("deformable_attention", False, torch.float16),
+        ("neighborhood_attention", False, torch.float16),
     ],
     ids=str,
 )
@@ -191,6 +193,10 @@ def test_on_cuda_compile_sees_the_kernel_and_that_it_writes_the_output_alone(
         raise Traced
 
     inputs = arguments(name, dtype=dtype)
+    if (name, dtype) == ("neighborhood_attention", torch.float16):  # a map that is not padded
+        table = torch.randn(2, 13, 13, dtype=dtype)
+        inputs |= {"qkv": inputs["qkv"].repeat(1, 6, 2, 1), "relative_position_bias_table": table, "kernel_size": 7}
+        inputs["padding_qkv"] = torch.zeros(192, dtype=dtype)
     if dtype == torch.float16:  # heads of 24 are not for these forms, heads of 32 are
         of_channels = inputs.keys() & {"query", "key", "value", "qkv"}
         inputs |= {each: torch.cat([inputs[each], inputs[each][..., ::3]], dim=-1) for each in of_channels}

@@ -1,15 +1,23 @@
 """`neighborhood_attention` in one launch: bias, softmax and values; only the output reaches memory.
 
-One program computes one head of one image for a tile of TILE_ROWS × TILE_COLUMNS queries. The neighbors of all of them
-lie in a rectangle of (TILE_ROWS + K - 1) × (TILE_COLUMNS + K - 1) keys; it is walked KEY_ROWS rows at a time, and what
-is no neighbor of a query is masked. With a dilation, pixels of the same remainders form maps of their own, and a tile
-is of one of them.
+There are two kernels: `register_form` computes in half precision what a network asks for, the one here everything.
+
+One program of it computes one head of one image for a tile of TILE_ROWS × TILE_COLUMNS queries. The neighbors of all of
+them lie in a rectangle of (TILE_ROWS + K - 1) × (TILE_COLUMNS + K - 1) keys; it is walked KEY_ROWS rows at a time, and
+what is no neighbor of a query is masked. With a dilation, pixels of the same remainders form maps of their own, and a
+tile is of one of them.
 """
 
 import triton
 import triton.language as tl
 
 from dat_deploy.plugins.launch import Configuration, Launch, Problem, Shape, are_known, ceil_div, next_power_of_two
+from dat_deploy.plugins.neighborhood_attention.register_form import (
+    QUERY_COLUMNS,
+    QUERY_ROWS,
+    inner_groups,
+    register_neighbors_kernel,
+)
 from dat_deploy.plugins.online_softmax import attend
 
 __all__ = ["configurations", "launch", "neighborhood_attention_kernel", "problem"]
@@ -17,6 +25,8 @@ __all__ = ["configurations", "launch", "neighborhood_attention_kernel", "problem
 INPUTS = ("qkv", "padding_qkv", "relative_position_bias_table")
 SCALARS = ("height", "width")
 TILES = [(8, 8, 4, 4), (8, 8, 2, 4), (16, 8, 2, 8), (4, 16, 2, 4), (8, 8, 1, 4)]
+REGISTER_TILES = [(4, 8), (4, 4), (4, 1), (2, 4), (2, 1)]  # tiles, each of a warp, and images
+REGISTER_KERNEL_SIZE = 7  # of 2 rows of queries, whose neighbors are in 8 rows
 BLOCK_BYTES = 4096  # of a block of keys: larger ones spill registers, or take more shared memory than TensorRT allows
 
 # Below any score; and below that by so much that no rounding of one brings it near the other.
@@ -145,12 +155,62 @@ def configurations(problem: Problem) -> list[Configuration]:
         keys = ceil_div(rows + problem["kernel_size"] - 1, key_rows) * key_rows * key_columns
         return _tiles(problem, rows, columns) * rows * columns * keys
 
-    return [
+    by_blocks = [
         Configuration((("TILE_ROWS", rows), ("TILE_COLUMNS", columns), ("KEY_ROWS", key_rows)), num_warps, 2)
         for rows, columns, key_rows, num_warps in (
             sorted(tiles, key=scores) if are_known(problem, "height", "width") else tiles
         )
     ]
+    if not _fits_registers(problem):
+        return by_blocks
+
+    def time(tile: tuple[int, int]) -> float:
+        """A guess for a GPU of 132 multiprocessors, in what an image's tile takes a warp that need not wait."""
+        warp_tiles, images = tile
+        columns, key_columns = _register_columns(problem["width"], problem["kernel_size"])
+        inner = inner_groups(ceil_div(problem["height"], QUERY_ROWS), warp_tiles)
+        rows = max(inner, 1) * warp_tiles * QUERY_ROWS  # that share keys in an L1 cache
+        keys = (rows + problem["kernel_size"] - 1) * key_columns / (rows * columns)  # read for each query
+        programs, in_turn = _register_programs(problem, warp_tiles, images), min(images, problem["batch"])
+        if inner:  # some have nothing to do if there are fewer images
+            programs = programs // (inner + 2) * (2 + ceil_div(in_turn * inner, images))
+            in_turn = min(images, in_turn * inner)
+        busiest = ceil_div(programs, 132)
+        waits = ceil_div(busiest, (11 if key_columns > 10 else 16) // warp_tiles)
+        return max(busiest * warp_tiles, 11 * waits) * (1.3 + in_turn) * (1 + keys / 10)  # 1.3: what is made once
+
+    in_registers = [
+        Configuration((("WARP_TILES", warp_tiles), ("IMAGES", images)), warp_tiles, 1)
+        for warp_tiles, images in (sorted(REGISTER_TILES, key=time) if are_known(problem, "batch") else REGISTER_TILES)
+    ]
+    return [*in_registers, by_blocks[0]]  # one more for GPUs of sm_75, whose products are of another form
+
+
+def _fits_registers(problem: Problem) -> bool:
+    """Whether the second form computes this: half precision, a map that is not padded, of a known size."""
+    return (
+        are_known(problem, "height", "width")
+        and min(problem["height"], problem["width"]) >= problem["kernel_size"]
+        and problem["kernel_size"] == REGISTER_KERNEL_SIZE
+        and problem["dilation"] == 1
+        and problem["element_bytes"] == 2
+        and problem["head_dim"] in (16, 32)
+    )
+
+
+def _register_columns(width: int, kernel_size: int) -> tuple[int, int]:
+    """Columns of a tile of queries and of its keys, an even number; of 7 and 8 what makes fewer scores."""
+
+    def keys(columns: int) -> int:
+        def window(column: int) -> int:
+            return min(max(column - kernel_size // 2, 0), width - kernel_size)
+
+        starts = [min(first, width - columns) for first in range(0, width, columns)]
+        most = max(window(first + columns - 1) + kernel_size - window(first) for first in starts)
+        return max(8, most + most % 2)
+
+    choices = [(columns, keys(columns)) for columns in (QUERY_COLUMNS, QUERY_COLUMNS - 1) if columns <= width]
+    return min(choices, key=lambda choice: ceil_div(width, choice[0]) * choice[1])
 
 
 def _key_columns(problem: Problem, tile_columns: int) -> int:
@@ -163,8 +223,16 @@ def _tiles(problem: Problem, rows: int, columns: int) -> int:
     return ceil_div(height, rows) * ceil_div(width, columns)
 
 
+def _register_programs(problem: Problem, warp_tiles: int, images: int) -> int:
+    columns, _ = _register_columns(problem["width"], problem["kernel_size"])
+    tiles = problem["heads"] * ceil_div(problem["height"], QUERY_ROWS) * ceil_div(problem["width"], columns)
+    return ceil_div(problem["batch"], images) * ceil_div(tiles, warp_tiles)
+
+
 def launch(problem: Problem, configuration: Configuration) -> Launch:
     tiles = dict(configuration.tiles)
+    if "WARP_TILES" in tiles:
+        return _launch_in_registers(problem, configuration)
     dilation, reach = problem["dilation"], problem["kernel_size"] * problem["dilation"]
     programs = dilation**2 * _tiles(problem, tiles["TILE_ROWS"], tiles["TILE_COLUMNS"])
     return Launch(
@@ -180,6 +248,30 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
             "PADDED": not are_known(problem, "height", "width") or min(problem["height"], problem["width"]) < reach,
             "BLOCK_DIM": max(16, next_power_of_two(problem["head_dim"])),
             "KEY_COLUMNS": _key_columns(problem, tiles["TILE_COLUMNS"]),
+            **tiles,
+        },
+        num_warps=configuration.num_warps,
+        num_stages=configuration.num_stages,
+    )
+
+
+def _launch_in_registers(problem: Problem, configuration: Configuration) -> Launch:
+    tiles = dict(configuration.tiles)
+    columns, key_columns = _register_columns(problem["width"], problem["kernel_size"])
+    return Launch(
+        kernel=register_neighbors_kernel,
+        programs=_register_programs(problem, tiles["WARP_TILES"], tiles["IMAGES"]),
+        inputs=INPUTS,
+        scalars={"batch": problem["batch"]},
+        constants={
+            "HEIGHT": problem["height"],
+            "WIDTH": problem["width"],
+            "NUM_HEADS": problem["heads"],
+            "HEAD_DIM": problem["head_dim"],
+            "KERNEL_SIZE": problem["kernel_size"],
+            "TILE_COLUMNS": columns,
+            "KEY_COLUMNS": key_columns,
+            "INNER": inner_groups(ceil_div(problem["height"], QUERY_ROWS), tiles["WARP_TILES"]),
             **tiles,
         },
         num_warps=configuration.num_warps,
