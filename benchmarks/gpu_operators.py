@@ -148,7 +148,8 @@ def tuned_share(jobs: Sequence[Job]) -> float:
 
 def describe(configuration: Configuration) -> str:
     tiles = " ".join(f"{name}={size}" for name, size in configuration.tiles)
-    return f"{tiles} warps={configuration.num_warps} stages={configuration.num_stages}"
+    limit = f" registers<={configuration.max_registers}" if configuration.max_registers else ""
+    return f"{tiles} warps={configuration.num_warps} stages={configuration.num_stages}{limit}"
 
 
 # The peers. What each makes is the call that is timed; what does not depend on the images is made before.

@@ -130,10 +130,11 @@ def _exponentials(code: Iterable[Instruction]) -> int:
     return sum(each.operation.startswith("MUFU.EX2") for each in code)
 
 
-def hottest(code: list[Instruction], labels: dict[str, int]) -> tuple[str, list[Instruction]]:
+def hottest(code: list[Instruction], labels: dict[str, int], exponentials: float) -> tuple[str, list[Instruction]]:
     """("loop", the innermost one that has exponentials); if there is none ("program", the code to its last EXIT).
 
-    Of several the one of fewest instructions: the longer one of `deformable_attention` is for points far outside.
+    Of several the one with about as many exponentials as a thread should have, and of those the one of fewest
+    instructions: `deformable_attention` has others for points far outside.
     """
     ends: dict[int, int] = {}  # by the start of a loop, of the last branch back to it
     for i, each in enumerate(code):
@@ -145,7 +146,11 @@ def hottest(code: list[Instruction], labels: dict[str, int]) -> tuple[str, list[
     spans = [span for span in ends.items() if _exponentials(code[slice(*span)])]
     inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
     if inner:
-        return "loop", code[slice(*min(inner, key=lambda span: span[1] - span[0]))]
+
+        def rank(span: tuple[int, int]) -> tuple[int, int]:
+            return round(abs(math.log2(_exponentials(code[slice(*span)]) / exponentials))), span[1] - span[0]
+
+        return "loop", code[slice(*min(inner, key=rank))]
     exits = [i for i, each in enumerate(code) if each.operation == "EXIT"]
     return "program", code[: exits[-1] + 1]
 
@@ -160,8 +165,8 @@ def scores(case: Case, launch: Launch) -> tuple[int, int]:
     across, pixels = sizes.get("KEY_COLUMNS"), case.window_size**2
     windows = case.batch * (case.height * case.width // max(pixels, 1))
     match case.operator, sizes:
-        case "deformable_attention", {"TILE_ROWS": rows, "COLUMN_TILES": tiles, "BLOCK_KEYS": keys}:
-            trip, trips = rows * 8 * keys, ceil_div(math.prod(case.sampled), keys)
+        case "deformable_attention", {"ROWS_A_LANE": rows, "WARPS": warps, "COLUMN_TILES": tiles, "BLOCK_KEYS": keys}:
+            trip, trips = rows * 16 * warps * keys, ceil_div(math.prod(case.sampled), keys)
             return trip, launch.programs * tiles * trips * trip
         case "deformable_attention", {"TILE_ROWS": rows, "TILE_COLUMNS": columns, "BLOCK_KEYS": keys}:
             trip, trips = rows * columns * keys, ceil_div(math.prod(case.sampled), keys)
@@ -206,8 +211,8 @@ def rows_of(case: Case, precision: str, what: str, architecture: int) -> Iterato
             continue
         seen.add(launch.kernel)
         made = compile_launch(launch, dtypes, architecture, unaligned=unaligned)
-        (trip, every), (counted, code) = scores(case, launch), hottest(*parse(disassemble(made.cubin)))
-        threads = 32 * launch.num_warps
+        (trip, every), threads = scores(case, launch), 32 * launch.num_warps
+        counted, code = hottest(*parse(disassemble(made.cubin)), trip / threads)
         exponentials = _exponentials(code) * threads / trip
         if case.exponentials and not 0.5 <= exponentials < 1.75:  # some are of the running maximum
             raise UnsupportedError(
@@ -220,7 +225,7 @@ def rows_of(case: Case, precision: str, what: str, architecture: int) -> Iterato
             case.operator,
             case.shape,
             f"{precision}, unaligned" if unaligned else precision,
-            " ".join([*own, f"warps={launch.num_warps} stages={launch.num_stages}"]),
+            " ".join([*own, *(f"{option}={value}" for option, value in launch.options.items())]),
             made.registers,
             made.spilled_bytes,
             made.shared_memory_bytes + sum(int(bits) // 8 * int(count) for bits, count in _STATIC.findall(made.ptx)),

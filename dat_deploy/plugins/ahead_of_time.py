@@ -85,7 +85,7 @@ def compile_launch(
             if name not in unaligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]  # of addresses; without it loads are not vectors
     source = ASTSource(launch.kernel, signature, dict(launch.constants), attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    options: dict[str, int] = launch.options | {"enable_fp_fusion": True}
     if ptx_version is not None:
         options["ptx_version"] = ptx_version
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

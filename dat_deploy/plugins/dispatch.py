@@ -220,6 +220,9 @@ class Job:
         is_traced = type(self.output) is not Tensor or torch.compiler.is_compiling()
         if _launcher is not None and not is_traced and _launcher(launch, self.inputs, self.output):
             return
+        options = launch.options
+        if is_traced:
+            options.pop("maxnreg", None)  # which torch does not take
         on_gpu = self.output.is_cuda and torch.cuda.is_available()  # else torch only traces
         with torch.cuda.device(self.output.device) if on_gpu else contextlib.nullcontext():
             wrap(launch.kernel)[launch.grid](
@@ -227,8 +230,7 @@ class Job:
                 *launch.scalars.values(),
                 self.output,
                 **launch.constants,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
+                **options,
             )
 
 

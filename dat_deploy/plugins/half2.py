@@ -11,6 +11,7 @@ __all__ = [
     "ASSEMBLY",
     "half2",
     "half2_first",
+    "half2_firsts",
     "half2_fma",
     "half2_fma_of_first",
     "half2_fma_of_second",
@@ -53,6 +54,17 @@ def half2(a, b):
         )
     else:
         return _half2_of_halves(a.to(tl.float16), b.to(tl.float16))
+
+
+@triton.jit
+def half2_firsts(a, b):
+    """The firsts of two pairs, as a pair."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return (a & 0xFFFF) | (b << 16)
 
 
 @triton.jit

@@ -35,11 +35,14 @@ class Configuration:
         tiles: sizes of the tiles by the kernel's names for them, such as ("BLOCK_KEYS", 64).
         num_warps: warps of 32 threads in a program.
         num_stages: how many steps of its loop have their loads under way.
+        max_registers: that a thread may take, so that more programs fit on a multiprocessor; None for what the
+            assembler likes. `torch.compile` and AOTInductor know no such limit and compile without it.
     """
 
     tiles: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Launch:
     constants: Mapping[str, int | float]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -70,3 +74,9 @@ class Launch:
     @property
     def block(self) -> tuple[int, int, int]:
         return (32 * self.num_warps, 1, 1)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told beside the arguments."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit

@@ -49,8 +49,7 @@ def key(launch: Launch, dtypes: Mapping[str, torch.dtype], unaligned: Collection
     """What the machine code of a launch depends on, but for the kernel's own text."""
     constants = {name: str(value) for name, value in sorted(launch.constants.items())}
     types = [str(dtypes[name]) for name in (*launch.inputs, "output")]
-    sizes = (launch.num_warps, launch.num_stages)
-    text = json.dumps([launch.kernel.__name__, constants, types, sizes, sorted(unaligned)])
+    text = json.dumps([launch.kernel.__name__, constants, types, launch.options, sorted(unaligned)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -84,7 +83,7 @@ def precompile(needed: Iterable[Needed], folder: Path, architecture: int) -> dic
             registers=made.registers,
             spilled_bytes=made.spilled_bytes,
             code_bytes=len(made.cubin),
-            launch=f"{constants} warps={launch.num_warps} stages={launch.num_stages} {types}",
+            launch=f"{constants} {' '.join(f'{option}={value}' for option, value in launch.options.items())} {types}",
             static_shared_memory_bytes=made.static_shared_memory_bytes,
         )
     return entries

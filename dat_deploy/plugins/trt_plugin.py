@@ -231,7 +231,7 @@ def _problem(operator: str, attributes: tuple[int, ...], shapes: Shapes, dtypes:
 
 def _numbered(configurations: list[Configuration]) -> dict[int, Configuration]:
     """TensorRT's custom tactics. Which is the best depends on the batch, so their numbers must not."""
-    ordered = sorted(configurations, key=lambda each: (each.tiles, each.num_warps, each.num_stages))
+    ordered = sorted(configurations, key=repr)
     return dict(enumerate(ordered, start=1))
 
 
@@ -466,8 +466,7 @@ def _enqueue(
             *launch.scalars.values(),
             _Pointer(output, dtypes[0]),
             **launch.constants,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.options,
         )
     with _lock:
         _launches[node.operator] += 1

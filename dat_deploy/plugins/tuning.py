@@ -63,7 +63,10 @@ def tuned_configuration(operator: str, problem: Problem, tensor: Tensor) -> Conf
 
 def _configuration(stored: Mapping[str, Any]) -> Configuration:
     tiles = tuple((str(name), int(size)) for name, size in stored["tiles"].items())
-    return Configuration(tiles, int(stored["num_warps"]), int(stored["num_stages"]))
+    limit = stored.get("max_registers")
+    return Configuration(
+        tiles, int(stored["num_warps"]), int(stored["num_stages"]), None if limit is None else int(limit)
+    )
 
 
 def store(gpu: str, measured: list[tuple[str, Problem, Configuration, float]]) -> Path:
@@ -77,6 +80,7 @@ def store(gpu: str, measured: list[tuple[str, Problem, Configuration, float]]) -
             "tiles": dict(configuration.tiles),
             "num_warps": configuration.num_warps,
             "num_stages": configuration.num_stages,
+            "max_registers": configuration.max_registers,
             "us": round(microseconds, 2),
         }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -63,14 +63,15 @@ def test_a_parsed_instruction_has_its_predicate_and_its_suffixes():
     assert code[5] == sass.Instruction("@!P2", "BRA", "`(.L_x_9)")
 
 
-def test_the_hottest_loop_is_the_shorter_of_the_innermost_that_have_exponentials():
-    counted, loop = sass.hottest(*sass.parse(SASS))
+def test_the_hottest_loop_is_the_innermost_with_as_many_exponentials_as_it_should_have_and_of_such_the_shorter():
+    counted, loop = sass.hottest(*sass.parse(SASS), 1)
     assert counted == "loop"
     assert Counter(map(sass.kind, loop)) == {"tensor": 1, "float": 1, "MUFU": 1, "conversion": 1, "other": 4}
+    assert Counter(map(sass.kind, sass.hottest(*sass.parse(SASS), 2)[1])) == {"MUFU": 2, "float": 5, "other": 1}
 
 
 def test_where_no_loop_has_exponentials_the_program_is_counted_to_its_end():
-    counted, code = sass.hottest(*sass.parse(SASS.replace("MUFU.EX2", "MUFU.RCP")))
+    counted, code = sass.hottest(*sass.parse(SASS.replace("MUFU.EX2", "MUFU.RCP")), 1)
     assert (counted, len(code), code[-1].operation) == ("program", 0x160 // 16 + 1, "EXIT")
 
 
@@ -84,7 +85,7 @@ SAMPLE = Case("deformable_sample", 2, 9, 9, 64, 0, (5, 4), 2)
     ("case", "programs", "constants", "trip", "every"),
     [
         (DEFORMABLE, 16, {"TILE_ROWS": 8, "TILE_COLUMNS": 8, "BLOCK_KEYS": 16}, 1024, 16 * 2 * 1024),
-        (DEFORMABLE, 8, {"TILE_ROWS": 8, "COLUMN_TILES": 2, "BLOCK_KEYS": 16}, 1024, 16 * 2 * 1024),
+        (DEFORMABLE, 8, {"ROWS_A_LANE": 4, "WARPS": 1, "COLUMN_TILES": 2, "BLOCK_KEYS": 16}, 1024, 16 * 2 * 1024),
         (WINDOW, 8, {"BLOCK_QUERIES": 32, "BLOCK_KEYS": 32, "KEEP_BIAS": False}, 1024, 8 * 64 * 64),
         (WINDOW, 8, {"BLOCK_QUERIES": 32, "BLOCK_KEYS": 32, "KEEP_BIAS": True}, 2048, 8 * 64 * 64),
         (WINDOW, 8, {"BLOCK_QUERIES": 32, "KEYS": 32, "MORE_KEYS": 24}, 1792, 8 * 64 * 56),

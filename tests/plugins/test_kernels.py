@@ -233,13 +233,17 @@ def test_deformable_attention_in_every_configuration(half_pixel_queries, dtype, 
         ((8, 8), (4, 4), "border", torch.float16),
         ((8, 8), (4, 4), "outside", torch.float16),
         ((8, 8), (4, 5), "network", torch.bfloat16),
+        ((5, 7), (4, 4), "pixels", torch.bfloat16),
     ],
     ids=str,
 )
 def test_deformable_attention_with_its_table_in_shared_memory(
     size, sampled, kind, dtype, half_pixel_queries, locations
 ):
-    inputs = attention_inputs(locations, size, kind=kind, sampled=sampled, heads=1, groups=1, dtype=dtype)
+    head_dim = 64 if size == (5, 7) else 16
+    inputs = attention_inputs(
+        locations, size, kind=kind, sampled=sampled, heads=1, groups=1, head_dim=head_dim, dtype=dtype
+    )
     inputs = {name: value[:1] if "table" not in name else value.float() for name, value in inputs.items()}
     attributes = {"num_heads": 1, "half_pixel_queries": half_pixel_queries}
     assert_kernel_is_exact(

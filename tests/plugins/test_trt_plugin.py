@@ -450,7 +450,7 @@ def test_enqueue_launches_what_the_torch_operator_launches(operator, dtype, reco
     addresses = [4096 * (i + 1) for i in range(len(shapes))]
     problem = node.problem(shapes, types)
     configurations = specified.kernel.configurations(problem)
-    numbered = sorted(configurations, key=lambda each: (each.tiles, each.num_warps, each.num_stages))
+    numbered = sorted(configurations, key=repr)
     choices = {0: configurations[0], 1000: configurations[0], **dict(enumerate(numbered, start=1))}
     for i, (tactic, configuration) in enumerate(choices.items(), start=1):
         trt_plugin._enqueue(node, shapes, types, tactic, addresses, 512, 77)
@@ -462,7 +462,7 @@ def test_enqueue_launches_what_the_torch_operator_launches(operator, dtype, reco
         assert [(each.data_ptr(), each.dtype) for each in sent[:inputs]] == [pointers[n] for n in expected.inputs]
         assert tuple(sent[inputs:]) == tuple(expected.scalars.values())
         assert (output.data_ptr(), output.dtype) == (512, dtype)
-        launched_by = {"num_warps": expected.num_warps, "num_stages": expected.num_stages}
+        launched_by = expected.options
         assert recorder.settings == {**expected.constants, **launched_by}
         assert streams == [77] * i
 

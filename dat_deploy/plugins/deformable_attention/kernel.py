@@ -14,6 +14,18 @@ __all__ = ["configurations", "launch", "problem"]
 INPUTS = ("query", "key", "value", "sampling_locations", "relative_position_bias_table")
 SCALARS = ("height", "width", "keys", "table_height")
 TILES = [(8, 8, 64, 4), (16, 8, 32, 4), (8, 16, 32, 4), (4, 16, 64, 4), (8, 8, 32, 4)]
+# Of the table in shared memory: rows a lane, rows of lanes, of warps, warps (see shared_table_form.tile), and the most
+# registers; of what makes as little padding the one before was faster on an H200.
+SHARED_TILES: list[tuple[int, int, int, int, int | None]] = [
+    (3, 2, 2, 2, 168),
+    (4, 2, 2, 4, 168),
+    (4, 2, 2, 2, None),
+    (4, 2, 1, 1, None),
+    (3, 4, 1, 1, 168),
+    (2, 2, 2, 2, None),
+]
+FEW_KEYS = 128  # up to which a program takes all tiles of a row, for it makes as much as it computes
+MANY_SCORES = 1_000_000  # from which on a GPU has enough programs that what each makes first does not tell
 SMALL_TILES = [(8, 8, 32, 8)]  # in float32 and for larger heads, of which the others spill registers
 
 
@@ -61,70 +73,89 @@ def configurations(problem: Problem) -> list[Configuration]:
             sorted(tiles, key=work) if are_known(problem, "height", "width", "keys") else tiles
         )
     ]
-    if not _fits_shared_table(problem):
+    shared = _shared_configurations(problem)
+    if not shared:
         return general
-    across = ceil_div(problem["width"], 8)
-    rows = shared_table_form.TILE_ROWS
-    shared = [
-        Configuration(
-            (("TILE_ROWS", rows), ("COLUMN_TILES", count), ("BLOCK_KEYS", shared_table_form.BLOCK_KEYS)), 1, 3
-        )
-        for count in sorted({across, 1} if problem["half_pixel"] else {across}, reverse=True)
-    ]
-    # Last, until what is here now has run on a GPU as an earlier version of it has; `tune` weighs and checks it.
-    return [*general, *shared]
+    few = [each for each in general if dict(each.tiles)["TILE_COLUMNS"] == dict(each.tiles)["TILE_ROWS"]]
+    batch = problem["batch"] if are_known(problem, "batch") else 8
+    scores = batch * problem["heads"] * problem["height"] * problem["width"] * problem["keys"]
+    return [*shared, *few] if scores >= MANY_SCORES else [*few, *shared]
 
 
-def _fits_shared_table(problem: Problem) -> bool:
-    """In half precision, with a table whose entries are as far apart as queries, or nearly so."""
+def _shared_configurations(problem: Problem) -> list[Configuration]:
+    """Those of `shared_table_form`, the fastest first; none where it does not compute this.
+
+    It takes half precision, and tables whose entries are as far apart as queries, or nearly so.
+    """
     names = ("height", "width", "keys", "table_height", "table_width")
-    if problem["element_bytes"] != 2 or problem["head_dim"] not in (16, 32) or not are_known(problem, *names):
-        return False
+    if problem["element_bytes"] != 2 or problem["head_dim"] not in (16, 32, 64) or not are_known(problem, *names):
+        return []
     height, width = problem["height"], problem["width"]
-    size = shared_table_form.table_bytes(height, problem["table_height"], problem["table_width"])
-    return (
-        min(height, width) > 1
-        and (problem["table_height"], problem["table_width"]) == (2 * height - 1, 2 * width - 1)
-        and size <= 1024 * shared_table_form.SHARED_KIB[-1]
-    )
+    if min(height, width) < 2 or (problem["table_height"], problem["table_width"]) != (2 * height - 1, 2 * width - 1):
+        return []
+
+    has_few_keys, found = problem["keys"] <= FEW_KEYS, []
+    for rows_a_lane, lane_rows, warp_rows, num_warps, max_registers in SHARED_TILES:
+        rows, columns = shared_table_form.tile(rows_a_lane, lane_rows, warp_rows, num_warps)
+        across = ceil_div(width, columns)
+        count = across if has_few_keys else 1
+        size = shared_table_form.shared_bytes(height, width, rows, count * columns, problem["keys"])
+        fits_registers = problem["head_dim"] <= 32 or rows_a_lane <= 2
+        if fits_registers and size <= 1024 * shared_table_form.SHARED_KIB[-1]:
+            tiles = (
+                ("ROWS_A_LANE", rows_a_lane),
+                ("LANE_ROWS", lane_rows),
+                ("WARP_ROWS", warp_rows),
+                ("COLUMN_TILES", count),
+            )
+            padding = ceil_div(height, rows) * rows * across * columns / (height * width)
+            rank = (round(padding, 1), has_few_keys and num_warps > 2)
+            found.append((rank, Configuration(tiles, num_warps, 3, max_registers)))
+    return [configuration for _, configuration in sorted(found, key=lambda each: each[0])]
 
 
 def launch(problem: Problem, configuration: Configuration) -> Launch:
     tiles = dict(configuration.tiles)
-    shared = "COLUMN_TILES" in tiles
-    rows, columns = tiles["TILE_ROWS"], 8 * tiles["COLUMN_TILES"] if shared else tiles["TILE_COLUMNS"]
-    programs = ceil_div(problem["height"], rows) * ceil_div(problem["width"], columns)
+    height, width, keys = problem["height"], problem["width"], problem["keys"]
     constants = {
         "NUM_HEADS": problem["heads"],
         "HEAD_DIM": problem["head_dim"],
         "OFFSET_GROUPS": problem["offset_groups"],
         "HALF_PIXEL": bool(problem["half_pixel"]),
         "TABLE_WIDTH": problem["table_width"],
-        "EVEN_KEYS": are_known(problem, "keys") and problem["keys"] % tiles["BLOCK_KEYS"] == 0,
         **tiles,
     }
-    if shared:
-        height, table_width = problem["height"], problem["table_width"]
-        size = shared_table_form.table_bytes(height, problem["table_height"], table_width)
+    is_shared = "COLUMN_TILES" in tiles
+    if is_shared:
+        rows, columns = shared_table_form.tile(
+            tiles["ROWS_A_LANE"], tiles["LANE_ROWS"], tiles["WARP_ROWS"], configuration.num_warps
+        )
+        columns *= tiles["COLUMN_TILES"]
+        block_keys = shared_table_form.BLOCK_KEYS
+        size = shared_table_form.shared_bytes(height, width, rows, columns, keys)
         constants |= {
             "TABLE_HEIGHT": problem["table_height"],
-            "PAD_ROWS": shared_table_form.padding(height),
-            "FILL_WIDTH": next_power_of_two(table_width + 3),
-            "SHARED_KIB": next(kib for kib in shared_table_form.SHARED_KIB if size <= 1024 * kib),
+            "KEYS": ceil_div(keys, block_keys) * block_keys,
+            "SHARED_SIZE": sum(1024 * kib < size for kib in shared_table_form.SHARED_KIB),
+            "WARPS": configuration.num_warps,
+            "BLOCK_KEYS": block_keys,
         }
     else:
+        rows, columns, block_keys = tiles["TILE_ROWS"], tiles["TILE_COLUMNS"], tiles["BLOCK_KEYS"]
         constants |= {
             "ROW_TAPS": _row_taps(problem, rows),
             "BLOCK_DIM": max(16, next_power_of_two(problem["head_dim"])),
         }
+    constants["EVEN_KEYS"] = are_known(problem, "keys") and keys % block_keys == 0
     return Launch(
-        kernel=deformable_attention_shared_table_kernel if shared else deformable_attention_kernel,
-        programs=problem["batch"] * problem["heads"] * programs,
+        kernel=deformable_attention_shared_table_kernel if is_shared else deformable_attention_kernel,
+        programs=problem["batch"] * problem["heads"] * ceil_div(height, rows) * ceil_div(width, columns),
         inputs=INPUTS,
         scalars={name: problem[name] for name in SCALARS},
         constants=constants,
         num_warps=configuration.num_warps,
         num_stages=configuration.num_stages,
+        max_registers=configuration.max_registers,
     )
 
 

@@ -1,22 +1,22 @@
-"""`deformable_attention` in half precision with the head's table in shared memory: one warp a program, nothing waits.
+"""`deformable_attention` in half precision, with the part of the table that a tile of queries needs in shared memory.
 
-What a score costs is not its products but its bias: four entries of the table, at a place that no two keys share. The
-general form reads them from the L1 cache, which looks up a line for every key and row of every read and is busy with
-that alone (docs/kernels.md). Here
+What a score costs is not its products but its bias: four entries of the table, at a place that no two keys share.
+The general form reads them from the L1 cache, which looks up a line for every key and row of every read and is busy
+with that alone (docs/kernels.md). Here
 
-- the head's table is in shared memory, {T[x], T[x + 1]} and the steps to their right in one entry of 8 bytes: one read
-  and one or two operations of half precision give a row's bias of two neighbouring queries (`half2`). There are zeros
+- the table is in shared memory, {T[x], T[x + 1]} and the steps to their right in one entry of 8 bytes: one read and
+  one or two operations of half precision give a row's bias of two neighbouring queries (`half2`). There are zeros
   around it, so nothing is masked;
-- scores are transposed, [keys, queries]: a thread of the matrix unit then holds 2 keys by all 8 rows of 2 columns of
-  queries, and what depends on the key alone is worked out once for 16 scores. The bias lands where the product wants
-  its accumulator;
+- where the bias of a key begins, and how far it is between entries, is worked out once a program for all queries,
+  and lies in shared memory, too;
+- queries are dealt out to the rows of the matrix product so that a thread has ROWS_A_LANE rows by 2 columns of the
+  map: its biases of a key are ROWS_A_LANE + 1 reads of neighbouring rows, and arrive where the product wants its
+  accumulator;
 - the shift of the softmax is not the largest score so far, which would be looked up across lanes for each key, but one
-  for each query that is known before: its largest score with SAMPLES of the keys, plus the largest bias, less LIFT. A
+  for each query that is known before: its largest score with SAMPLES blocks of keys, plus the largest bias, less LIFT. A
   weight is then 2^LIFT or so at most. Where that guess was bad, the sum of a query's weights says so: too small to be
   exact in half precision, or infinite. Such tiles are computed again, by the general form. So are those with a location
-  that is no number or far outside, and with a table that half precision does not hold;
-- a program is one warp, which waits for no other; keys, values, locations and bias of the next step are under way
-  while one is computed.
+  that is no number or far outside, and with a table that half precision does not hold.
 """
 
 import triton
@@ -27,6 +27,7 @@ from dat_deploy.plugins.half2 import (
     ASSEMBLY,
     half2,
     half2_first,
+    half2_firsts,
     half2_fma,
     half2_fma_of_first,
     half2_fma_of_second,
@@ -40,303 +41,354 @@ from dat_deploy.plugins.half2 import (
 __all__ = [
     "BLOCK_KEYS",
     "SHARED_KIB",
-    "TILE_ROWS",
     "deformable_attention_shared_table_kernel",
-    "padding",
-    "table_bytes",
+    "shared_bytes",
+    "tile",
 ]
 
-TILE_ROWS = 8
 BLOCK_KEYS = 16  # of one matrix product of a warp
 SAMPLES = tl.constexpr(2)  # blocks of keys that the shift is guessed from
 LIFT = tl.constexpr(6.0)
 LEAST_TOTAL = tl.constexpr(0.0625)  # below it weights are rounded more than the products are
 MOST_TOTAL = tl.constexpr(1e6)  # above it bfloat16, which holds larger weights, loses what they multiply
 LARGEST_ENTRY = tl.constexpr(30000.0)  # times sqrt(HEAD_DIM), so that a step between two is finite in half precision
-PAD_COLUMNS = tl.constexpr(2)
+PAD = tl.constexpr(
+    3
+)  # rows and columns of zeros before the table: for points MARGIN outside, and one that is gone back
+MARGIN = tl.constexpr(2)  # how many pixels outside of the map a location may lie
+AGAIN_ROWS = tl.constexpr(4)  # by 8 columns: a tile of what is computed again, for that takes more registers
+ENTRY = tl.constexpr(8 if ASSEMBLY.value else 1)  # bytes; in the interpreter an address is a number of entries
 
-# What the table may take. PTX declares it here, for Triton gives no shared memory that stays from step to step; in
-# whole KiB, so that what Triton takes after it begins at the same alignment.
-SHARED_KIB = (3, 7, 9, 16, 22, 29, 36)
-DECLARE_3 = tl.constexpr("{ .shared .align 1024 .b8 table[3072]; mov.u32 $0, table; }")
-DECLARE_7 = tl.constexpr("{ .shared .align 1024 .b8 table[7168]; mov.u32 $0, table; }")
-DECLARE_9 = tl.constexpr("{ .shared .align 1024 .b8 table[9216]; mov.u32 $0, table; }")
-DECLARE_16 = tl.constexpr("{ .shared .align 1024 .b8 table[16384]; mov.u32 $0, table; }")
-DECLARE_22 = tl.constexpr("{ .shared .align 1024 .b8 table[22528]; mov.u32 $0, table; }")
-DECLARE_29 = tl.constexpr("{ .shared .align 1024 .b8 table[29696]; mov.u32 $0, table; }")
-DECLARE_36 = tl.constexpr("{ .shared .align 1024 .b8 table[36864]; mov.u32 $0, table; }")
-
-
-def padding(height: int) -> int:
-    """Rows of zeros at either end of the table, for maps of this many rows."""
-    return 4 + max(0, TILE_ROWS - height)
+# What may be taken. PTX declares it here, for Triton gives no shared memory that stays from step to step; in whole KiB,
+# so that what Triton takes after it begins at the same alignment.
+SHARED_KIB = (3, 4, 6, 8, 10, 12, 14, 17, 20, 24, 28, 32, 36, 40)
+DECLARATIONS = tl.constexpr(
+    tuple(f"{{ .shared .align 1024 .b8 table[{1024 * kib}]; mov.u32 $0, table; }}" for kib in SHARED_KIB)
+)
 
 
-def table_bytes(height: int, table_height: int, table_width: int) -> int:
-    """Of shared memory."""
-    return 8 * (table_height + 2 * padding(height)) * (table_width + 3)
+def tile(rows_a_lane: int, lane_rows: int, warp_rows: int, warps: int) -> tuple[int, int]:
+    """Rows and columns of queries that a program has at once."""
+    return rows_a_lane * lane_rows * warp_rows, 2 * (8 // lane_rows) * (warps // warp_rows)
+
+
+def shared_bytes(height: int, width: int, tile_rows: int, columns: int, keys: int) -> int:
+    """Of the table and the places of keys, for tiles of these rows, all columns of a program together."""
+    rows, pitch = height + tile_rows + 5, (width + columns + 8) // 4 * 4
+    return 8 * (rows * pitch + -(-keys // BLOCK_KEYS) * BLOCK_KEYS)
 
 
 @triton.jit
-def _declare_shared(KIB: tl.constexpr, any_scalar):
+def _declare_shared(SIZE: tl.constexpr, any_scalar):
     """The address of so much shared memory, 0 in the interpreter.
 
     It is called pure, as all assembly here, for torch takes a kernel with any other to write all of its arguments. What
-    comes before what is then said by the data: `_fill_shared` returns what its stores return, and the address that is
+    comes before what is then said by the data: what fills it returns what its stores return, and the address that is
     read from is made of that.
     """
-    if not ASSEMBLY:
-        return 0
-    elif KIB == 3:
-        return tl.inline_asm_elementwise(DECLARE_3, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
-    elif KIB == 7:
-        return tl.inline_asm_elementwise(DECLARE_7, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
-    elif KIB == 9:
-        return tl.inline_asm_elementwise(DECLARE_9, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
-    elif KIB == 16:
-        return tl.inline_asm_elementwise(DECLARE_16, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
-    elif KIB == 22:
-        return tl.inline_asm_elementwise(DECLARE_22, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
-    elif KIB == 29:
-        return tl.inline_asm_elementwise(DECLARE_29, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
+    if ASSEMBLY:
+        address = tl.inline_asm_elementwise(
+            DECLARATIONS[SIZE], "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1
+        )
     else:
-        return tl.inline_asm_elementwise(DECLARE_36, "=r,r", [any_scalar], dtype=tl.int32, is_pure=True, pack=1)
+        address = 0
+    return address
 
 
 @triton.jit
 def _table_entry(table, row, column, TABLE_HEIGHT: tl.constexpr, TABLE_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Two neighbours and the steps to the right of them, as pairs, and the first alone; times sqrt(HEAD_DIM)."""
-    FACTOR: tl.constexpr = HEAD_DIM**0.5
-    LAST: tl.constexpr = TABLE_WIDTH - 1
-    table += row * TABLE_WIDTH
-    is_row = (row >= 0) & (row < TABLE_HEIGHT)
-    a = tl.load(table + tl.minimum(tl.maximum(column, 0), LAST), mask=is_row, other=0.0).to(tl.float32)
-    b = tl.load(table + tl.minimum(tl.maximum(column + 1, 0), LAST), mask=is_row, other=0.0).to(tl.float32)
-    c = tl.load(table + tl.minimum(tl.maximum(column + 2, 0), LAST), mask=is_row, other=0.0).to(tl.float32)
-    a *= tl.where((column >= 0) & (column <= LAST), FACTOR, 0.0)
-    b *= tl.where((column >= -1) & (column < LAST), FACTOR, 0.0)
-    c *= tl.where((column >= -2) & (column < LAST - 1), FACTOR, 0.0)
-    two = half2(a, b)
-    return two, half2_sub(half2(b, c), two), a
+    """An entry of the table times sqrt(HEAD_DIM), 0 outside of it; float32."""
+    inside = (row >= 0) & (row < TABLE_HEIGHT) & (column >= 0) & (column < TABLE_WIDTH)
+    return tl.load(table + (row * TABLE_WIDTH + column), mask=inside, other=0.0).to(tl.float32) * HEAD_DIM**0.5
 
 
 @triton.jit
-def _fill_shared(
+def _fill_table(
     address,
     table,
+    top,
+    left,
     TABLE_HEIGHT: tl.constexpr,
     TABLE_WIDTH: tl.constexpr,
-    PAD_ROWS: tl.constexpr,
-    FILL_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PITCH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Write the table to shared memory.
+    """Write ROWS by PITCH entries of the table, from row `top` and column `left` on, to shared memory.
 
-    Returns the largest entry, whether half precision holds all, and 0, which there is once all is written.
+    Returns the largest and the smallest of each lane, when all are there.
     """
-    PITCH: tl.constexpr = TABLE_WIDTH + 3
-    ROWS: tl.constexpr = TABLE_HEIGHT + 2 * PAD_ROWS
-    FILL_ROWS: tl.constexpr = 1024 // FILL_WIDTH
-    largest = tl.full((FILL_ROWS, FILL_WIDTH), float("-inf"), tl.float32)
-    smallest = tl.full((FILL_ROWS, FILL_WIDTH), float("inf"), tl.float32)
-    written = tl.zeros((FILL_ROWS, FILL_WIDTH), tl.int32)
-    column = tl.arange(0, FILL_WIDTH)[None, :]
-    is_column = (column >= PAD_COLUMNS) & (column < PAD_COLUMNS + TABLE_WIDTH)
-    for first_row in range(0, ROWS, FILL_ROWS):
-        row = first_row + tl.arange(0, FILL_ROWS)[:, None]
-        two, steps, entry = _table_entry(
-            table, row - PAD_ROWS, column - PAD_COLUMNS, TABLE_HEIGHT, TABLE_WIDTH, HEAD_DIM
-        )
-        is_entry = is_column & (row >= PAD_ROWS) & (row < PAD_ROWS + TABLE_HEIGHT)
-        largest = tl.maximum(largest, tl.where(is_entry, entry, float("-inf")))
-        smallest = tl.minimum(smallest, entry)
-        if ASSEMBLY:
-            written |= tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p st.shared.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0; }",
-                "=r,r,r,r,r",
-                [address + 8 * (row * PITCH + column), two, steps, ((column < PITCH) & (row < ROWS)).to(tl.int32)],
-                dtype=tl.int32,
+    FOURS: tl.constexpr = PITCH // 4
+    largest = tl.zeros((LANES,), tl.float32)
+    smallest = tl.zeros((LANES,), tl.float32)
+    for first in range(0, ROWS * FOURS, LANES):
+        n = first + tl.arange(0, LANES)
+        row, column = n // FOURS + top, n % FOURS * 4 + left
+        a = _table_entry(table, row, column, TABLE_HEIGHT, TABLE_WIDTH, HEAD_DIM)
+        b = _table_entry(table, row, column + 1, TABLE_HEIGHT, TABLE_WIDTH, HEAD_DIM)
+        c = _table_entry(table, row, column + 2, TABLE_HEIGHT, TABLE_WIDTH, HEAD_DIM)
+        d = _table_entry(table, row, column + 3, TABLE_HEIGHT, TABLE_WIDTH, HEAD_DIM)
+        e = _table_entry(table, row, column + 4, TABLE_HEIGHT, TABLE_WIDTH, HEAD_DIM)
+        f = _table_entry(table, row, column + 5, TABLE_HEIGHT, TABLE_WIDTH, HEAD_DIM)
+        most, least = tl.maximum(tl.maximum(a, b), tl.maximum(c, d)), tl.minimum(tl.minimum(a, b), tl.minimum(c, d))
+        if ASSEMBLY:  # returns `most`, so that whoever has it knows that the entries are written
+            most = tl.inline_asm_elementwise(
+                "{ .reg .pred p; .reg .b32 ab, bc, cd, de; setp.lt.s32 p, $7, $8; sub.rn.f16x2 ab, $3, $2;"
+                " sub.rn.f16x2 bc, $4, $3; sub.rn.f16x2 cd, $5, $4; sub.rn.f16x2 de, $6, $5;"
+                " @p st.shared.v4.b32 [$1], {$2, ab, $3, bc}; @p st.shared.v4.b32 [$1 + 16], {$4, cd, $5, de};"
+                " mov.b32 $0, $9; }",
+                "=f,r,r,r,r,r,r,r,n,f",
+                [
+                    address + 32 * n,
+                    half2(a, b),
+                    half2(b, c),
+                    half2(c, d),
+                    half2(d, e),
+                    half2(e, f),
+                    n,
+                    ROWS * FOURS,
+                    most,
+                ],
+                dtype=tl.float32,
                 is_pure=True,
                 pack=1,
             )
-    largest, smallest = tl.max(largest), tl.min(smallest)
-    return largest, (largest < LARGEST_ENTRY) & (smallest > -LARGEST_ENTRY), tl.max(written)
+        largest, smallest = tl.maximum(largest, most), tl.minimum(smallest, least)
+    return largest, smallest
 
 
 @triton.jit
-def _floor(x):
-    """The floor of 0 <= x < 2^22, as float32 and as int32. Rounding is quick, converting is not."""
-    if ASSEMBLY:
-        moved = tl.inline_asm_elementwise(
-            "add.rm.f32 $0, $1, 0f4B000000;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return moved - 8388608.0, moved.to(tl.int32, bitcast=True) & 0x7FFFFF
-    else:
-        return tl.floor(x), tl.floor(x).to(tl.int32)
-
-
-@triton.jit
-def _locations_of(sampling_locations, first_key, keys):
-    """y and x of eight keys, then of the next eight, [8, 1] each; beyond the last key that of the last."""
-    n = first_key + tl.arange(0, 8)[:, None]
-    early = sampling_locations + 2 * tl.minimum(n, keys - 1)
-    late = sampling_locations + 2 * tl.minimum(n + 8, keys - 1)
-    return tl.load(early), tl.load(early + 1), tl.load(late), tl.load(late + 1)
-
-
-@triton.jit
-def _table_rows(
-    address,
-    table,
-    location_y,
-    location_x,
-    query_y,
-    query_x,
-    lag_x,
+def _place(
+    sampling_locations,
+    n,
+    keys,
+    height,
+    width,
     TABLE_HEIGHT: tl.constexpr,
     TABLE_WIDTH: tl.constexpr,
-    PAD_ROWS: tl.constexpr,
+    PITCH: tl.constexpr,
+    HALF_PIXEL: tl.constexpr,
+):
+    """Where the bias of keys n to the map's first query is; beyond the last key that of the last.
+
+    Returns the entry, how far below and right of it as a pair, and whether the location is a number and near the map.
+    """
+    STEP_Y: tl.constexpr = 0.25 * (TABLE_HEIGHT - 1)
+    STEP_X: tl.constexpr = 0.25 * (TABLE_WIDTH - 1)
+    MOST_Y: tl.constexpr = TABLE_HEIGHT // 2 + PAD + MARGIN - 0.01
+    MOST_X: tl.constexpr = TABLE_WIDTH // 2 + PAD + MARGIN - 0.01
+    start = sampling_locations + 2 * tl.minimum(n, keys - 1)
+    y = (grid_coordinate(0, height, HALF_PIXEL) + 2) * STEP_Y + PAD - tl.load(start) * STEP_Y
+    x = (grid_coordinate(0, width, HALF_PIXEL) + 2) * STEP_X + PAD - tl.load(start + 1) * STEP_X
+    is_near = (y >= 1) & (y <= MOST_Y) & (x >= 1) & (x <= MOST_X)
+    y, x = tl.minimum(tl.maximum(y, 1.0), MOST_Y), tl.minimum(tl.maximum(x, 1.0), MOST_X)
+    row, column = tl.floor(y), tl.floor(x)
+    return row.to(tl.int32) * PITCH + column.to(tl.int32), half2(y - row, x - column), is_near
+
+
+@triton.jit
+def _fill_places(
+    address,
+    first_entry,
+    sampling_locations,
+    keys,
+    height,
+    width,
+    KEYS: tl.constexpr,
+    TABLE_HEIGHT: tl.constexpr,
+    TABLE_WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
+    HALF_PIXEL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Write `_place` of each key to shared memory. Returns 0, or -inf in a lane of a key that is not near, then."""
+    smallest = tl.zeros((LANES,), tl.float32)
+    for first in range(0, KEYS, LANES):
+        n = first + tl.arange(0, LANES)
+        entry, fractions, is_near = _place(
+            sampling_locations, n, keys, height, width, TABLE_HEIGHT, TABLE_WIDTH, PITCH, HALF_PIXEL
+        )
+        far = tl.where(is_near, 0.0, float("-inf"))
+        if ASSEMBLY:
+            far = tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.lt.s32 p, $4, $5; @p st.shared.v2.b32 [$1], {$2, $3}; mov.b32 $0, $6; }",
+                "=f,r,r,r,r,n,f",
+                [address + 8 * n, first_entry + 8 * entry, fractions, n, KEYS, far],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+        smallest = tl.minimum(smallest, far)
+    return smallest
+
+
+@triton.jit
+def _settled(entry, fractions, lags, lag_x, PITCH: tl.constexpr):
+    """Go on from the map's first query to a lane's, which lies `lags` less than whole entries from it.
+
+    Returns the entry before that query, and pairs: how far it is below and right of it; how far right its two columns
+    are, of the second nothing if it is left of its own entry; and how far left, of the second alone.
+    """
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p, q; .reg .b16 y, x; .reg .b32 v, m, z, a; mov.b32 z, 0;"
+            " sub.rn.f16x2 v, $5, $6; setp.lt.f16x2 p|q, v, z; set.lt.f16x2.f16x2 m, v, z; add.rn.f16x2 v, v, m;"
+            " mov.b32 a, $4; @p sub.s32 a, a, $8; @q sub.s32 a, a, 8;"
+            " mov.b32 {y, x}, v; mov.b32 z, {x, x};"
+            " sub.rn.sat.f16x2 m, z, $7; sub.rn.sat.f16x2 z, $7, z;"
+            " mov.b32 $0, a; mov.b32 $1, v; mov.b32 $2, m; mov.b32 $3, z; }",
+            "=r,=r,=r,=r,r,r,r,r,n",
+            [entry, fractions, lags, lag_x, 8 * PITCH],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        y = half2_first(fractions).to(tl.float32) - half2_first(lags).to(tl.float32)
+        x = half2_second(fractions).to(tl.float32) - half2_second(lags).to(tl.float32)
+        entry -= tl.where(y < 0, PITCH, 0) + tl.where(x < 0, 1, 0)
+        y, x = tl.where(y < 0, y + 1, y), tl.where(x < 0, x + 1, x)
+        second = x - half2_second(lag_x).to(tl.float32)
+        return entry, half2(y, x), half2(x, tl.maximum(second, 0.0)), half2(x * 0, tl.maximum(-second, 0.0))
+
+
+@triton.jit
+def _rows_of(
+    table,
+    entry,
+    fractions,
+    lags,
+    lag_x,
+    top,
+    left,
+    TABLE_HEIGHT: tl.constexpr,
+    TABLE_WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PIXEL: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
+    ROWS_A_LANE: tl.constexpr,
 ):
-    """The rows of the table around a tile's rows of queries, for eight keys, blended in x.
-
-    Args:
-        query_y, query_x: of the tile's first query; lag_x: how much less than an entry of the table it is from one
-            column of queries to the next.
-
-    Returns:
-        How far below the first (HALF_PIXEL: the second) of these rows the first row of queries lies, 0 to 1, [8, 1]
-        float32; and the rows, each of int32 [8, 4]: pairs of columns of queries. The first of each pair, and so a
-        query of every tile, is NaN where the location is no number, or so far outside that there is no such row.
-    """
-    ABOVE: tl.constexpr = 1 if HALF_PIXEL else 0
-    PITCH: tl.constexpr = TABLE_WIDTH + 3
-    LAST: tl.constexpr = TABLE_HEIGHT + 2 * PAD_ROWS - ABOVE - TILE_ROWS - 0.5
-    y = ((query_y - location_y) * 0.5 + 1) * (0.5 * (TABLE_HEIGHT - 1)) + (PAD_ROWS - ABOVE)
-    x = ((query_x - location_x) * 0.5 + 1) * (0.5 * (TABLE_WIDTH - 1)) + PAD_COLUMNS
-    is_near = (y >= 0) & (y <= LAST) & (x == x)
-    y = tl.minimum(tl.maximum(y, 0.0), LAST)
-    top, row = _floor(y)
-
-    x += 2 * tl.arange(0, 4)[None, :] * (1 - lag_x)
-    x = tl.minimum(tl.maximum(x, 0.0), TABLE_WIDTH + PAD_COLUMNS * 1.0)
-    left, column = _floor(x)
-    right_of_first = tl.where(is_near, x - left, float("nan"))
-    right_of_second = right_of_first - lag_x  # of the entry after it; below 0 it is left of that
-    weights = half2(right_of_first, tl.maximum(right_of_second, 0.0))
-    back = half2(right_of_first * 0, tl.minimum(right_of_second, 0.0))
-
-    entry = row * PITCH + column
+    """How far below its entry a lane's first query is, in the first of a pair; and the ROWS_A_LANE + 1 rows of the
+    table from that entry on, blended in x: a pair of columns of queries each."""
+    if HALF_PIXEL:
+        entry, fractions, right_steps, left_steps = _settled(entry, fractions, lags, lag_x, PITCH)
     rows = ()
-    for r in tl.static_range(TILE_ROWS + 1 + ABOVE):
+    for r in tl.static_range(ROWS_A_LANE + 1):
         if ASSEMBLY:
             two, steps = tl.inline_asm_elementwise(
                 "ld.shared.v2.b32 {$0, $1}, [$2];",
                 "=r,=r,r",
-                [address + 8 * (entry + r * PITCH)],
+                [entry + 8 * PITCH * r],
                 dtype=(tl.int32, tl.int32),
                 is_pure=True,
                 pack=1,
             )
         else:
-            two, steps, _ = _table_entry(
-                table,
-                (entry + r * PITCH) // PITCH - PAD_ROWS,
-                (entry + r * PITCH) % PITCH - PAD_COLUMNS,
-                TABLE_HEIGHT,
-                TABLE_WIDTH,
-                HEAD_DIM,
-            )
-        blended = half2_fma(steps, weights, two)
+            row, column = (entry + PITCH * r) // PITCH + top, (entry + PITCH * r) % PITCH + left
+            a = _table_entry(table, row, column, TABLE_HEIGHT, TABLE_WIDTH, HEAD_DIM)
+            b = _table_entry(table, row, column + 1, TABLE_HEIGHT, TABLE_WIDTH, HEAD_DIM)
+            c = _table_entry(table, row, column + 2, TABLE_HEIGHT, TABLE_WIDTH, HEAD_DIM)
+            two = half2(a, b)
+            steps = half2_sub(half2(b, c), two)
         if HALF_PIXEL:
-            blended = half2_fma_of_first(steps, back, blended)
-        rows = rows + (blended,)
-    return y - top, rows
+            row_of_two = half2_fnma_of_first(steps, left_steps, half2_fma(steps, right_steps, two))
+        else:
+            row_of_two = half2_fma_of_second(fractions, steps, two)
+        rows = rows + (row_of_two,)
+    return fractions, rows
 
 
 @triton.jit
-def _joined(parts, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT tensors [8, 4], every STEP-th from FIRST, on a new last axis."""
-    if COUNT == 2:
-        joined = tl.join(parts[FIRST], parts[FIRST + STEP])
-    else:
-        even = _joined(parts, FIRST, STEP * 2, COUNT // 2)
-        odd = _joined(parts, FIRST + STEP, STEP * 2, COUNT // 2)
-        joined = tl.reshape(tl.join(even, odd), (8, 4, COUNT))
-    return joined
-
-
-@triton.jit
-def _packed_bias(
-    address,
+def _biases_of_eight(
+    places,
     table,
-    locations,
-    query_y,
-    query_x,
-    lag_y,
+    sampling_locations,
+    first_key,
+    keys,
+    lane,
+    offset,
+    height,
+    width,
+    lags,
     lag_x,
+    lag_y,
+    top,
+    left,
     TABLE_HEIGHT: tl.constexpr,
     TABLE_WIDTH: tl.constexpr,
-    PAD_ROWS: tl.constexpr,
+    PITCH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PIXEL: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
+    ROWS_A_LANE: tl.constexpr,
 ):
-    """The bias of 16 keys to the tile, times sqrt(HEAD_DIM): int32 [8 keys, 4 pairs of columns, rows · 2 · 8 keys]."""
-    ABOVE: tl.constexpr = 1 if HALF_PIXEL else 0
-    early_y, early_x, late_y, late_x = locations
-    early_below, early_rows = _table_rows(
-        address,
+    """The biases, times sqrt(HEAD_DIM), of eight keys, of which a lane has two neighbouring ones, to its queries.
+
+    Returns a tensor of pairs of columns for each row of a lane and each of its two keys, the key fastest.
+    """
+    if ASSEMBLY:
+        a, fractions_a, b, fractions_b = tl.inline_asm_elementwise(
+            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,r",
+            [places + 8 * first_key + 16 * (lane % 4)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        n = first_key + 2 * (lane % 4)
+        a, fractions_a, _ = _place(
+            sampling_locations, n, keys, height, width, TABLE_HEIGHT, TABLE_WIDTH, PITCH, HALF_PIXEL
+        )
+        b, fractions_b, _ = _place(
+            sampling_locations, n + 1, keys, height, width, TABLE_HEIGHT, TABLE_WIDTH, PITCH, HALF_PIXEL
+        )
+    below_a, rows_a = _rows_of(
         table,
-        early_y,
-        early_x,
-        query_y,
-        query_x,
+        a + offset,
+        fractions_a,
+        lags,
         lag_x,
+        top,
+        left,
         TABLE_HEIGHT,
         TABLE_WIDTH,
-        PAD_ROWS,
+        PITCH,
         HEAD_DIM,
         HALF_PIXEL,
-        TILE_ROWS,
+        ROWS_A_LANE,
     )
-    late_below, late_rows = _table_rows(
-        address,
+    below_b, rows_b = _rows_of(
         table,
-        late_y,
-        late_x,
-        query_y,
-        query_x,
+        b + offset,
+        fractions_b,
+        lags,
         lag_x,
+        top,
+        left,
         TABLE_HEIGHT,
         TABLE_WIDTH,
-        PAD_ROWS,
+        PITCH,
         HEAD_DIM,
         HALF_PIXEL,
-        TILE_ROWS,
+        ROWS_A_LANE,
     )
-    below = half2(early_below, late_below)
-    biases = ()
-    for i in tl.static_range(TILE_ROWS):
-        if HALF_PIXEL:  # row i lies around the (i + 1)-th of the table's, from -1 to 1 of it
-            lag = i * lag_y + tl.zeros((1, 1), tl.float32)
+    below = half2_firsts(below_a, below_b)
+    biases, steps_a, steps_b = (), (), ()
+    for i in tl.static_range(ROWS_A_LANE):
+        step_a, step_b = half2_sub(rows_a[i + 1], rows_a[i]), half2_sub(rows_b[i + 1], rows_b[i])
+        if HALF_PIXEL and i > 0:  # row i lies around the i-th of the table's, from -1 to 1 of it
+            lag = i * lag_y + tl.zeros((1,), tl.float32)
             lag = half2(lag, lag)
             down, up = half2_part_above(below, lag), half2_part_above(lag, below)
+            bias_a = half2_fnma_of_first(up, steps_a[i - 1], half2_fma_of_first(down, step_a, rows_a[i]))
+            bias_b = half2_fnma_of_second(up, steps_b[i - 1], half2_fma_of_second(down, step_b, rows_b[i]))
         else:
-            down = below
-        early = half2_fma_of_first(
-            down, half2_sub(early_rows[i + ABOVE + 1], early_rows[i + ABOVE]), early_rows[i + ABOVE]
-        )
-        late = half2_fma_of_second(
-            down, half2_sub(late_rows[i + ABOVE + 1], late_rows[i + ABOVE]), late_rows[i + ABOVE]
-        )
-        if HALF_PIXEL:
-            early = half2_fnma_of_first(up, half2_sub(early_rows[i + 1], early_rows[i]), early)
-            late = half2_fnma_of_second(up, half2_sub(late_rows[i + 1], late_rows[i]), late)
-        biases = biases + (early, late)
-    return _joined(biases, 0, 1, 2 * TILE_ROWS)
+            bias_a = half2_fma_of_first(below, step_a, rows_a[i])
+            bias_b = half2_fma_of_second(below, step_b, rows_b[i])
+        steps_a, steps_b = steps_a + (step_a,), steps_b + (step_b,)
+        biases = biases + (bias_a, bias_b)
+    return biases
 
 
 @triton.jit
@@ -349,7 +401,7 @@ def _tiles_again(
     output,
     first_row,
     first_new_row,
-    first_column,
+    leftmost,
     height,
     width,
     keys,
@@ -360,44 +412,44 @@ def _tiles_again(
     TABLE_WIDTH: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    COLUMN_TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """Compute what a program has stored by the general form; in half tiles, for that takes more registers."""
-    ROWS: tl.constexpr = TILE_ROWS // 2
-    in_tile = tl.arange(0, ROWS * 8)
+    """Compute what a program has stored by the general form."""
+    in_tile = tl.arange(0, AGAIN_ROWS * 8)
     dim = tl.arange(0, HEAD_DIM)[None, :]
-    for part in range(2 * COLUMN_TILES):
-        top, left = first_row + part % 2 * ROWS, first_column + part // 2 * 8
-        row, column = top + in_tile // 8, left + in_tile % 8
-        is_query = ((row < height) & (column < width))[:, None]
-        query_offset = (row * width + column)[:, None] * CHANNELS + dim
-        attended = attend_to_all(
-            tl.load(query + query_offset, mask=is_query, other=0.0),
-            key,
-            value,
-            sampling_locations,
-            table,
-            top,
-            left,
-            height,
-            width,
-            keys,
-            table_height,
-            CHANNELS,
-            HEAD_DIM,
-            HALF_PIXEL,
-            TABLE_WIDTH,
-            0,
-            False,
-            EVEN_KEYS,
-            HEAD_DIM,
-            ROWS,
-            8,
-            BLOCK_KEYS,
-        )
-        is_new = is_query & (row >= first_new_row)[:, None]
-        tl.store(output + query_offset, attended.to(output.dtype.element_ty), mask=is_new)
+    for down in range(0, TILE_ROWS, AGAIN_ROWS):
+        for across in range(0, COLUMNS, 8):
+            top, left = first_row + down, leftmost + across
+            row, column = top + in_tile // 8, left + in_tile % 8
+            is_query = ((row < height) & (column < width))[:, None]
+            query_offset = (row * width + column)[:, None] * CHANNELS + dim
+            attended = attend_to_all(
+                tl.load(query + query_offset, mask=is_query, other=0.0),
+                key,
+                value,
+                sampling_locations,
+                table,
+                top,
+                left,
+                height,
+                width,
+                keys,
+                table_height,
+                CHANNELS,
+                HEAD_DIM,
+                HALF_PIXEL,
+                TABLE_WIDTH,
+                0,
+                False,
+                EVEN_KEYS,
+                HEAD_DIM,
+                AGAIN_ROWS,
+                8,
+                BLOCK_KEYS,
+            )
+            is_own = (row >= first_new_row) & (row < first_row + TILE_ROWS) & (column < leftmost + COLUMNS)
+            tl.store(output + query_offset, attended.to(output.dtype.element_ty), mask=is_query & is_own[:, None])
 
 
 @triton.jit(do_not_specialize=["height", "width", "keys", "table_height"])
@@ -418,22 +470,32 @@ def deformable_attention_shared_table_kernel(
     HALF_PIXEL: tl.constexpr,
     TABLE_HEIGHT: tl.constexpr,
     TABLE_WIDTH: tl.constexpr,
-    PAD_ROWS: tl.constexpr,
-    FILL_WIDTH: tl.constexpr,
-    SHARED_KIB: tl.constexpr,
+    KEYS: tl.constexpr,
+    SHARED_SIZE: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
+    ROWS_A_LANE: tl.constexpr,
+    LANE_ROWS: tl.constexpr,
+    WARP_ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
     """Grid: image, head, rows of queries, columns of them; the last fastest. Layouts as in the general form.
 
-    A program takes COLUMN_TILES tiles of TILE_ROWS x 8 queries, one after the other.
+    A program takes COLUMN_TILES tiles of queries (`tile`), one after the other. Fragment i of a tile is row i of every
+    lane's queries, 16 a warp: first the left ones of the pairs of columns of eight lanes, PAIRS across by LANE_ROWS
+    down, then the right ones. Warps go on down WARP_ROWS times, then to the right.
     """
     CHANNELS: tl.constexpr = NUM_HEADS * HEAD_DIM
-    TILE: tl.constexpr = TILE_ROWS * 8
     SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5
-    programs_across = tl.cdiv(width, 8 * COLUMN_TILES)
+    PAIRS: tl.constexpr = 8 // LANE_ROWS
+    QUERIES: tl.constexpr = 16 * WARPS
+    TILE_ROWS: tl.constexpr = ROWS_A_LANE * LANE_ROWS * WARP_ROWS
+    TILE_COLUMNS: tl.constexpr = 2 * PAIRS * (WARPS // WARP_ROWS)
+    COLUMNS: tl.constexpr = TILE_COLUMNS * COLUMN_TILES
+    ROWS: tl.constexpr = (TABLE_HEIGHT + 1) // 2 + TILE_ROWS + PAD + MARGIN
+    PITCH: tl.constexpr = ((TABLE_WIDTH + 1) // 2 + COLUMNS + PAD + MARGIN + 3) // 4 * 4
+    programs_across = tl.cdiv(width, COLUMNS)
     programs = tl.cdiv(height, TILE_ROWS) * programs_across
     program = tl.program_id(0)
     head = program // programs % NUM_HEADS
@@ -441,6 +503,7 @@ def deformable_attention_shared_table_kernel(
     group = head // (NUM_HEADS // OFFSET_GROUPS)
     first_new_row = program % programs // programs_across * TILE_ROWS
     first_row = tl.minimum(first_new_row, tl.maximum(height - TILE_ROWS, 0))  # up into the tile before, as there
+    leftmost = program % programs_across * COLUMNS
 
     query += image * (height * width * CHANNELS) + head * HEAD_DIM
     output += image * (height * width * CHANNELS) + head * HEAD_DIM
@@ -449,105 +512,151 @@ def deformable_attention_shared_table_kernel(
     sampling_locations += (image * OFFSET_GROUPS + group) * (keys * 2)
     table = relative_position_bias_table + head * (TABLE_HEIGHT * TABLE_WIDTH)
 
-    address = _declare_shared(SHARED_KIB, program)
-    largest_bias, is_held, written = _fill_shared(
-        address, table, TABLE_HEIGHT, TABLE_WIDTH, PAD_ROWS, FILL_WIDTH, HEAD_DIM
+    places = _declare_shared(SHARED_SIZE, program)
+    top, left = first_row - PAD, leftmost - PAD
+    largest_bias, smallest_bias = _fill_table(
+        places + ENTRY * KEYS, table, top, left, TABLE_HEIGHT, TABLE_WIDTH, ROWS, PITCH, HEAD_DIM, 128 * WARPS
     )
+    far = _fill_places(
+        places,
+        places + ENTRY * KEYS,
+        sampling_locations,
+        keys,
+        height,
+        width,
+        KEYS,
+        TABLE_HEIGHT,
+        TABLE_WIDTH,
+        PITCH,
+        HALF_PIXEL,
+        128 * WARPS,
+    )
+    largest_bias, smallest_bias = tl.max(largest_bias, 0), tl.min(tl.minimum(smallest_bias, far), 0)
+    are_exact = (largest_bias < LARGEST_ENTRY) & (smallest_bias > -LARGEST_ENTRY)
+    keys_held = tl.where(are_exact, keys, 0)
     tl.debug_barrier()
     if ASSEMBLY:
-        address = tl.inline_asm_elementwise(
-            "bar.warp.sync 0xffffffff; add.s32 $0, $1, $2;",
-            "=r,r,r",
-            [address, written],
+        places = tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
+            "=r,r,f,f",
+            [places, largest_bias, smallest_bias],
             dtype=tl.int32,
             is_pure=True,
             pack=1,
         )
-    keys_held = tl.where(is_held, keys, 0)
 
     lag_y, lag_x = 0.0, 0.0
     if HALF_PIXEL:
         lag_y, lag_x = 1 - (height - 1) / height, 1 - (width - 1) / width
-    query_y = grid_coordinate(first_row, height, HALF_PIXEL)
-    in_tile = tl.arange(0, TILE)
-    row = first_row + in_tile // 8
+    lane = tl.arange(0, 32 * WARPS)
+    lane_row = (lane // 4 % 8 // PAIRS + lane // 32 % WARP_ROWS * LANE_ROWS) * ROWS_A_LANE
+    lane_column = 2 * (lane // 4 % PAIRS + lane // (32 * WARP_ROWS) * PAIRS)
+    lag_of_second = tl.zeros((1,), tl.float32) + lag_x
+    lag_of_second = half2(lag_of_second * 0, lag_of_second)  # of a plain 0 it would be put together at each use
+    in_fragment = tl.arange(0, QUERIES)
+    eighth = in_fragment % 8
+    row = first_row + (eighth // PAIRS + in_fragment // 16 % WARP_ROWS * LANE_ROWS) * ROWS_A_LANE
+    in_tile_column = 2 * (eighth % PAIRS + in_fragment // (16 * WARP_ROWS) * PAIRS) + in_fragment // 8 % 2
     dim = tl.arange(0, HEAD_DIM)[None, :]
     in_block = tl.arange(0, BLOCK_KEYS)
-    are_exact = is_held
+    diagonal = (tl.arange(0, HEAD_DIM)[:, None] == dim).to(query.dtype.element_ty)
     ones = tl.full((BLOCK_KEYS, 8), 1.0, value.dtype.element_ty)
     for column_tile in tl.range(0, COLUMN_TILES, disable_licm=True):
-        first_column = (program % programs_across * COLUMN_TILES + column_tile) * 8
-        query_x = grid_coordinate(first_column, width, HALF_PIXEL)
-        column = first_column + in_tile % 8
-        is_query = (row < height) & (column < width)
-        query_offset = (row * width + column)[:, None] * CHANNELS + dim
-        qt = tl.trans(tl.load(query + query_offset, mask=is_query[:, None], other=0.0))
+        first_column = leftmost + column_tile * TILE_COLUMNS
+        column = first_column + in_tile_column
+        lags = half2((first_row + lane_row) * lag_y, (first_column + lane_column) * lag_x)
+        offset = ENTRY * (lane_row * PITCH + first_column - leftmost + lane_column)
+        queries, shifts, attended, totals = (), (), (), ()
+        for i in tl.static_range(ROWS_A_LANE):
+            is_query = ((row + i < height) & (column < width))[:, None]
+            q = tl.load(query + (((row + i) * width + column)[:, None] * CHANNELS + dim), mask=is_query, other=0.0)
+            largest = tl.full((QUERIES, BLOCK_KEYS), float("-inf"), tl.float32)
+            for sample in tl.static_range(SAMPLES):
+                n = (sample * BLOCK_KEYS + in_block) * keys // (SAMPLES * BLOCK_KEYS)
+                largest = tl.maximum(largest, tl.dot(q, tl.trans(tl.load(key + n[:, None] * CHANNELS + dim))))
+            shifts = shifts + ((tl.max(largest, 1) + largest_bias) * SCALE - LIFT,)
+            # By a product with ones on the diagonal to registers, where the next product wants them; else Triton would
+            # read them from shared memory for every block of keys.
+            queries = queries + (tl.dot(q, diagonal).to(q.dtype),)
+            attended = attended + (tl.zeros((QUERIES, HEAD_DIM), tl.float32),)
+            totals = totals + (tl.zeros((QUERIES, 8), tl.float32),)  # 8 times the same
 
-        largest = tl.full((BLOCK_KEYS, TILE), float("-inf"), tl.float32)
-        for sample in tl.static_range(SAMPLES):
-            n = (sample * BLOCK_KEYS + in_block) * keys // (SAMPLES * BLOCK_KEYS)
-            largest = tl.maximum(largest, tl.dot(tl.load(key + n[:, None] * CHANNELS + dim), qt))
-        shift = (tl.max(largest, 0) + largest_bias) * SCALE - LIFT
-
-        total = tl.zeros((TILE, 8), tl.float32)  # 8 times the same
-        attended = tl.zeros((TILE, HEAD_DIM), tl.float32)
-        next_locations = _locations_of(sampling_locations, BLOCK_KEYS, keys)
-        next_bias = _packed_bias(
-            address,
-            table,
-            _locations_of(sampling_locations, 0, keys),
-            query_y,
-            query_x,
-            lag_y,
-            lag_x,
-            TABLE_HEIGHT,
-            TABLE_WIDTH,
-            PAD_ROWS,
-            HEAD_DIM,
-            HALF_PIXEL,
-            TILE_ROWS,
-        )
         for first_key in tl.range(0, keys_held, BLOCK_KEYS):
             n = first_key + in_block
             if EVEN_KEYS:
                 k = tl.load(key + n[:, None] * CHANNELS + dim)
                 v = tl.load(value + n[:, None] * CHANNELS + dim)
-            else:
+            else:  # the weight of no key multiplies nothing, and is not counted
                 k = tl.load(key + n[:, None] * CHANNELS + dim, mask=(n < keys)[:, None], other=0.0)
                 v = tl.load(value + n[:, None] * CHANNELS + dim, mask=(n < keys)[:, None], other=0.0)
-            # Key in eight, pair of columns, row, eight -> eight, key in eight, row, pair, which of the pair.
-            pairs = tl.trans(tl.reshape(next_bias, (8, 4, TILE_ROWS, 2)), 3, 0, 2, 1)
-            bias = tl.reshape(tl.join(half2_first(pairs), half2_second(pairs)), (BLOCK_KEYS, TILE)).to(tl.float32)
-            if not EVEN_KEYS:
-                if first_key + BLOCK_KEYS > keys:
-                    bias = tl.where((n < keys)[:, None], bias, -1e30)
-            next_bias = _packed_bias(
-                address,
+                ones = (n[:, None] + tl.zeros((1, 8), tl.int32) < keys).to(v.dtype)
+            kt = tl.trans(k)
+            early = _biases_of_eight(
+                places,
                 table,
-                next_locations,
-                query_y,
-                query_x,
+                sampling_locations,
+                first_key,
+                keys,
+                lane,
+                offset,
+                height,
+                width,
+                lags,
+                lag_of_second,
                 lag_y,
-                lag_x,
+                top,
+                left,
                 TABLE_HEIGHT,
                 TABLE_WIDTH,
-                PAD_ROWS,
+                PITCH,
                 HEAD_DIM,
                 HALF_PIXEL,
-                TILE_ROWS,
+                ROWS_A_LANE,
             )
-            next_locations = _locations_of(sampling_locations, first_key + 2 * BLOCK_KEYS, keys)
-            scores = tl.dot(k, qt, acc=bias)
-            weights = tl.trans(tl.exp2(scores * SCALE - shift[None, :]).to(v.dtype))
-            attended = tl.dot(weights, v, acc=attended)
-            total = tl.dot(weights, ones, acc=total)
+            late = _biases_of_eight(
+                places,
+                table,
+                sampling_locations,
+                first_key + 8,
+                keys,
+                lane,
+                offset,
+                height,
+                width,
+                lags,
+                lag_of_second,
+                lag_y,
+                top,
+                left,
+                TABLE_HEIGHT,
+                TABLE_WIDTH,
+                PITCH,
+                HEAD_DIM,
+                HALF_PIXEL,
+                ROWS_A_LANE,
+            )
+            new_attended, new_totals = (), ()
+            for i in tl.static_range(ROWS_A_LANE):
+                pairs = tl.join(tl.join(early[2 * i], early[2 * i + 1]), tl.join(late[2 * i], late[2 * i + 1]))
+                # Warp, eighth, two keys, which of the two, eight keys, which query of the pair.
+                pairs = tl.reshape(tl.join(half2_first(pairs), half2_second(pairs)), (WARPS, 8, 4, 2, 2, 2))
+                bias = tl.reshape(tl.permute(pairs, (0, 5, 1, 4, 2, 3)), (QUERIES, BLOCK_KEYS)).to(tl.float32)
+                scores = tl.dot(queries[i], kt, acc=bias)
+                weights = tl.exp2(scores * SCALE - shifts[i][:, None]).to(v.dtype)
+                new_attended = new_attended + (tl.dot(weights, v, acc=attended[i]),)
+                new_totals = new_totals + (tl.dot(weights, ones, acc=totals[i]),)
+            attended, totals = new_attended, new_totals
 
-        sums = tl.max(total, 1)
-        is_exact = (sums >= LEAST_TOTAL) & (sums < MOST_TOTAL)
-        are_exact = are_exact & (tl.min((is_exact | ~is_query).to(tl.int32), 0) == 1)
-        attended *= (1 / sums)[:, None]
-        is_new = (is_query & (row >= first_new_row))[:, None]
-        tl.store(output + query_offset, attended.to(output.dtype.element_ty), mask=is_new)
+        is_exact = tl.full((QUERIES,), True, tl.int1)
+        for i in tl.static_range(ROWS_A_LANE):
+            is_query = (row + i < height) & (column < width)
+            sums = tl.max(totals[i], 1)
+            is_exact = is_exact & (((sums >= LEAST_TOTAL) & (sums < MOST_TOTAL)) | ~is_query)
+            result = attended[i] * (1 / sums)[:, None]
+            is_new = (is_query & (row + i >= first_new_row))[:, None]
+            end = output + (((row + i) * width + column)[:, None] * CHANNELS + dim)
+            tl.store(end, result.to(output.dtype.element_ty), mask=is_new)
+        are_exact = are_exact & (tl.min(is_exact.to(tl.int32), 0) == 1)
 
     if not are_exact:
         tl.debug_barrier()  # other threads may store there now
@@ -560,7 +669,7 @@ def deformable_attention_shared_table_kernel(
             output,
             first_row,
             first_new_row,
-            program % programs_across * COLUMN_TILES * 8,
+            leftmost,
             height,
             width,
             keys,
@@ -571,6 +680,6 @@ def deformable_attention_shared_table_kernel(
             TABLE_WIDTH,
             EVEN_KEYS,
             TILE_ROWS,
-            COLUMN_TILES,
+            COLUMNS,
             BLOCK_KEYS,
         )

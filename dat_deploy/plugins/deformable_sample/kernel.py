@@ -112,4 +112,5 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
         },
         num_warps=configuration.num_warps,
         num_stages=configuration.num_stages,
+        max_registers=configuration.max_registers,
     )

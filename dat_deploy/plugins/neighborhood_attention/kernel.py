@@ -25,7 +25,16 @@ __all__ = ["configurations", "launch", "neighborhood_attention_kernel", "problem
 INPUTS = ("qkv", "padding_qkv", "relative_position_bias_table")
 SCALARS = ("height", "width")
 TILES = [(8, 8, 4, 4), (8, 8, 2, 4), (16, 8, 2, 8), (4, 16, 2, 4), (8, 8, 1, 4)]
-REGISTER_TILES = [(4, 8), (4, 4), (4, 1), (2, 4), (2, 1)]  # tiles, each of a warp, and images
+# Tiles, each of a warp, images, and the most registers; in the order of their speed on an H200, large maps first.
+REGISTER_TILES: list[tuple[int, int, int | None]] = [
+    (4, 8, 168),
+    (2, 8, 128),
+    (4, 4, 168),
+    (2, 4, None),
+    (4, 1, None),
+    (2, 1, None),
+]
+WIDE = 32  # columns of a map from which on tiles in the middle of it share their bias
 REGISTER_KERNEL_SIZE = 7  # of 2 rows of queries, whose neighbors are in 8 rows
 BLOCK_BYTES = 4096  # of a block of keys: larger ones spill registers, or take more shared memory than TensorRT allows
 
@@ -164,24 +173,23 @@ def configurations(problem: Problem) -> list[Configuration]:
     if not _fits_registers(problem):
         return by_blocks
 
-    def time(tile: tuple[int, int]) -> float:
-        """A guess for a GPU of 132 multiprocessors, in what an image's tile takes a warp that need not wait."""
-        warp_tiles, images = tile
-        columns, key_columns = _register_columns(problem["width"], problem["kernel_size"])
-        inner = inner_groups(ceil_div(problem["height"], QUERY_ROWS), warp_tiles)
-        rows = max(inner, 1) * warp_tiles * QUERY_ROWS  # that share keys in an L1 cache
-        keys = (rows + problem["kernel_size"] - 1) * key_columns / (rows * columns)  # read for each query
-        programs, in_turn = _register_programs(problem, warp_tiles, images), min(images, problem["batch"])
-        if inner:  # some have nothing to do if there are fewer images
-            programs = programs // (inner + 2) * (2 + ceil_div(in_turn * inner, images))
-            in_turn = min(images, in_turn * inner)
-        busiest = ceil_div(programs, 132)
-        waits = ceil_div(busiest, (11 if key_columns > 10 else 16) // warp_tiles)
-        return max(busiest * warp_tiles, 11 * waits) * (1.3 + in_turn) * (1 + keys / 10)  # 1.3: what is made once
+    tiles_of_form = REGISTER_TILES
+    if _register_columns(problem["width"], problem["kernel_size"])[1] <= 10:
+        tiles_of_form = sorted(REGISTER_TILES, key=lambda tile: tile[2] is not None)
+    elif problem["width"] < WIDE:
+        tiles_of_form = sorted(REGISTER_TILES, key=lambda tile: tile[0])
 
+    def is_idle(tile: tuple[int, int, int | None]) -> tuple[bool, int]:
+        """Whether a large GPU is left with fewer warps than it may have; then as little in turn as there is."""
+        warp_tiles, images, _ = tile
+        idle = _register_programs(problem, warp_tiles, images) * warp_tiles < 132 * 12
+        return idle, images * idle
+
+    if are_known(problem, "batch"):
+        tiles_of_form = sorted(tiles_of_form, key=is_idle)
     in_registers = [
-        Configuration((("WARP_TILES", warp_tiles), ("IMAGES", images)), warp_tiles, 1)
-        for warp_tiles, images in (sorted(REGISTER_TILES, key=time) if are_known(problem, "batch") else REGISTER_TILES)
+        Configuration((("WARP_TILES", warp_tiles), ("IMAGES", images)), warp_tiles, 1, max_registers)
+        for warp_tiles, images, max_registers in tiles_of_form
     ]
     return [*in_registers, by_blocks[0]]  # one more for GPUs of sm_75, whose products are of another form
 
@@ -252,6 +260,7 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
         },
         num_warps=configuration.num_warps,
         num_stages=configuration.num_stages,
+        max_registers=configuration.max_registers,
     )
 
 
@@ -276,4 +285,5 @@ def _launch_in_registers(problem: Problem, configuration: Configuration) -> Laun
         },
         num_warps=configuration.num_warps,
         num_stages=configuration.num_stages,
+        max_registers=configuration.max_registers,
     )

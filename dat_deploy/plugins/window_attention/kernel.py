@@ -502,4 +502,5 @@ def launch(problem: Problem, configuration: Configuration) -> Launch:
         constants=constants,
         num_warps=configuration.num_warps,
         num_stages=configuration.num_stages,
+        max_registers=configuration.max_registers,
     )
