@@ -13,8 +13,8 @@ with that alone (docs/kernels.md). Here
   map: its biases of a key are ROWS_A_LANE + 1 reads of neighbouring rows, and arrive where the product wants its
   accumulator;
 - the shift of the softmax is not the largest score so far, which would be looked up across lanes for each key, but one
-  for each query that is known before: its largest score with SAMPLES blocks of keys, plus the largest bias, less LIFT. A
-  weight is then 2^LIFT or so at most. Where that guess was bad, the sum of a query's weights says so: too small to be
+  for each query that is known before: its largest score with SAMPLES blocks of keys, plus the largest bias, less LIFT.
+  A weight is then 2^LIFT or so at most. Where that guess was bad, the sum of a query's weights says so: too small to be
   exact in half precision, or infinite. Such tiles are computed again, by the general form. So are those with a location
   that is no number or far outside, and with a table that half precision does not hold.
 """
