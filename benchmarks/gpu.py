@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -342,9 +342,10 @@ def measured(
         mine = [row for row in record.rows.values() if row.kind == job.kind]
         right = [row.seconds for row in mine if not row.error]
         ended = [row.seconds for row in mine if row.error and NO_ANSWER in row.error]  # at least so long
-        return max([statistics.median(right) if right else job.seconds, *ended])
+        return max([statistics.median(right) if right else job.seconds, stopped[job.kind], *ended])
 
     broken: Counter[str] = Counter()
+    stopped: dict[str, float] = defaultdict(float)  # the longest that one of a kind took for which time was too short
     needed = sum(seconds(job) for job in jobs if not job.optional)
     share, part = min(1.0, max(0.0, deadline - clock()) / needed) if needed else 1.0, None
     for index, job in enumerate(jobs):
@@ -362,12 +363,18 @@ def measured(
                 workers.start(min(START_LIMIT_SECONDS, deadline - now))
             now, began = clock(), time.time()
             # Should it be ended there, what comes later needs a new process.
-            limit = min(end - now - (START_SECONDS if later else 0.0), max(3 * seconds(job), job.least_limit_seconds))
-            context = {"path": path, "kit": workers.kit}
-            found, healthy = workers.ask(job, context, max(limit, min(seconds(job), deadline - now)))
+            usual = max(3 * seconds(job), job.least_limit_seconds)
+            limit = min(end - now - (START_SECONDS if later else 0.0), usual)
+            limit = max(limit, min(seconds(job), deadline - now))
+            found, healthy = workers.ask(job, {"path": path, "kit": workers.kit}, limit)
         except DatDeployError as error:
-            if clock() >= deadline:
+            is_cut_off = NO_ANSWER in str(error) and limit < usual
+            if clock() >= deadline or is_cut_off:
                 record.not_measured[job.key] = f"{OUT_OF_TIME}: stopped after {clock() - now:.0f} s"
+                stopped[job.kind] = max(stopped[job.kind], clock() - now)
+                workers.end()
+                if is_cut_off:
+                    continue
                 return
             found, healthy = Found({}, error=str(error)), False
         if not healthy:
