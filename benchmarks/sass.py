@@ -28,6 +28,7 @@ import triton  # noqa: E402  # the path comes first
 from gpu_cases import Case, of_stage  # noqa: E402
 from gpu_kit import launches  # noqa: E402
 from gpu_plan import launches_of, stages  # noqa: E402
+from table_reads import wavefronts  # noqa: E402
 
 from dat_deploy.benchmark.worker import end_with_parent  # noqa: E402
 from dat_deploy.errors import DatDeployError, OutputError, UnsupportedError  # noqa: E402
@@ -84,6 +85,8 @@ class Row:
         scores_a_trip: that a program works out in it, padding included; of `deformable_sample` sampled values.
         padding: scores worked out for each that is asked for: queries and keys are filled up to tiles.
         a_score: instructions of a thread by kind, each padded score; times `padding`, each that is asked for.
+        wavefronts_a_read: passes through the L1 cache or shared memory that a warp's read of the table of
+            `deformable_attention` takes; None for others, and in records from before it was counted.
     """
 
     operator: str
@@ -98,6 +101,7 @@ class Row:
     scores_a_trip: int
     padding: float
     a_score: dict[str, float]
+    wavefronts_a_read: float | None = None
 
     @property
     def padded(self) -> float:
@@ -219,7 +223,7 @@ def rows_of(case: Case, precision: str, what: str, architecture: int) -> Iterato
                 f"the {counted} of {case.operator}, {case.shape}, has {exponentials:.2f} exponentials for each of the "
                 f"{trip} scores that a trip should have; mend scores() or hottest() in benchmarks/sass.py."
             )
-        counts = Counter(map(kind, code))
+        counts, a_read = Counter(map(kind, code)), wavefronts(case, launch.constants)
         own = [f"{name}={value}" for name, value in launch.constants.items() if name not in _FROM_SHAPE]
         yield Row(
             case.operator,
@@ -234,6 +238,7 @@ def rows_of(case: Case, precision: str, what: str, architecture: int) -> Iterato
             trip,
             round(every / (case.exponentials or math.prod(case.output_shape)), 4),
             {name: round(counts[name] * threads / trip, 4) for name in KINDS},
+            None if a_read is None else round(a_read, 2),
         )
 
 
@@ -245,11 +250,11 @@ def _job(arguments: tuple[Case, str, str, int]) -> list[Row]:
 def markdown(rows: Iterable[Row], architecture: int) -> str:
     """A table of the rows."""
     head = ["operator", "shape", "precision", "configuration", "registers", "spilled B", "shared B", "counted"]
-    head += ["padding", "a real score", "a score", *KINDS]
+    head += ["padding", "a real score", "a score", *KINDS, "L1 wavefronts a read"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         sizes = [row.registers, row.spilled_bytes, f"{row.shared_memory_bytes:,}", row.counted, f"{row.padding:.2f}"]
-        each = [row.padded * row.padding, row.padded, *row.a_score.values()]
+        each = [row.padded * row.padding, row.padded, *row.a_score.values(), row.wavefronts_a_read]
         lines.append([row.operator, row.shape, row.precision, row.configuration, *map(str, sizes)])
         lines[-1] += [f"{value:.2f}" if value else "–" for value in each]
     return "\n".join([
@@ -259,6 +264,8 @@ def markdown(rows: Iterable[Row], architecture: int) -> str:
         "",
         "`a score` and the kinds after it count padded scores, too; times `padding` they are what a real one costs.",
         "Of a program that is no loop all is counted; of `deformable_sample` for each value that is sampled.",
+        "`L1 wavefronts a read` is how many passes through the L1 cache or shared memory a warp's read of the table of",
+        "`deformable_attention` takes, worked out from its addresses for points as the GPU benchmark has them.",
         "Made by benchmarks/sass.py.",
     ])  # fmt: skip
 

@@ -5,9 +5,13 @@ from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
+import gpu_operators
 import gpu_plan
+import numpy as np
 import pytest
 import sass
+import table_reads
+import torch
 from gpu_cases import Case, of_stage
 
 from dat_deploy.errors import UnsupportedError
@@ -79,6 +83,7 @@ DEFORMABLE = Case("deformable_attention", 2, 12, 10, 64, 2, (5, 4), 1, (23, 19),
 WINDOW = Case("window_attention", 2, 14, 7, 64, 2, window_size=7)  # 2 windows of 49 pixels
 NEIGHBORHOOD = Case("neighborhood_attention", 2, 9, 9, 64, 2, kernel_size=5)
 SAMPLE = Case("deformable_sample", 2, 9, 9, 64, 0, (5, 4), 2)
+GENERAL = {"TILE_ROWS": 8, "TILE_COLUMNS": 8, "BLOCK_KEYS": 64}
 
 
 @pytest.mark.parametrize(
@@ -116,11 +121,63 @@ def test_a_launch_of_an_unknown_form_is_refused():
     )
 
 
+def square(size, *, half_pixel):
+    """A map of one head with the table of its size."""
+    return Case("deformable_attention", 1, size, size, 32, 1, (4, 4), 1, (2 * size - 1,) * 2, half_pixel)
+
+
+def shared(rows_a_lane, lane_rows, warp_rows, warps):
+    names = ("ROWS_A_LANE", "LANE_ROWS", "WARP_ROWS", "WARPS")
+    return dict(zip(names, (rows_a_lane, lane_rows, warp_rows, warps), strict=True)) | {
+        "COLUMN_TILES": 1,
+        "BLOCK_KEYS": 16,
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "constants", "points", "expected"),
+    [
+        # All keys in one place. Half a warp reads columns 0, 2, 4 and 6 of one row.
+        (square(24, half_pixel=False), shared(3, 2, 2, 2), [(0, 0)] * 16, 2),
+        # Columns 0 and 2 of rows 0 and 4, and four rows are a multiple of 16 entries.
+        (square(16, half_pixel=False), shared(4, 4, 1, 1), [(0, 0)] * 16, 4),
+        # Four keys that are 16 columns apart from each other, each with columns 0, 2, 4 and 6.
+        (square(64, half_pixel=False), shared(4, 2, 2, 2), [(0, (8 * (n % 8) + 0.5) / 31.5 - 1) for n in range(16)], 8),
+        # 0.1 below an entry. Query row 4 is 4 rows less 0.25 further down, so row 3 is read with row 0, 84 entries from
+        # it. The other half warp reads rows 7 and 11.
+        (square(16, half_pixel=True), shared(4, 4, 1, 1), [(0.86875 / 7.5, 0)] * 16, 1 + 2),
+        # Rows of 15 entries: the 8 from 48 on are in one line of 32, those from 63 on in two, and so on.
+        (square(8, half_pixel=False), GENERAL, [(0, 0)] * 64, 1.5),
+        # Every other key three rows further down: two lines for the seventh row of queries, three for all others.
+        (square(8, half_pixel=False), GENERAL, [(0, 0), (-6 / 7, 0)] * 32, 23 / 8),
+    ],
+)
+def test_the_passes_of_a_read_of_the_table_are_those_counted_by_hand(case, constants, points, expected):
+    found = table_reads.wavefronts(case, constants, np.array(points, float).reshape(1, 1, -1, 2))
+    assert found == pytest.approx(expected, abs=0 if isinstance(expected, int) else 0.02)
+
+
+@pytest.mark.parametrize("half_pixel", [True, False])
+def test_points_lie_where_the_benchmark_has_them(half_pixel):
+    case = Case("deformable_attention", 2, 8, 6, 32, 2, (4, 3), 2, (15, 11), half_pixel)
+    random = np.random.default_rng(0).standard_normal((2, 2, 4, 3, 2))
+    expected = gpu_operators._locations(case, torch.from_numpy(random), stress=False)
+    np.testing.assert_allclose(table_reads.benchmark_locations(case), expected.flatten(2, 3), atol=1e-6)
+
+
+def test_with_the_points_of_the_benchmark_a_read_takes_as_many_passes_as_a_count_of_every_address_has():
+    assert table_reads.wavefronts(gpu_plan.bar(), shared(3, 2, 2, 2)) == pytest.approx(3.86, abs=0.03)
+    assert table_reads.wavefronts(gpu_plan.bar(), GENERAL) == pytest.approx(2.73, abs=0.03)
+    assert table_reads.wavefronts(WINDOW, {}) is None
+
+
 def test_the_table_has_a_line_for_each_row():
     row = sass.Row("op", "8x8", "fp16", "A=1", 64, 0, 4096, "loop", 10, 64, 1.5, dict.fromkeys(sass.KINDS, 0.5))
-    other = replace(row, shape="9x9", a_score={**row.a_score, "half": 0.0})
+    other = replace(row, shape="9x9", a_score={**row.a_score, "half": 0.0}, wavefronts_a_read=3.86)
     lines = sass.markdown([row, other], 90).splitlines()
     assert lines[4].startswith("| op | 8x8 | fp16 | A=1 | 64 | 0 | 4,096 | loop | 1.50 | 8.25 | 5.50 | 0.50 |")
+    assert lines[4].endswith(" | 0.50 | – |")  # as a record from before that was counted
+    assert lines[5].endswith(" | 0.50 | 3.86 |")
     assert lines[5].count("–") == 1
     assert len({line.count("|") for line in lines[2:6]}) == 1
 
