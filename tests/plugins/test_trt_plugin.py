@@ -671,7 +671,12 @@ def check_kernel(shown: dict[str, Any]) -> None:
     assert entry is not None
     kinds = re.findall(r"\.param \.(u\d+)", entry[1])
     assert kinds == ["u64"] * shown["inputs"] + ["u32"] * shown["scalars"] + ["u64"]
-    assert shown["name"] in (f"{shown['operator']}_kernel", "whole_window_kernel")
+    assert shown["name"] in (
+        f"{shown['operator']}_kernel",
+        "deformable_attention_shared_table_kernel",
+        "register_neighbors_kernel",
+        "whole_window_kernel",
+    )
     assert f".reqntid {shown['block']}" in shown["ptx"]
     assert f".target sm_{shown['architecture']}" in shown["ptx"]
     assert (".version 8.5" in shown["ptx"]) == (shown["architecture"] == 80)

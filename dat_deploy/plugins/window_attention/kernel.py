@@ -314,6 +314,8 @@ def whole_window_kernel(
     PIXELS: tl.constexpr = WINDOW_SIZE * WINDOW_SIZE
     QUERY_BLOCKS: tl.constexpr = (PIXELS + BLOCK_QUERIES - 1) // BLOCK_QUERIES
     SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5  # see `attend`
+    # Sums by a product with ones; of four warps Triton has these in shared memory, which is full with large windows.
+    BY_PRODUCT: tl.constexpr = MORE_KEYS == 0 or BLOCK_QUERIES < 64
 
     program = tl.program_id(0)
     head = program // QUERY_BLOCKS % NUM_HEADS
@@ -383,13 +385,21 @@ def whole_window_kernel(
             largest = tl.maximum(largest, tl.max(more_scores, 1))
         largest *= SCALE
         weights = tl.exp2(scores * SCALE - largest[:, None]).to(v.dtype)
-        total = tl.dot(weights, tl.full((KEYS, 8), 1.0, v.dtype))  # a row of 8 times the same
+        if BY_PRODUCT:
+            total = tl.dot(weights, tl.full((KEYS, 8), 1.0, v.dtype))  # a row of 8 times the same
+        else:
+            total = tl.sum(weights.to(tl.float32), 1)
         attended = tl.dot(weights, v)
         if MORE_KEYS > 0:
             weights = tl.exp2(more_scores * SCALE - largest[:, None]).to(v.dtype)
-            total = tl.dot(weights, tl.full((MORE_KEYS, 8), 1.0, v.dtype), acc=total)
+            if BY_PRODUCT:
+                total = tl.dot(weights, tl.full((MORE_KEYS, 8), 1.0, v.dtype), acc=total)
+            else:
+                total += tl.sum(weights.to(tl.float32), 1)
             attended = tl.dot(weights, more_v, acc=attended)
-        attended *= (1 / tl.max(total, 1))[:, None]
+        if BY_PRODUCT:
+            total = tl.max(total, 1)
+        attended *= (1 / total)[:, None]
         end = output + image * CHANNELS + head * HEAD_DIM
         tl.store(end + (pixel[:, None] * CHANNELS + dim), attended.to(output.dtype.element_ty), mask=is_query)
 
