@@ -385,10 +385,8 @@ def whole_window_kernel(
             largest = tl.maximum(largest, tl.max(more_scores, 1))
         largest *= SCALE
         weights = tl.exp2(scores * SCALE - largest[:, None]).to(v.dtype)
-        if BY_PRODUCT:
-            total = tl.dot(weights, tl.full((KEYS, 8), 1.0, v.dtype))  # a row of 8 times the same
-        else:
-            total = tl.sum(weights.to(tl.float32), 1)
+        ones = tl.full((KEYS, 8), 1.0, v.dtype)  # the product has rows of 8 times the same
+        total = tl.dot(weights, ones) if BY_PRODUCT else tl.sum(weights.to(tl.float32), 1)
         attended = tl.dot(weights, v)
         if MORE_KEYS > 0:
             weights = tl.exp2(more_scores * SCALE - largest[:, None]).to(v.dtype)
