@@ -122,6 +122,22 @@ def interpret(
     return output
 
 
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each program that computed its tiles again, by the general form."""
+    from dat_deploy.plugins.deformable_attention import shared_table_form
+
+    programs: list[int] = []
+    tiles_again = shared_table_form._tiles_again
+
+    def recorded(*arguments):
+        programs.append(len(programs))
+        return tiles_again(*arguments)
+
+    monkeypatch.setattr(shared_table_form, "_tiles_again", recorded)
+    return programs
+
+
 def has_shared_table(configuration: Configuration) -> bool:
     return "COLUMN_TILES" in dict(configuration.tiles)
 
@@ -238,7 +254,7 @@ def test_deformable_attention_in_every_configuration(half_pixel_queries, dtype, 
     ids=str,
 )
 def test_deformable_attention_with_its_table_in_shared_memory(
-    size, sampled, kind, dtype, half_pixel_queries, locations
+    size, sampled, kind, dtype, half_pixel_queries, locations, again
 ):
     head_dim = 64 if size == (5, 7) else 16
     inputs = attention_inputs(
@@ -253,6 +269,7 @@ def test_deformable_attention_with_its_table_in_shared_memory(
         every=dtype == torch.float16 and kind == "network",
         of=has_shared_table,
     )
+    assert bool(again) == (kind == "outside")
 
 
 HARD = {  # name of the input, by what it is multiplied
@@ -264,6 +281,7 @@ HARD = {  # name of the input, by what it is multiplied
     "keys that are all alike": ("key", torch.zeros(16, 1)),
     "points outside on two sides": ("sampling_locations", torch.tensor([1.9, 1.2])),
 }
+HELD = ("large scores", "one enormous key", "keys that are all alike")  # by a shift guessed from all of the keys
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN and infinity, which send a tile the other way
@@ -275,17 +293,18 @@ HARD = {  # name of the input, by what it is multiplied
         for mode in ((1, 0) if what == "points outside on two sides" else (i % 2,))
     ],
 )
-def test_what_the_guessed_shift_does_not_hold_is_computed_again(what, half_pixel_queries, locations):
+def test_what_the_guessed_shift_does_not_hold_is_computed_again(what, half_pixel_queries, locations, again):
     name, factor = HARD[what]
     inputs = attention_inputs(locations, (8, 8), sampled=(4, 4), heads=1, groups=1, dtype=torch.float16)
     inputs = {key: value[:1] if "table" not in key else value.float() for key, value in inputs.items()}
     inputs[name] = (inputs[name] * factor).to(inputs[name].dtype)
     attributes = {"num_heads": 1, "half_pixel_queries": half_pixel_queries}
     assert_kernel_is_exact("deformable_attention", inputs, attributes, of=has_shared_table)
+    assert bool(again) == (what not in HELD)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_key_that_no_guess_met_is_computed_again_in_bfloat16(locations):
+def test_a_key_that_no_guess_met_is_computed_again_in_bfloat16(locations, again):
     """Its weight is finite there, and so is the sum; what it multiplies is not."""
     inputs = attention_inputs(locations, (8, 8), sampled=(5, 8), heads=1, groups=1, dtype=torch.bfloat16)
     inputs = {key: value[:1] if "table" not in key else value.float() * 0 for key, value in inputs.items()}
@@ -294,6 +313,7 @@ def test_a_key_that_no_guess_met_is_computed_again_in_bfloat16(locations):
     inputs["value"] = torch.full_like(inputs["value"], 3).index_fill(1, torch.tensor(39), 50)
     attributes = {"num_heads": 1, "half_pixel_queries": 1}
     assert_kernel_is_exact("deformable_attention", inputs, attributes, of=has_shared_table)
+    assert again
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN and infinity, which send a tile the other way

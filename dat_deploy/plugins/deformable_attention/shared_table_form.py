@@ -559,7 +559,7 @@ def deformable_attention_shared_table_kernel(
     in_tile_column = 2 * (eighth % PAIRS + in_fragment // (16 * WARP_ROWS) * PAIRS) + in_fragment // 8 % 2
     dim = tl.arange(0, HEAD_DIM)[None, :]
     in_block = tl.arange(0, BLOCK_KEYS)
-    diagonal = (tl.arange(0, HEAD_DIM)[:, None] == dim).to(query.dtype.element_ty)
+    diagonal = (tl.arange(0, HEAD_DIM)[:, None] == dim).to(tl.float32).to(query.dtype.element_ty)
     ones = tl.full((BLOCK_KEYS, 8), 1.0, value.dtype.element_ty)
     for column_tile in tl.range(0, COLUMN_TILES, disable_licm=True):
         first_column = leftmost + column_tile * TILE_COLUMNS
@@ -589,7 +589,7 @@ def deformable_attention_shared_table_kernel(
             else:  # the weight of no key multiplies nothing, and is not counted
                 k = tl.load(key + n[:, None] * CHANNELS + dim, mask=(n < keys)[:, None], other=0.0)
                 v = tl.load(value + n[:, None] * CHANNELS + dim, mask=(n < keys)[:, None], other=0.0)
-                ones = (n[:, None] + tl.zeros((1, 8), tl.int32) < keys).to(v.dtype)
+                ones = (n[:, None] + tl.zeros((1, 8), tl.int32) < keys).to(tl.float32).to(v.dtype)
             kt = tl.trans(k)
             early = _biases_of_eight(
                 places,
