@@ -272,6 +272,28 @@ def test_deformable_attention_with_its_table_in_shared_memory(
     assert bool(again) == (kind == "outside")
 
 
+@pytest.mark.parametrize("half_pixel_queries", [1, 0], ids=["DAT", "DAT++"])
+@pytest.mark.parametrize("num_warps", [1, 2])
+def test_deformable_attention_with_its_table_in_shared_memory_by_programs_beside_each_other(
+    num_warps, half_pixel_queries, locations, again
+):
+    """And keys that all score far below 0, as what only fills a block of them must not."""
+    inputs = attention_inputs(locations, (9, 18), batch=1, sampled=(4, 5), heads=1, groups=1, dtype=torch.float16)
+    inputs["relative_position_bias_table"] = inputs["relative_position_bias_table"].float()
+    inputs["query"][..., 0], inputs["key"][..., 0] = 8, -12
+    attributes = {"num_heads": 1, "half_pixel_queries": half_pixel_queries}
+    problem = problem_of("deformable_attention", inputs, attributes)
+    warp_rows = (("ROWS_A_LANE", 4), ("LANE_ROWS", 2), ("WARP_ROWS", 1), ("COLUMN_TILES", 1))  # 8 by 8 a warp
+    configuration = Configuration(warp_rows, num_warps, 3)
+    reference = REFERENCE.deformable_attention
+    exact = reference(**{name: value.double() for name, value in inputs.items()}, **attributes)
+    eager = reference(**inputs, **attributes)
+    allowed = 2 * (eager - exact).abs().max().item() + 2**-11 * exact.abs().max().item()
+    got = interpret("deformable_attention", inputs, problem, configuration, exact.shape)
+    assert (got - exact).abs().max().item() <= allowed
+    assert not again
+
+
 HARD = {  # name of the input, by what it is multiplied
     "large scores": ("query", 1000.0),
     "a table of 50": ("relative_position_bias_table", 50.0),

@@ -62,6 +62,7 @@ ENTRY = tl.constexpr(8 if ASSEMBLY.value else 1)  # bytes; in the interpreter an
 # What may be taken. PTX declares it here, for Triton gives no shared memory that stays from step to step; in whole KiB,
 # so that what Triton takes after it begins at the same alignment.
 SHARED_KIB = (3, 4, 6, 8, 10, 12, 14, 17, 20, 24, 28, 32, 36, 40)
+SIZES = tl.constexpr(SHARED_KIB)
 DECLARATIONS = tl.constexpr(
     tuple(f"{{ .shared .align 1024 .b8 table[{1024 * kib}]; mov.u32 $0, table; }}" for kib in SHARED_KIB)
 )
@@ -495,6 +496,7 @@ def deformable_attention_shared_table_kernel(
     COLUMNS: tl.constexpr = TILE_COLUMNS * COLUMN_TILES
     ROWS: tl.constexpr = (TABLE_HEIGHT + 1) // 2 + TILE_ROWS + PAD + MARGIN
     PITCH: tl.constexpr = ((TABLE_WIDTH + 1) // 2 + COLUMNS + PAD + MARGIN + 3) // 4 * 4
+    tl.static_assert(1024 * SIZES[SHARED_SIZE] >= 8 * (KEYS + ROWS * PITCH))
     programs_across = tl.cdiv(width, COLUMNS)
     programs = tl.cdiv(height, TILE_ROWS) * programs_across
     program = tl.program_id(0)
@@ -534,6 +536,8 @@ def deformable_attention_shared_table_kernel(
     largest_bias, smallest_bias = tl.max(largest_bias, 0), tl.min(tl.minimum(smallest_bias, far), 0)
     are_exact = (largest_bias < LARGEST_ENTRY) & (smallest_bias > -LARGEST_ENTRY)
     keys_held = tl.where(are_exact, keys, 0)
+    # The largest and the smallest of all lanes of all warps are there when all have written; so the address waits for
+    # them, not for a barrier, which nothing would keep before assembly that is called pure.
     tl.debug_barrier()
     if ASSEMBLY:
         places = tl.inline_asm_elementwise(
@@ -586,8 +590,8 @@ def deformable_attention_shared_table_kernel(
             if EVEN_KEYS:
                 k = tl.load(key + n[:, None] * CHANNELS + dim)
                 v = tl.load(value + n[:, None] * CHANNELS + dim)
-            else:  # the weight of no key multiplies nothing, and is not counted
-                k = tl.load(key + n[:, None] * CHANNELS + dim, mask=(n < keys)[:, None], other=0.0)
+            else:  # beyond the last key is the last, whose weight there multiplies nothing and is not counted
+                k = tl.load(key + tl.minimum(n, keys - 1)[:, None] * CHANNELS + dim)
                 v = tl.load(value + n[:, None] * CHANNELS + dim, mask=(n < keys)[:, None], other=0.0)
                 ones = (n[:, None] + tl.zeros((1, 8), tl.int32) < keys).to(tl.float32).to(v.dtype)
             kt = tl.trans(k)

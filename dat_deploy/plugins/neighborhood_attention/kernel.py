@@ -8,6 +8,8 @@ what is no neighbor of a query is masked. With a dilation, pixels of the same re
 tile is of one of them.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -206,6 +208,7 @@ def _fits_registers(problem: Problem) -> bool:
     )
 
 
+@functools.cache
 def _register_columns(width: int, kernel_size: int) -> tuple[int, int]:
     """Columns of a tile of queries and of its keys, an even number; of 7 and 8 what makes fewer scores."""
 
