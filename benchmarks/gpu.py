@@ -78,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.kit = kit_folder(options.kit)
         if options.ncu_target:
             return ncu_target(options.kit)
-        has_prototype = options.kit is not None and (options.kit / "prototype").is_dir()
-        jobs = [job for job in (second() if options.second else first()) if has_prototype or job.kind != "prototype"]
+        jobs = second() if options.second else first()
         if options.plan:
             print(plan_text(jobs, 60 * options.minutes))
             return 0
@@ -386,15 +385,13 @@ def measured(
 
 
 def ncu_target(kit: Path | None) -> int:
-    """What Nsight Compute looks at: the operator at the shape of the targets, ours and the prototype."""
+    """What Nsight Compute looks at: the operator at the shape of the targets."""
     gpu = open_gpu(kit)
     from gpu_operators import implementation, make_inputs
 
     inputs = make_inputs(bar(), 0, gpu.device)
     with gpu.kit.launching() if gpu.kit is not None else contextlib.nullcontext():
         implementation(bar(), "fused", gpu)(inputs)()
-        with contextlib.suppress(UnsupportedError):  # there may be no prototype
-            implementation(bar(), "prototype", gpu)(inputs)()
     gpu.release()
     return 0
 

@@ -1,41 +1,35 @@
 """Machine code for a GPU that is not here: `make gpu-kit` writes it, and `make bench-gpu` launches it.
 
-    python benchmarks/gpu_kit.py [--triton 3.6.0] [--architecture 90] [--python 3.12] [--prototype FOLDER]
+    python benchmarks/gpu_kit.py [--triton 3.6.0] [--architecture 90] [--python 3.12]
 
 A kit holds every launch that the benchmark makes, compiled by the Triton of that machine, and packages that it lacks.
 """
 
 import argparse
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402  # the path comes first
 from gpu_cases import Case  # noqa: E402
 from gpu_operators import dtypes_of  # noqa: E402
 from gpu_plan import launches_of  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 from dat_deploy.benchmark.worker import end_with_parent  # noqa: E402
 from dat_deploy.errors import DatDeployError, OutputError, UnsupportedError  # noqa: E402
 from dat_deploy.plugins import trt_plugin  # noqa: E402
-from dat_deploy.plugins.launch import Launch, ceil_div  # noqa: E402
-from dat_deploy.plugins.precompiled import Entry, Needed, Precompiled, key, precompile, write_index  # noqa: E402
+from dat_deploy.plugins.precompiled import Entry, Needed, key, precompile, write_index  # noqa: E402
 from dat_deploy.tune_network import DTYPES  # noqa: E402
 
-__all__ = ["launches", "needed", "prototype"]
+__all__ = ["launches", "needed"]
 
 LARGEST_MIB = 40
 PACKAGES = ("onnx-ir", "nvidia-ml-py")  # newer than that machine's; what torch reads clocks with
@@ -52,75 +46,19 @@ def launches(case: Case, precision: str, what: str) -> Iterator[Needed]:
         yield launch, dtypes, launch.inputs if what == "unaligned" else ()
 
 
-def needed(folder: Path) -> Iterator[Needed]:
-    """All that the benchmark launches, each once; the prototype if the folder has one."""
+def needed() -> Iterator[Needed]:
+    """All that the benchmark launches, each once."""
     seen = set()
     for case, precision, what in launches_of():
-        found = launches(case, precision, what)
-        if what == "prototype":
-            dtypes = dtypes_of(case, torch.float16)
-            dtypes |= {"loc": torch.float32, "packed": torch.int64, "bound": torch.float32}
-            has = (folder / "prototype").is_dir()
-            found = iter([(prototype_launch(folder, case), dtypes, ())] if has else [])
-        for each in found:
+        for each in launches(case, precision, what):
             if key(*each) not in seen:
                 seen.add(key(*each))
                 yield each
 
 
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"prototype_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _rows(case: Case) -> int:
-    return 8 if case.height < 16 else 16
-
-
-def prototype_launch(folder: Path, case: Case) -> Launch:
-    """Of `proto` in prototype/kernel.py, tiles of 8 columns by 8 or 16 rows."""
-    rows, keys, (height, width) = _rows(case), case.sampled[0] * case.sampled[1], case.table
-    tiles = ceil_div(case.height, rows) * ceil_div(case.width, 8)
-    scalars = {"height": case.height, "width": case.width, "keys": keys, "rows_padded": height + 2 * rows + 6}
-    constants = {"HEADS": case.heads, "GROUPS": case.groups, "D": 32, "R": rows, "TH": height, "TW": width}
-    constants |= {"TWP": width + 24, "STEP1": not case.half_pixel, "EVEN": keys % 64 == 0, "BK": 64, "ASM": True}
-    inputs = ("query", "key", "value", "loc", "packed", "bound")
-    kernel = _module(folder / "prototype" / "kernel.py").proto
-    return Launch(kernel, case.batch * case.heads * tiles, inputs, scalars, constants, 4, 2)
-
-
-def prototype(kit: Precompiled | None, case: Case, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """The call of the prototype's kernel; its table and bounds are made before. Raises UnsupportedError without one."""
-    if kit is None or not (kit.folder / "prototype").is_dir():
-        raise UnsupportedError("there is no prototype in the kit: make gpu-kit ARGUMENTS='--prototype FOLDER'.")
-    query, keys, value, locations, table = inputs.values()
-    norms = keys.float().reshape(case.batch, -1, case.heads, 32).norm(dim=-1).amax(1)  # B, M
-    largest = (table.float().abs().amax((1, 2)) * 1.4427).expand(case.batch, -1)
-    packed = _module(kit.folder / "prototype" / "pack.py").pack(table, _rows(case), 32).to(table.device)
-    given = {"query": query, "key": keys, "value": value, "loc": locations, "packed": packed}
-    given["bound"] = torch.stack([norms, largest], -1).contiguous()
-    assert all(
-        tensor.device == query.device for tensor in given.values()
-    )  # else the kernel reads addresses of the host
-    launch = prototype_launch(kit.folder, case)
-    assert (launch.scalars["rows_padded"], launch.constants["TWP"]) == tuple(packed.shape[1:])
-
-    def call() -> Tensor:
-        output = torch.empty_like(query)
-        if not kit.launch(launch, given, output):
-            raise UnsupportedError(f"the kit lacks the prototype for {case.shape}.")
-        return output
-
-    return call
-
-
 def _part(folder: Path, architecture: int, part: int, parts: int) -> dict[str, Entry]:
     end_with_parent()
-    return precompile((each for i, each in enumerate(needed(folder)) if i % parts == part), folder, architecture)
+    return precompile((each for i, each in enumerate(needed()) if i % parts == part), folder, architecture)
 
 
 def compile_all(folder: Path, architecture: int) -> None:
@@ -155,9 +93,6 @@ def main() -> int:
     parser.add_argument("--triton", default="3.6.0", help="the version that the machine has")
     parser.add_argument("--python", default="3.12", help="the version that the machine has")
     parser.add_argument("--architecture", type=int, default=90, help="the GPU's compute capability times ten")
-    parser.add_argument(
-        "--prototype", type=Path, help="a folder with kernel.py and pack.py of a kernel to measure, too"
-    )
     parser.add_argument("--compile", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile:
@@ -168,8 +103,6 @@ def main() -> int:
     if options.architecture not in ARCHITECTURES:
         known = ", ".join(map(str, ARCHITECTURES))
         raise UnsupportedError(f"--architecture is {options.architecture}; it takes {known}.")
-    if options.prototype and not all((options.prototype / name).is_file() for name in ("kernel.py", "pack.py")):
-        raise UnsupportedError(f"--prototype {options.prototype} has no kernel.py and pack.py.")
     output = options.output
     if output.exists() and not (output.is_dir() and ((output / "index.json").is_file() or not any(output.iterdir()))):
         raise OutputError(f"--output {output} is no kit of an earlier call; choose a folder that is not there yet.")
@@ -179,8 +112,6 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".gpu-kit.") as temporary:
         folder, compiler = Path(temporary, "kit"), Path(temporary, "triton")
         folder.mkdir()
-        if options.prototype:
-            shutil.copytree(options.prototype, folder / "prototype", ignore=shutil.ignore_patterns("__pycache__"))
         print(f"getting Triton {options.triton}; then it compiles for some minutes", flush=True)
         _run([*pip, "--target", str(compiler), f"triton=={options.triton}"])
         for_machine = ["--python-version", options.python, "--only-binary=:all:", "--target", str(folder / "site")]

@@ -179,7 +179,7 @@ def profile(variant: str, batch: int, gpu: Any, path: Path) -> Found:
 
 
 def ncu(kit: Path | None, path: Path) -> Found:
-    """What Nsight Compute says of a launch at the shape of the targets, ours and the prototype's, beside the record."""
+    """What Nsight Compute says of a launch at the shape of the targets, beside the record."""
     program, log = shutil.which("ncu"), path.with_name(f"{path.stem}-ncu.txt")
     if program is None:
         return Found({}, ("Nsight Compute's ncu is not on the PATH here",))
@@ -190,7 +190,7 @@ def ncu(kit: Path | None, path: Path) -> Found:
         "--print-details",
         "all",
         "--kernel-name",
-        "regex:^(deformable_attention_.*|proto)$",
+        "regex:^deformable_attention_",
     ]
     command += [part for section in NCU_SECTIONS for part in ("--section", section)]
     command += [sys.executable, str(Path(__file__).with_name("gpu.py")), "--ncu-target", "--kit", str(kit or "none")]

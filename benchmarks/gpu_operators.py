@@ -270,10 +270,6 @@ def implementation(case: Case, name: str, gpu: Any) -> Callable[[Inputs], Call]:
         operator = getattr(FUSED if name == "fused" else REFERENCE, case.operator)
         called = torch.compile(operator, dynamic=False) if name == "compile" else operator
         return lambda inputs: functools.partial(called, **inputs, **case.attributes)
-    if name == "prototype":
-        from gpu_kit import prototype
-
-        return lambda inputs: prototype(gpu.kit, case, inputs)
     compiled = functools.partial(torch.compile, dynamic=False)
     if case.operator == "deformable_attention":
         if name == "flex":
@@ -333,10 +329,8 @@ def measure(case: Case, name: str, gpu: Any) -> Found:
     numbers = {"median_us": took["median"], "cold_us": took["cold_median"]}
     numbers |= {"samples": took["samples"], "sm_mhz": took["sm_mhz"]} | right
     numbers |= {"flops": case.flops, "bytes": case.bytes_moved, "exponentials": case.exponentials}
-    before = {"prototype": "table was packed, and its bound computed,"}
-    before |= dict.fromkeys(("flex+bias", "sdpa"), "bias was computed")
     notes = [how, *(f"{describe(_taken(job)[0])}" for job in jobs)]
-    notes += [f"{name}: its {before[name]} before"] if name in before else []
+    notes += [f"{name}: its bias was computed before"] if name in ("flex+bias", "sdpa") else []
     if jobs:
         numbers["tuned"] = tuned_share(jobs)
     return Found(numbers, tuple(notes), error)

@@ -18,13 +18,13 @@ NETWORKS = ("tiny", "base-384", "pp-tiny")
 DETECTOR = ("pp-tiny", (800, 1344))
 START_SECONDS, REPORT_SECONDS = 20.0, 15.0  # of a process with its imports; of the tables and the picture
 PEERS = {
-    "deformable_attention": ("fused", "eager", "sdpa", "prototype", "compile", "flex", "flex+bias"),
+    "deformable_attention": ("fused", "eager", "sdpa", "compile", "flex", "flex+bias"),
     "window_attention": ("fused", "eager", "sdpa", "compile", "flex"),
     "neighborhood_attention": ("fused", "eager", "compile", "flex"),
     "deformable_sample": ("fused", "eager", "compile"),
 }
 # Guesses, until one of the kind was measured; what is compiled is measured as time is left.
-SECONDS = {"fused": 0.7, "eager": 0.9, "sdpa": 0.8, "prototype": 0.8, "compile": 7.0, "flex": 9.0, "flex+bias": 7.0}
+SECONDS = {"fused": 0.7, "eager": 0.9, "sdpa": 0.8, "compile": 7.0, "flex": 9.0, "flex+bias": 7.0}
 COMPILING_SECONDS = 90.0  # that a first compilation may take
 COMPILED, ON_VIEWS = ("compile", "flex", "flex+bias"), ("unaligned", "graph")
 
@@ -104,9 +104,6 @@ def _operators(variant: Variant, index: int, batch: int) -> Iterator[Job]:
     user = f"{variant.name} {variant.image_size[0]}x{variant.image_size[1]} stage {index + 1}"
     for case in of_stage(variant, index, batch):
         for peer in PEERS[case.operator]:
-            fits = case.half_pixel or case.table == (2 * case.height - 1, 2 * case.width - 1)
-            if peer == "prototype" and not (fits and case.channels == 32 * case.heads):
-                continue
             labels = {"operator": case.operator, "for": user, "batch": str(batch), "shape": case.shape}
             labels |= {"implementation": peer} | ({"bar": "yes"} if case == bar() else {})
             key = f"{case.operator} {user}, {case.shape}, batch {batch}, {peer}"
@@ -168,9 +165,8 @@ def second() -> list[Job]:
 def launches_of() -> Iterator[tuple[Case, str, str]]:
     """(case, precision, what) of every kernel that the rows launch: `what` as in `gpu_operators.check`."""
     for job in first():
-        if "case" in job.arguments and job.arguments.get("name", "fused") in ("fused", "prototype"):
-            what = "prototype" if job.arguments.get("name") == "prototype" else job.arguments.get("what", "default")
-            yield job.arguments["case"], job.arguments.get("dtype", "fp16"), what
+        if "case" in job.arguments and job.arguments.get("name", "fused") == "fused":
+            yield job.arguments["case"], job.arguments.get("dtype", "fp16"), job.arguments.get("what", "default")
     networks = [VARIANTS[name] for name in (*NETWORKS, "small", "base")]
     for variant in [*networks, VARIANTS[DETECTOR[0]].with_image_size(*DETECTOR[1])]:
         for case in of_network(variant, 1):

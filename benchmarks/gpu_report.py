@@ -19,13 +19,13 @@ GPU_OF_TARGETS = "H200"
 SPEEDS = {"eager": 10.0, "compile": 3.0, "flex": 1.5}  # as which it is to be, at least
 IMAGES_PER_S = {"tiny": 19_000, "small": 11_500, "base": 9_000}
 COLOURS = {"eager": "#9aa5ae", "compile": "#d9822b", "flex": "#7a5ea8", "flex+bias": "#b39ddb", "sdpa": "#b5485d"}
-COLOURS |= {"prototype": "#4aa3a2", "fused": "#2f6f9f", "fused+compile": "#3c8d5a"}
+COLOURS |= {"fused": "#2f6f9f", "fused+compile": "#3c8d5a"}
 PEERS = {"eager": "eager", "compile": "torch.compile", "flex": "FlexAttention with the bias in its `score_mod`"}
-PEERS |= {"flex+bias": "FlexAttention with a bias", "sdpa": "SDPA with a mask", "prototype": "the prototype"}
+PEERS |= {"flex+bias": "FlexAttention with a bias", "sdpa": "SDPA with a mask"}
 EXPONENTIALS_A_CLOCK = 16  # of one multiprocessor, from compute capability 8.0 to 9.0
 LEGEND = """A peer's column has its time in multiples of the fused kernel's: 10.00 takes ten times as long. The floor is
 what this card's own ceilings allow: memory, products or exponentials, whichever binds; where memory does, the L2 cache
-is cold. Of `flex+bias` and `sdpa` the bias was computed before, of `prototype` the table was packed."""
+is cold. Of `flex+bias` and `sdpa` the bias was computed before."""
 LAUNCH_US = 3.0  # a floor below that is not the kernel's
 
 

@@ -285,7 +285,7 @@ def main() -> int:
     if options.output and options.output.exists() and not options.output.is_dir():
         raise OutputError(f"--output {options.output} is a file; name a folder.")
     cases = launches_of() if options.all else ((c, "fp16", "default") for at in stages() for c in of_stage(*at))
-    jobs = [(*each, options.architecture) for each in dict.fromkeys(cases) if each[2] != "prototype"]
+    jobs = [(*each, options.architecture) for each in dict.fromkeys(cases)]
     found: dict[tuple[str, ...], Row] = {}
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for rows in pool.map(_job, jobs):

@@ -23,7 +23,7 @@ CEILINGS = {"tflop_per_s": 790.0, "tb_per_s": 4.3, "product_mhz": 1500.0, "copy_
 OPERATOR = {"median_us": 10.0, "cold_us": 12.0, "sm_mhz": 2000.0, "tuned": 1.0}
 OPERATOR |= {"flops": 790e6, "bytes": 4.3e6, "exponentials": 4.0 * 16 * 132 * 2000}  # 1, 1 and 4 us
 NETWORK = {"images_per_s": 9000.0, "p50_ms": 14.0, "cold_p50_ms": 14.5, "cold_p90_ms": 15.0, "cold_p99_ms": 16.0}
-SPEEDS = {"eager": 10.0, "compile": 3.5, "flex": 2.0, "flex+bias": 1.5, "sdpa": 2.5, "prototype": 0.5}
+SPEEDS = {"eager": 10.0, "compile": 3.5, "flex": 2.0, "flex+bias": 1.5, "sdpa": 2.5}
 
 
 class FakeGpu:

@@ -147,7 +147,7 @@ def test_a_whole_run_measures_every_row_and_one_that_fails_costs_itself_alone(wh
     path = gpu_record.newest(whole)
     assert path is not None
     record, jobs = Record.read(path), gpu_plan.first()
-    assert list(record.rows) == [each.key for each in jobs if each.kind != "prototype"]
+    assert list(record.rows) == [each.key for each in jobs]
     assert not record.not_measured
     errors = [row.error for row in record.rows.values() if row.error]
     assert errors == [
@@ -162,7 +162,7 @@ def test_a_whole_run_measures_every_row_and_one_that_fails_costs_itself_alone(wh
     shape = (
         "deformable_attention | base-384 384x384 stage 4: 12x12x1024, 32 heads, 12x12 points in 8 groups, table 23x23"
     )
-    peers = "10.00 | 3.50 | 2.00 | 1.50 | 2.50 | – | 40 | exponentials | 2,000 | yes |"  # the kit has no prototype
+    peers = "10.00 | 3.50 | 2.00 | 1.50 | 2.50 | 40 | exponentials | 2,000 | yes |"
     assert f"| {shape}, half pixel | 64 | 10.0 | 12.0 | {peers}" in text
     assert (
         "| `tiny` | 128 | compile | 2,571 | 49.000 | 50.750 | 52.500 | 56.000 | 3,150 | 2.86 | 1.00 | 3 | 100 |" in text
@@ -205,7 +205,7 @@ def test_a_run_that_is_killed_at_any_second_leaves_a_record_of_every_finished_ro
         record = Record.read(gpu_record.newest(folder))
         assert set(told) <= set(record.rows) <= set(begun)
         assert begun[:-1] == list(record.rows)[: len(begun) - 1]
-        planned = {each.key for each in gpu_plan.first() if each.kind != "prototype"}
+        planned = {each.key for each in gpu_plan.first()}
         assert record.rows.keys() | record.not_measured.keys() == planned
         lengths.add(len(record.rows))
     assert len(lengths) > 2

@@ -178,7 +178,7 @@ def test_a_wrong_kernel_fails(fault, what, said, gpu, kernels, monkeypatch):
 
 @pytest.mark.parametrize(
     ("which", "name"),
-    [(which, name) for which, case in SMALL.items() for name in gpu_plan.PEERS[case.operator] if name != "prototype"],
+    [(which, name) for which, case in SMALL.items() for name in gpu_plan.PEERS[case.operator]],
 )
 @pytest.mark.usefixtures("kernels", "_uncompiled")
 def test_every_peer_computes_the_operator(which, name, gpu):
@@ -236,7 +236,7 @@ def test_every_kind_of_row_is_measured_on_small_networks(gpu, tmp_path, monkeypa
     errors, kinds = {}, set()
     for job in gpu_plan.first() + gpu_plan.second():
         kind = (job.call, job.kind.removesuffix("base-384"), job.labels.get("operator"))
-        if kind in kinds or job.part in ("tests", "engines", "ceilings") or job.kind in ("prototype", "tune"):
+        if kind in kinds or job.part in ("tests", "engines", "ceilings") or job.kind == "tune":
             continue
         kinds.add(kind)
         smaller = {"case": replace(job.arguments["case"], batch=2)} if "case" in job.arguments else {}
@@ -356,9 +356,9 @@ def test_percentiles_are_of_single_calls():
 # The kit
 
 
-def test_the_kit_has_every_launch_of_the_networks(monkeypatch, tmp_path):
+def test_the_kit_has_every_launch_of_the_networks(monkeypatch):
     """What each network launches on a GPU, at a batch of one and of many, in what ships and in float32."""
-    has = {key(*each) for each in gpu_kit.needed(tmp_path)}
+    has = {key(*each) for each in gpu_kit.needed()}
     assert len(has) > 200
     missing, launched = [], set()
 
