@@ -29,7 +29,7 @@ def are_known(problem: Problem, *names: str) -> bool:
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a kernel cuts up its work: this changes its speed, never its answer.
+    """How a kernel cuts up its work: this changes its speed, and of its answer the rounding alone.
 
     Attributes:
         tiles: sizes of the tiles by the kernel's names for them, such as ("BLOCK_KEYS", 64).
