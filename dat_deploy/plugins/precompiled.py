@@ -19,6 +19,7 @@ from torch import Tensor
 from dat_deploy.errors import EngineRunError, UnsupportedError
 from dat_deploy.plugins.dispatch import launched_by
 from dat_deploy.plugins.launch import Launch
+from dat_deploy.plugins.tuning import kernels_hash
 from dat_deploy.typed_json import typed
 
 __all__ = ["Driver", "Entry", "Needed", "Precompiled", "arguments", "key", "precompile", "write_index"]
@@ -51,15 +52,6 @@ def key(launch: Launch, dtypes: Mapping[str, torch.dtype], unaligned: Collection
     types = [str(dtypes[name]) for name in (*launch.inputs, "output")]
     text = json.dumps([launch.kernel.__name__, constants, types, launch.options, sorted(unaligned)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def kernels_hash() -> str:
-    """Of what machine code is made from."""
-    folder, digest = Path(__file__).parent, hashlib.sha256()
-    shared = [folder / name for name in ("ahead_of_time.py", "half2.py", "online_softmax.py")]
-    for path in sorted([*folder.glob("*/kernel.py"), *folder.glob("*/*_form.py"), *shared]):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 def precompile(needed: Iterable[Needed], folder: Path, architecture: int) -> dict[str, Entry]:

@@ -1,10 +1,12 @@
 """Which configuration of a kernel is the fastest: measured once on a GPU, kept in a file, looked up at each launch.
 
 The file is `$DAT_DEPLOY_CONFIGURATIONS`, else `~/.cache/dat-deploy/configurations.json`:
-`{GPU: {operator: {problem without its batch: {batch: configuration}}}}`. Without an entry the kernels choose by rule.
+`{GPU: {operator: {problem without its batch: {batch: configuration}}}}`. Without an entry that was measured with the
+kernels as they are the kernels choose by rule.
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -19,7 +21,7 @@ from torch import Tensor
 from dat_deploy.files import atomic_output
 from dat_deploy.plugins.launch import Configuration, Problem
 
-__all__ = ["configurations_path", "measured", "store", "tuned_configuration"]
+__all__ = ["configurations_path", "kernels_hash", "measured", "store", "tuned_configuration"]
 
 ROUNDS = 20
 GRAPH_US = 500.0
@@ -32,6 +34,16 @@ def configurations_path() -> Path:
     """The file that `dat-deploy tune` writes and the operators read."""
     named = os.environ.get("DAT_DEPLOY_CONFIGURATIONS")
     return Path(named) if named else Path.home() / ".cache" / "dat-deploy" / "configurations.json"
+
+
+@functools.cache
+def kernels_hash() -> str:
+    """Of what machine code is made from."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    shared = [folder / name for name in ("ahead_of_time.py", "half2.py", "online_softmax.py")]
+    for path in sorted([*folder.glob("*/kernel.py"), *folder.glob("*/*_form.py"), *shared]):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _key(problem: Problem) -> str:
@@ -55,7 +67,8 @@ def tuned_configuration(operator: str, problem: Problem, tensor: Tensor) -> Conf
     gpu = torch.cuda.get_device_name(tensor.device)
     try:
         by_batch = _read(configurations_path())[gpu][operator][_key(problem)]
-        nearest = min(by_batch, key=lambda batch: abs(math.log(int(batch) / problem["batch"])))
+        as_they_are = [batch for batch, stored in by_batch.items() if stored["kernels"] == kernels_hash()]
+        nearest = min(as_they_are, key=lambda batch: abs(math.log(int(batch) / problem["batch"])))
         return _configuration(by_batch[nearest])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
@@ -81,6 +94,7 @@ def store(gpu: str, measured: list[tuple[str, Problem, Configuration, float]]) -
             "num_warps": configuration.num_warps,
             "num_stages": configuration.num_stages,
             "max_registers": configuration.max_registers,
+            "kernels": kernels_hash(),
             "us": round(microseconds, 2),
         }
     path.parent.mkdir(parents=True, exist_ok=True)

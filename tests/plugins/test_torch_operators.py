@@ -469,6 +469,8 @@ def test_measured_configurations_are_kept_by_gpu_and_taken_at_the_nearest_batch(
 
     store("Some GPU", [("deformable_sample", problem(1), large, 2.0)])
     assert tuned_configuration("deformable_sample", problem(1), inputs["value"]) == large
+    monkeypatch.setattr("dat_deploy.plugins.tuning.kernels_hash", lambda: "of other kernels")
+    assert tuned_configuration("deformable_sample", problem(1), inputs["value"]) is None
     path.write_text('{"Some GPU": {"deformable_sample": []}}')
     store("Another GPU", [])
     assert tuned_configuration("deformable_sample", problem(1), inputs["value"]) is None
