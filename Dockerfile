@@ -86,7 +86,7 @@ RUN if [ "${TRT_VERSION%%+*}" != "${TENSORRT_VERSION}" ]; then \
 COPY --from=packages /opt/dat-deploy /opt/dat-deploy
 # the Python half finds the base image's libraries, and dat-deploy takes that version
 RUN ["/opt/dat-deploy/bin/python", "-I", "-c", \
-     "from dat_deploy.engine.tensorrt_library import import_tensorrt; import_tensorrt('tensorrt')"]
+     "from dat_deploy.engine.tensorrt.library import import_tensorrt; import_tensorrt('tensorrt')"]
 ENV HOME=/var/cache/dat-deploy
 VOLUME ["/var/cache/dat-deploy"]
 EXPOSE 8000 8001 8002
@@ -97,4 +97,4 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30m --retries=3 \
     CMD ["curl", "--fail", "--silent", "--output", "/dev/null", "http://127.0.0.1:8000/v2/health/ready"]
 # the base image's own entry point, which looks at the driver, and then becomes ours, which becomes tritonserver
-ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "/opt/dat-deploy/bin/python", "-I", "-m", "dat_deploy.serving.entrypoint"]
+ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "/opt/dat-deploy/bin/python", "-I", "-m", "dat_deploy.serving.triton.entrypoint"]

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dat_deploy.benchmark.environment import commit, hardware, versions
+from dat_deploy.environment import commit, hardware, versions
 from dat_deploy.errors import DatDeployError, UnsupportedError
 from dat_deploy.export import export, relower
 from dat_deploy.export.quantize import quantize
+from dat_deploy.images.data_set import DataSet, open_data_set
+from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.validate.accuracy import Accuracy, compare_on_data
-from dat_deploy.validate.data_set import DataSet, open_data_set
-from dat_deploy.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data" / "fashion-mnist"

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from dat_deploy.benchmark import Record, benchmark, plot
 from dat_deploy.export import LOWERINGS, export, relower
+from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.runners import RUNTIMES, reasons_against
-from dat_deploy.variants import VARIANTS
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 

@@ -34,9 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # a machine with a GPU may
 from gpu_plan import REPORT_SECONDS, START_SECONDS, Job, bar, first, second  # noqa: E402
 from gpu_record import Found, Machine, Record, Row, new_path, newest, slug, source_hash  # noqa: E402
 
+from dat_deploy.environment import command_output  # noqa: E402
 from dat_deploy.errors import DatDeployError, OutputError, UnsupportedError  # noqa: E402
 from dat_deploy.files import atomic_output  # noqa: E402
-from dat_deploy.system import command_output  # noqa: E402
 
 KIT, RESULTS = ROOT / ".gpu-kit", ROOT / "benchmarks" / "results"
 OPENER = "gpu:open_gpu"
@@ -207,7 +207,7 @@ def open_gpu(kit: Path | None) -> Any:
         try:
             gpu.kit = Precompiled(kit, gpu.capability)
         except UnsupportedError as error:
-            from dat_deploy.plugins.ahead_of_time import ARCHITECTURES
+            from dat_deploy.plugins.ptx import ARCHITECTURES
 
             again = f"make gpu-kit ARGUMENTS='--architecture {gpu.capability}', or here " * (
                 gpu.capability in ARCHITECTURES

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dat_deploy.variants import Variant
+from dat_deploy.networks.dat.variants import Variant
 
 __all__ = ["BAR", "FLOAT32_INPUTS", "Case", "of_network", "of_stage"]
 

@@ -23,11 +23,11 @@ from gpu_cases import Case  # noqa: E402
 from gpu_operators import dtypes_of  # noqa: E402
 from gpu_plan import launches_of  # noqa: E402
 
+from dat_deploy.benchmark.tune_network import DTYPES  # noqa: E402
 from dat_deploy.benchmark.worker import end_with_parent  # noqa: E402
 from dat_deploy.errors import DatDeployError, OutputError, UnsupportedError  # noqa: E402
 from dat_deploy.plugins import trt_plugin  # noqa: E402
 from dat_deploy.plugins.precompiled import Entry, Needed, key, precompile, write_index  # noqa: E402
-from dat_deploy.tune_network import DTYPES  # noqa: E402
 
 __all__ = ["launches", "needed"]
 
@@ -98,7 +98,7 @@ def main() -> int:
     if options.compile:
         compile_all(options.compile, options.architecture)
         return 0
-    from dat_deploy.plugins.ahead_of_time import ARCHITECTURES
+    from dat_deploy.plugins.ptx import ARCHITECTURES
 
     if options.architecture not in ARCHITECTURES:
         known = ", ".join(map(str, ARCHITECTURES))

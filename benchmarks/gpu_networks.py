@@ -19,11 +19,11 @@ from gpu_record import Found
 from gpu_timing import Call
 from torch import Tensor
 
-from dat_deploy.checkpoint import Weights, load_weights, model_from_weights
-from dat_deploy.model import half_network
+from dat_deploy.benchmark.tune import tune as tune_network
+from dat_deploy.networks.dat.checkpoint import Weights, load_weights, model_from_weights
+from dat_deploy.networks.dat.model import half_network
+from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.plugins.dispatch import recorded_jobs
-from dat_deploy.tune import tune as tune_network
-from dat_deploy.variants import VARIANTS, Variant
 
 __all__ = ["check", "engine", "measure", "ncu", "profile", "tests", "tune"]
 

@@ -16,7 +16,8 @@ from gpu_cases import FLOAT32_INPUTS, Case
 from gpu_record import Found
 from torch import Tensor
 
-from dat_deploy.model import FUSED, REFERENCE, reference_points
+from dat_deploy.benchmark.tune_network import DTYPES
+from dat_deploy.networks.dat.model import FUSED, REFERENCE, reference_points
 from dat_deploy.plugins import tuning
 from dat_deploy.plugins.deformable_attention.reference import interpolated_bias
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
@@ -27,7 +28,6 @@ from dat_deploy.plugins.window_attention.reference import (
     window_merge,
     window_partition,
 )
-from dat_deploy.tune_network import DTYPES
 
 __all__ = ["DTYPES", "SLACK", "ceilings", "check", "dtypes_of", "make_inputs", "measure", "tuned_share"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpu_cases import BAR, Case, of_network, of_stage
 
-from dat_deploy.variants import VARIANTS, Variant
+from dat_deploy.networks.dat.variants import VARIANTS, Variant
 
 __all__ = ["NETWORKS", "Job", "bar", "first", "launches_of", "second"]
 

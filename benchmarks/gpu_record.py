@@ -15,7 +15,12 @@ __all__ = ["Found", "Machine", "Record", "Row", "new_path", "newest", "slug", "s
 
 SCHEMA_VERSION = 2
 # What a row depends on: rows of other sources are not resumed.
-SOURCES = ("dat_deploy/plugins/**/*.py", "dat_deploy/model.py", "dat_deploy/variants.py", "dat_deploy/checkpoint.py")
+SOURCES = (
+    "dat_deploy/plugins/**/*.py",
+    "dat_deploy/networks/dat/model.py",
+    "dat_deploy/networks/dat/variants.py",
+    "dat_deploy/networks/dat/checkpoint.py",
+)
 SOURCES += ("dat_deploy/engine/*.py", "dat_deploy/runners/*.py", "benchmarks/gpu_[!r]*.py")
 
 

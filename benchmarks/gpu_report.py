@@ -10,7 +10,7 @@ from typing import Any
 from gpu_record import Record, Row
 
 from dat_deploy.files import atomic_output
-from dat_deploy.variants import VARIANTS
+from dat_deploy.networks.dat.variants import VARIANTS
 
 __all__ = ["markdown", "plot", "targets", "write_documents"]
 

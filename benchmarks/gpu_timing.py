@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from gpu_record import Machine
 
-from dat_deploy.system import nvidia_smi
+from dat_deploy.environment import nvidia_smi
 
 __all__ = ["Call", "CudaGpu", "percentile"]
 

@@ -32,8 +32,8 @@ from table_reads import wavefronts  # noqa: E402
 
 from dat_deploy.benchmark.worker import end_with_parent  # noqa: E402
 from dat_deploy.errors import DatDeployError, OutputError, UnsupportedError  # noqa: E402
-from dat_deploy.plugins.ahead_of_time import compile_launch  # noqa: E402
 from dat_deploy.plugins.launch import Launch, ceil_div  # noqa: E402
+from dat_deploy.plugins.ptx import compile_launch  # noqa: E402
 from dat_deploy.plugins.tuning import kernels_hash  # noqa: E402
 
 __all__ = ["RECORDS", "Instruction", "Row", "hottest", "kind", "parse", "record_name", "rows_of", "scores"]

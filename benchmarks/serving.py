@@ -25,9 +25,9 @@ from pathlib import Path
 import aiohttp
 from server_process import ServerProcess
 
-from dat_deploy.benchmark.environment import commit, hardware, versions
+from dat_deploy.environment import commit, hardware, versions
 from dat_deploy.export import export
-from dat_deploy.photographs import photographs
+from dat_deploy.images.photographs import photographs
 
 RESULTS = Path(__file__).parent / "results" / "serving"
 CLIENTS = 32  # that ask for the maximum

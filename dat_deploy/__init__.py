@@ -18,7 +18,7 @@ from dat_deploy.errors import (
     VariantError,
     VerificationError,
 )
-from dat_deploy.variants import VARIANTS, Variant, get_variant
+from dat_deploy.networks.dat.variants import VARIANTS, Variant, get_variant
 
 __all__ = [
     "VARIANTS",

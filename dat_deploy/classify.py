@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dat_deploy.labels import check_top_k, class_names, top_k
-from dat_deploy.preprocess import check_images, preprocess_files
+from dat_deploy.images.labels import check_top_k, class_names, top_k
+from dat_deploy.images.preprocess import check_images, preprocess_files
 from dat_deploy.runners import EngineDescription, Runner, check_engine, open_runner
 
 __all__ = ["Classification", "Prediction", "classify", "logits_of"]

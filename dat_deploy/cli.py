@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dat_deploy.commands.stages import Stages
 from dat_deploy.errors import DatDeployError, OutputError
-from dat_deploy.stages import Stages
-from dat_deploy.variants import VARIANTS, Variant, get_variant
+from dat_deploy.networks.dat.variants import VARIANTS, Variant, get_variant
 
 if TYPE_CHECKING:
     from dat_deploy.benchmark import Record
@@ -106,7 +106,7 @@ def convert(
     json_file: JsonOption = None,
 ) -> None:
     """Turn a checkpoint into a .safetensors file, which cannot hold code."""
-    from dat_deploy import convert as library
+    from dat_deploy.networks import convert as library
 
     _check_json(json_file, force=force)
     with err.status(f"reading {checkpoint.name}"):
@@ -415,7 +415,7 @@ def package(
     preferred = _numbers(batch, "--batch", "8,32")
     _check_json(json_file, force=force)
     with Stages("package", err) as shown:
-        from dat_deploy.serving import repository as library
+        from dat_deploy.serving.triton import repository as library
 
         shown.begin("packaging")
         report = library.package(
@@ -835,7 +835,7 @@ def preprocess(
         raise DatDeployError("--output is for the arrays of images; name image files.")
     if array and not check:
         raise DatDeployError("--array is what --check compares; add --check, or leave it out.")
-    from dat_deploy import preprocess_check as library
+    from dat_deploy.validate import preprocessing as library
 
     _check_json(json_file, force=force)
     if golden is not None:
@@ -900,7 +900,7 @@ def tune(
     batches = _numbers(batch, "--batch")
     _check_json(json_file, force=force)
     with Stages("tune", err) as shown:
-        from dat_deploy.tune import tune as measure
+        from dat_deploy.benchmark.tune import tune as measure
 
         tuning = measure(
             get_variant(variant),
@@ -1255,7 +1255,7 @@ def _print_passport(path: Path, passport: "Passport") -> None:
 
 def _backend_option() -> tuple[str, ...]:
     """Where only TensorRT-RTX is installed, the option that names it."""
-    from dat_deploy.engine.tensorrt_library import missing
+    from dat_deploy.engine.tensorrt.library import missing
 
     return ("--backend", "tensorrt-rtx") if missing("tensorrt") and not missing("tensorrt-rtx") else ()
 

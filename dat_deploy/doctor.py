@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-from dat_deploy.benchmark.environment import commit, hardware, versions
-from dat_deploy.benchmark.record import Hardware
-from dat_deploy.engine.lowering_choice import LoweringVerdict, stored_verdicts
+from dat_deploy.engine.tensorrt.lowering_choice import LoweringVerdict, stored_verdicts
+from dat_deploy.environment import Hardware, commit, hardware, installed_version, versions
 from dat_deploy.runners import RUNTIMES, reasons_against
-from dat_deploy.system import installed_version
 
 __all__ = ["Diagnosis", "doctor"]
 

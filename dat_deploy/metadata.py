@@ -9,9 +9,9 @@ import onnx
 
 from dat_deploy.errors import DatDeployError, ExportError
 from dat_deploy.files import open_input
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.images.preprocess import Preprocessing
+from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.typed_json import plain, typed
-from dat_deploy.variants import Variant
 
 __all__ = ["DOMAIN_NAME", "Calibration", "FileMetadata", "load_onnx", "read_metadata", "read_onnx"]
 
@@ -53,8 +53,8 @@ class FileMetadata:
         weights_sha256: of the weights' names, types, shapes and bytes, whatever file they came from.
         weights_source: the checkpoint's file name, or the seed of random weights.
         version: of dat-deploy.
-        golden_sha256: see `dat_deploy.preprocess.golden_sha256`, of `preprocessing` where the file was exported; empty
-            in files of before there was one.
+        golden_sha256: see `images.preprocess.golden_sha256`, of `preprocessing` where the file was exported; empty in
+            files of before there was one.
         calibration: of an int8 file.
     """
 

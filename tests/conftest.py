@@ -25,12 +25,12 @@ from filelock import FileLock
 
 import dat_deploy
 from dat_deploy import cli
-from dat_deploy.checkpoint import load_model
 from dat_deploy.export import export, onnx_model, relower
-from dat_deploy.model import DAT
+from dat_deploy.networks.dat.checkpoint import load_model
+from dat_deploy.networks.dat.model import DAT
+from dat_deploy.networks.dat.variants import VARIANTS, StageConfig, Variant
 from dat_deploy.runners import open_runner
 from dat_deploy.validate.reference import Reference, open_reference
-from dat_deploy.variants import VARIANTS, StageConfig, Variant
 
 GOLDEN = Path(__file__).parent / "golden"
 LARGEST_KEPT_BYTES = 150_000_000  # of a network whose trace is kept: `tiny` and `pp-tiny` are smaller

@@ -229,7 +229,7 @@ def all_cases() -> list[Any]:
     from gpu_cases import of_network
 
     from dat_deploy.errors import ShapeError
-    from dat_deploy.variants import RELEASED, VARIANTS
+    from dat_deploy.networks.dat.variants import RELEASED, VARIANTS
 
     found = of_network(VARIANTS["pp-tiny"].with_image_size(800, 1344), 1)
     for name in RELEASED:
@@ -254,7 +254,7 @@ def types_of(trt: Any, names: Sequence[str], kind: str) -> list[Any]:
 def expected_launch(case: Any, batch: int, dtype: Any, tactic: int) -> Any:
     import torch
 
-    from dat_deploy.plugins import trt_plugin
+    from dat_deploy.plugins.tensorrt import registry as trt_plugin
 
     specified = trt_plugin.specification(case.operator)
     shapes = inputs_of(case, batch)
@@ -271,7 +271,8 @@ def expected_launch(case: Any, batch: int, dtype: Any, tactic: int) -> Any:
 def arithmetic() -> dict[str, Any]:
     """Grid, block and scalars at all shapes of all variants, every tactic and several batches, against `launch`."""
     trt = load_tensorrt()
-    from dat_deploy.plugins import ahead_of_time, trt_plugin
+    from dat_deploy.plugins import ptx as ahead_of_time
+    from dat_deploy.plugins.tensorrt import registry as trt_plugin
 
     ahead_of_time.compile_launch = lambda launch, *_, **__: ahead_of_time.CompiledLaunch("", "fake", 1234, 0, 0)
     trt_plugin.register_ahead_of_time(trt, 90)
@@ -319,8 +320,8 @@ def kernels(*operators: str) -> list[dict[str, Any]]:
     sys.path.insert(0, BENCHMARKS)
     from gpu_cases import of_stage
 
-    from dat_deploy.plugins import trt_plugin
-    from dat_deploy.variants import VARIANTS
+    from dat_deploy.networks.dat.variants import VARIANTS
+    from dat_deploy.plugins.tensorrt import registry as trt_plugin
 
     shown: list[dict[str, Any]] = []
 
@@ -366,7 +367,7 @@ def registry() -> dict[str, Any]:
     """Both forms in turn in one process, and what is refused."""
     trt = load_tensorrt()
     from dat_deploy.errors import DatDeployError
-    from dat_deploy.plugins import trt_plugin
+    from dat_deploy.plugins.tensorrt import registry as trt_plugin
 
     def kinds() -> list[str]:
         found = trt.get_plugin_registry()
@@ -411,7 +412,8 @@ def registry() -> dict[str, Any]:
 def refusals() -> list[list[str]]:
     """What a build would be told at each step for inputs that no kernel takes."""
     trt = load_tensorrt()
-    from dat_deploy.plugins import ahead_of_time, trt_plugin
+    from dat_deploy.plugins import ptx as ahead_of_time
+    from dat_deploy.plugins.tensorrt import registry as trt_plugin
 
     compiled = ahead_of_time.CompiledLaunch("", "fake", 50_000, 0, 0)
     ahead_of_time.compile_launch = lambda *_, **__: compiled
@@ -450,7 +452,8 @@ def builds(source: str, folder: str) -> list[Any]:
     """What backend `tensorrt` builds of an exported file on a machine that seems to have a GPU of sm_89."""
     load_tensorrt()
     from dat_deploy.engine import build as library
-    from dat_deploy.engine import tensorrt_build, tensorrt_engine
+    from dat_deploy.engine.tensorrt import build as tensorrt_build
+    from dat_deploy.engine.tensorrt import engine as tensorrt_engine
     from dat_deploy.errors import DatDeployError
 
     tensorrt_engine.gpu_architecture = tensorrt_build.gpu_architecture = lambda: 89

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from dat_deploy.errors import DatDeployError, ImageError, VerificationError
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.images.data_set import DataSet, open_data_set
+from dat_deploy.images.preprocess import Preprocessing
+from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.runners import EngineDescription, Runner
 from dat_deploy.validate.accuracy import compare_on_data
-from dat_deploy.validate.data_set import DataSet, open_data_set
-from dat_deploy.variants import VARIANTS
 
 SMALL = replace(VARIANTS["demo"], image_size=(32, 32), resize_size=32, classes=7, class_names=tuple("abcdefg"))
 BATCH = 8

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from dat_deploy import errors
 from dat_deploy.benchmark import Record, benchmark, compare, environment, plot
 from dat_deploy.benchmark.measure import row_from_rounds
-from dat_deploy.benchmark.record import EngineSettings, Hardware, Settings
+from dat_deploy.benchmark.record import EngineSettings, Settings
 from dat_deploy.benchmark.worker import Timings
+from dat_deploy.environment import Hardware
 from dat_deploy.errors import DatDeployError, OutputError, RecordError, ShapeError, UnsupportedError
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.images.preprocess import Preprocessing
+from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.runners import EngineDescription, Runner
-from dat_deploy.variants import VARIANTS
 
 LOG = "FAKE_ENGINE_LOG"
 

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dat_deploy.checkpoint import (
+from dat_deploy.errors import CheckpointError, OutputError, VariantError
+from dat_deploy.networks.dat.checkpoint import (
     Weights,
     convert_checkpoint,
     load_checkpoint,
@@ -27,9 +28,8 @@ from dat_deploy.checkpoint import (
     official_state_dict_shapes,
     seeded_weights,
 )
-from dat_deploy.errors import CheckpointError, OutputError, VariantError
-from dat_deploy.model import DAT
-from dat_deploy.variants import RELEASED, VARIANTS, StageConfig, Variant
+from dat_deploy.networks.dat.model import DAT
+from dat_deploy.networks.dat.variants import RELEASED, VARIANTS, StageConfig, Variant
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -31,11 +31,11 @@ from PIL import ExifTags, Image
 from typer.core import TyperCommand, TyperGroup
 
 from dat_deploy import cli
-from dat_deploy.checkpoint import official_state_dict_shapes
 from dat_deploy.export import LOWERINGS, export
-from dat_deploy.photographs import photographs
+from dat_deploy.images.photographs import photographs
+from dat_deploy.networks.dat.checkpoint import official_state_dict_shapes
+from dat_deploy.networks.dat.variants import VARIANTS, StageConfig, Variant
 from dat_deploy.runners import RUNTIMES
-from dat_deploy.variants import VARIANTS, StageConfig, Variant
 
 MINI = replace(
     VARIANTS["tiny"],

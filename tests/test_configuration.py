@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from dat_deploy.configuration import SIZE_LIMIT_BYTES, find_variant, variant_from_config
 from dat_deploy.errors import ShapeError, VariantError
-from dat_deploy.model import DAT
-from dat_deploy.variants import RELEASED, VARIANTS, Variant
+from dat_deploy.networks.dat.configuration import SIZE_LIMIT_BYTES, find_variant, variant_from_config
+from dat_deploy.networks.dat.model import DAT
+from dat_deploy.networks.dat.variants import RELEASED, VARIANTS, Variant
 
 MANIFESTS = Path(__file__).parent / "golden" / "manifests"
 # Small networks of both papers' code, each option in the form of the official files.

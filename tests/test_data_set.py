@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dat_deploy.errors import DatDeployError
-from dat_deploy.validate.data_set import open_data_set
+from dat_deploy.images.data_set import open_data_set
 
 NAMES = ("T-shirt/top", "Trouser", "Ankle boot")
 

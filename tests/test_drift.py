@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.validate.drift import block_drift, distances_px
-from dat_deploy.variants import VARIANTS
 
 MAP = (8, 12)  # of the third stage, for images of 128x192
 NETWORK = VARIANTS["pp-tiny"].with_image_size(16 * MAP[0], 16 * MAP[1])

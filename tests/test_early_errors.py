@@ -19,12 +19,12 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from dat_deploy.engine.passport import Passport, Profile, sha256, write_engine
-from dat_deploy.labels import class_names
+from dat_deploy.environment import installed_version
+from dat_deploy.images.labels import class_names
+from dat_deploy.images.preprocess import Preprocessing, golden_sha256
 from dat_deploy.metadata import DOMAIN_NAME, FileMetadata
-from dat_deploy.preprocess import Preprocessing, golden_sha256
+from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.runners import RUNTIMES
-from dat_deploy.system import installed_version
-from dat_deploy.variants import VARIANTS, Variant
 
 # Reads what to run as JSON: name -> words; writes name -> (exit code, stderr, stdout).
 SCRIPT = """

@@ -1,6 +1,8 @@
 """The house keeps its order: imports go down only, and runtimes are imported where they are named."""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,33 +13,24 @@ import dat_deploy
 
 PACKAGE = Path(dat_deploy.__file__).parent
 
-# Lowest first; a module may import its own layer and what is before it.
+# Lowest first; a module may import its own layer and what is before it. The longest name that begins a module's counts.
 LAYERS = [
-    {
-        "errors",
-        "variants",
-        "configuration",
-        "files",
-        "preprocess",
-        "labels",
-        "locations",
-        "photographs",
-        "metadata",
-        "typed_json",
-        "system",
-        "checkpoint_file",
-    },
+    {"errors", "typed_json"},
+    {"environment", "files"},
+    {"networks.dat.variants", "networks.dat.configuration", "networks.dat.sampling", "networks.checkpoint_file"},
+    {"images"},
+    {"metadata"},
     {"plugins"},
-    {"untrusted", "model", "checkpoint", "convert"},
+    {"networks"},
     {"export"},
     {"engine"},
     {"runners"},
-    {"validate", "benchmark", "serving", "classify", "visualize", "doctor", "tune", "tune_network", "preprocess_check"},
-    {"stages"},
+    {"validate", "benchmark", "serving", "classify", "visualize", "doctor"},
+    {"commands"},
     {"api", "cli"},
 ]
 HOMES = {
-    "tensorrt": ("trt_plugin.py", "engine/", "tensorrt_runner.py"),
+    "tensorrt": ("plugins/tensorrt/", "engine/tensorrt/", "tensorrt_runner.py"),
     "triton": (
         "kernel.py",
         "general_form.py",
@@ -45,7 +38,7 @@ HOMES = {
         "register_form.py",
         "half2.py",
         "online_softmax.py",
-        "ahead_of_time.py",
+        "ptx.py",
     ),
     "onnxruntime": ("onnxruntime_runner.py", "runners/__init__.py", "quantize.py"),
     "openvino": ("openvino_runner.py", "runners/__init__.py"),
@@ -55,36 +48,65 @@ HOMES = {
 }
 
 
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
 def imports(path: Path) -> set[str]:
+    """Everything that a file imports, wherever in it, by `import_module` and as MODULE:FUNCTION too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if names <= MODULES.keys() else names | {node.module}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= named_modules(node.args[0])
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.]+:\w+", node.value):
+            found.add(node.value.partition(":")[0])
     return found
 
 
+def named_modules(node: ast.expr) -> set[str]:
+    """The modules that a text names; what an f-string fills in stands for any name."""
+    if isinstance(node, ast.Constant):
+        return {node.value}
+    if not isinstance(node, ast.JoinedStr) or not isinstance(node.values[0], ast.Constant):
+        return set()
+    parts = [re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+" for part in node.values]
+    return {module for module in MODULES if re.fullmatch("".join(parts), module)}
+
+
+def imported_modules(module: str) -> set[str]:
+    """Those of this package."""
+    return (imports(MODULES[module]) & MODULES.keys()) - {module}
+
+
 def layer(module: str) -> int | None:
-    parts = module.split(".")
-    if parts[0] != "dat_deploy" or len(parts) == 1:
-        return None
-    return next((i for i, names in enumerate(LAYERS) if parts[1] in names), None)
+    own = module.removeprefix("dat_deploy.")
+    matching = [(len(name), i) for i, names in enumerate(LAYERS) for name in names if f"{own}.".startswith(f"{name}.")]
+    return max(matching)[1] if matching else None
 
 
 def test_imports_go_down_only():
     wrong = []
-    for path in PACKAGE.rglob("*.py"):
-        relative = path.relative_to(PACKAGE)
-        own = layer(f"dat_deploy.{relative.with_suffix('').parts[0]}")
-        if own is None:
-            assert str(relative) == "__init__.py", f"{relative} has no layer"
-            continue
-        for module in imports(path):
-            other = layer(module)
-            if other is not None and other > own:
-                wrong.append(f"{relative} imports {module}")
+    for module in MODULES.keys() - {"dat_deploy"}:
+        assert layer(module) is not None, f"{module} has no layer"
+        wrong += [
+            f"{module} imports {other}"
+            for other in imported_modules(module) - {"dat_deploy"}
+            if layer(other) > layer(module)
+        ]
     assert not wrong
+
+
+@pytest.mark.xfail(strict=True, reason="an operator's TensorRT side and the registry need each other")
+def test_no_modules_import_each_other_in_a_circle():
+    sorter = graphlib.TopologicalSorter({module: imported_modules(module) for module in MODULES})
+    sorter.prepare()  # raises CycleError, which names the circle
 
 
 def test_runtimes_are_imported_only_in_the_files_named_for_them():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dat_deploy.errors import ShapeError, VerificationError
-from dat_deploy.labels import class_names, imagenet_class_names, top_k
-from dat_deploy.variants import VARIANTS
+from dat_deploy.images.labels import class_names, imagenet_class_names, top_k
+from dat_deploy.networks.dat.variants import VARIANTS
 
 LETTERS = "abcdefghij"
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from dat_deploy.errors import ExportError
+from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.preprocess import Preprocessing
-from dat_deploy.variants import VARIANTS
+from dat_deploy.networks.dat.variants import VARIANTS
 
 PATH = Path("folder/tiny.onnx")
 GOLDEN = Path(__file__).parent / "golden"
@@ -100,13 +100,13 @@ MALFORMED = {
     "network is none": (
         "network",
         "null",
-        "metadata.network is None and should be <class 'dat_deploy.variants.Variant'>",
+        "metadata.network is None and should be <class 'dat_deploy.networks.dat.variants.Variant'>",
     ),
     "not JSON": ("network", "tiny", "Expecting value: line 1 column 1 (char 0)"),
     "preprocessing is a number": (
         "preprocessing",
         "7",
-        "metadata.preprocessing is 7 and should be <class 'dat_deploy.preprocess.Preprocessing'>",
+        "metadata.preprocessing is 7 and should be <class 'dat_deploy.images.preprocess.Preprocessing'>",
     ),
     "preprocessing lacks a field": (
         "preprocessing",

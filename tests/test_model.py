@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dat_deploy.checkpoint import load_model, load_weights, model_from_weights
 from dat_deploy.errors import ShapeError, VariantError
-from dat_deploy.model import DAT, REFERENCE, SampledPoints, reference_points
+from dat_deploy.networks.dat.checkpoint import load_model, load_weights, model_from_weights
+from dat_deploy.networks.dat.model import DAT, REFERENCE, SampledPoints, reference_points
+from dat_deploy.networks.dat.variants import RELEASED, VARIANTS, get_variant
 from dat_deploy.plugins.deformable_attention.reference import interpolated_bias
-from dat_deploy.variants import RELEASED, VARIANTS, get_variant
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -146,7 +146,7 @@ def two_products_a_neighborhood(
 def test_variant_table_counts_the_multiply_adds_of_the_network(name, monkeypatch):
     height, width = VARIANTS[name].image_size
     operators = REFERENCE._replace(neighborhood_attention=two_products_a_neighborhood)
-    monkeypatch.setattr("dat_deploy.model.REFERENCE", operators)
+    monkeypatch.setattr("dat_deploy.networks.dat.model.REFERENCE", operators)
     with torch.device("meta"):
         model = DAT(VARIANTS[name])
         image = torch.zeros(1, 3, height, width)

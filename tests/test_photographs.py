@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dat_deploy.errors import UnsupportedError
-from dat_deploy.photographs import LICENCES, photographs
+from dat_deploy.images.photographs import LICENCES, photographs
 
 
 def test_every_photograph_is_there_with_a_free_licence_and_colour_comes_first() -> None:
@@ -59,5 +59,5 @@ def test_a_scikit_image_without_the_file_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_finding_the_photographs_does_not_import_scikit_image() -> None:
-    code = "import sys, dat_deploy.photographs as p; p.photographs(); sys.exit('skimage' in sys.modules)"
+    code = "import sys, dat_deploy.images.photographs as p; p.photographs(); sys.exit('skimage' in sys.modules)"
     assert run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603 - our own interpreter and code

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from dat_deploy import preprocess as module
 from dat_deploy.errors import ImageError, ShapeError, UnsupportedError
-from dat_deploy.photographs import photographs
-from dat_deploy.preprocess import Preprocessing, preprocess, preprocess_files, read_image
-from dat_deploy.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
+from dat_deploy.images import preprocess as module
+from dat_deploy.images.photographs import photographs
+from dat_deploy.images.preprocess import Preprocessing, preprocess, preprocess_files, read_image
+from dat_deploy.networks.dat.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
 
 TINY = Preprocessing.from_variant(VARIANTS["tiny"])
 FORMATS = "BMP, GIF, JPEG, PNG, PPM, TIFF and WEBP"
@@ -525,5 +525,5 @@ def test_warning_filters_are_left_as_they_were_by_many_threads(tmp_path: Path) -
 
 
 def test_importing_it_loads_no_torch() -> None:
-    code = "import sys, dat_deploy.preprocess; sys.exit('torch' in sys.modules)"
+    code = "import sys, dat_deploy.images.preprocess; sys.exit('torch' in sys.modules)"
     assert run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603 - our own interpreter and code

@@ -25,19 +25,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dat_deploy import api, cli
-from dat_deploy import preprocess as preprocess_module
-from dat_deploy import preprocess_check as module
 from dat_deploy.engine import package as package_module
 from dat_deploy.engine.passport import Profile, write_engine
 from dat_deploy.errors import DatDeployError, ExportError, ImageError, ShapeError, VerificationError
-from dat_deploy.labels import imagenet_class_names
+from dat_deploy.images import preprocess as preprocess_module
+from dat_deploy.images.labels import imagenet_class_names
+from dat_deploy.images.photographs import photographs
+from dat_deploy.images.preprocess import Preprocessing, golden_picture, golden_sha256, preprocess
 from dat_deploy.metadata import FileMetadata, read_metadata
-from dat_deploy.photographs import photographs
-from dat_deploy.preprocess import Preprocessing, golden_picture, golden_sha256, preprocess
-from dat_deploy.preprocess_check import GOLDEN, PreprocessingReport, check_preprocessing
+from dat_deploy.networks.dat.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
 from dat_deploy.runners import Runner
 from dat_deploy.runners.base import Images, describe
-from dat_deploy.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
+from dat_deploy.validate import preprocessing as module
+from dat_deploy.validate.preprocessing import GOLDEN, PreprocessingReport, check_preprocessing
 
 Array = NDArray[Any]
 TINY = Preprocessing.from_variant(VARIANTS["tiny"])

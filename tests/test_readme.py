@@ -11,8 +11,8 @@ import typer
 import dat_deploy.api
 from dat_deploy.cli import app
 from dat_deploy.export import LOWERINGS
+from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.runners import RUNTIMES
-from dat_deploy.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

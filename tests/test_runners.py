@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dat_deploy.checkpoint import load_model
 from dat_deploy.errors import DatDeployError, EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.export import LOWERINGS, export, relower
+from dat_deploy.networks.dat.checkpoint import load_model
+from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.runners import RUNTIMES, open_runner, parse_engine, reasons_against
-from dat_deploy.variants import VARIANTS, Variant
 
 ONNX_RUNTIMES = [name for name, runtime in RUNTIMES.items() if runtime.target == "FILE.onnx"]
 
@@ -75,7 +75,8 @@ def test_raw_pixels_are_refused(files):
     with open_runner(str(files["function"])) as runner, pytest.raises(ShapeError) as error:
         runner(np.zeros((1, 3, 64, 64), dtype=np.uint8))
     assert str(error.value) == (
-        f"{files['function']}: input 'image' has type uint8; it takes normalised float32. Use dat_deploy.preprocess."
+        f"{files['function']}: input 'image' has type uint8; it takes normalised float32. "
+        "Use dat_deploy.images.preprocess."
     )
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dat_deploy import stages as module
-from dat_deploy.stages import Stages
+from dat_deploy.commands import stages as module
+from dat_deploy.commands.stages import Stages
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"  # the cursor
 LINE = r"{command}: {stage}, \d+\.\d s"

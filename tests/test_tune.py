@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dat_deploy.benchmark.tune import tune
 from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError
-from dat_deploy.tune import tune
 
 
 def test_without_a_gpu_it_cannot_run_here(monkeypatch):

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dat_deploy import untrusted
 from dat_deploy.errors import CheckpointError
-from dat_deploy.untrusted import read_tensors
+from dat_deploy.networks import untrusted
+from dat_deploy.networks.untrusted import read_tensors
 
 ADVICE = "If you trust its source, save its state dict alone, with torch.save or safetensors."
 TENSORS = {"layer.weight": torch.arange(6.0).view(2, 3), "layer.bias": torch.ones(3), "layer.index": torch.arange(4)}

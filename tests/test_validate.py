@@ -13,11 +13,11 @@ from onnx import numpy_helper
 import dat_deploy.validate as library
 from dat_deploy.errors import DatDeployError, UnsupportedError, VerificationError
 from dat_deploy.export import export
-from dat_deploy.photographs import photographs
+from dat_deploy.images.photographs import photographs
+from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.validate import FP32_TOLERANCE, validate
 from dat_deploy.validate.reference import Reference, open_reference
-from dat_deploy.variants import Variant
 
 INSIDE = ("coordinates", "drift")  # checks that cut a file into parts, of which OpenVINO compiles each
 

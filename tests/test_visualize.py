@@ -17,11 +17,11 @@ from PIL import Image
 from dat_deploy import visualize as module
 from dat_deploy.errors import DatDeployError, ImageError, OutputError, ShapeError, VerificationError
 from dat_deploy.export import export
-from dat_deploy.locations import pixels_from_locations
-from dat_deploy.model import reference_points
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.images.preprocess import Preprocessing
+from dat_deploy.networks.dat.model import reference_points
+from dat_deploy.networks.dat.sampling import pixels_from_locations
+from dat_deploy.networks.dat.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, Variant
 from dat_deploy.runners import EngineDescription, Runner
-from dat_deploy.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, Variant
 from dat_deploy.visualize import Visualization, plotting, visualize
 
 Outputs = dict[str, NDArray[np.float32]]

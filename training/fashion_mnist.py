@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dat_deploy.variants import VARIANTS
+from dat_deploy.networks.dat.variants import VARIANTS
 
 CLASSES = VARIANTS["demo"].class_names
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dat_deploy.checkpoint import load_model, save_checkpoint
-from dat_deploy.model import DAT
-from dat_deploy.preprocess import Preprocessing, preprocess
-from dat_deploy.variants import VARIANTS
+from dat_deploy.images.preprocess import Preprocessing, preprocess
+from dat_deploy.networks.dat.checkpoint import load_model, save_checkpoint
+from dat_deploy.networks.dat.model import DAT
+from dat_deploy.networks.dat.variants import VARIANTS
 
 VARIANT = VARIANTS["demo"]
 HELD_OUT = 5000

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dat_deploy.benchmark import environment
+from dat_deploy import environment
 from dat_deploy.benchmark.record import EngineSettings, LatencyRatio, Record, Row, Settings
 from dat_deploy.benchmark.worker import SEED, EngineProcess, Opened, Opening, Timings, Turn, named
 from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError
 from dat_deploy.runners import EngineDescription, EngineOutline, check_engine, parse_engine
-from dat_deploy.runners.base import available_cores
 
 __all__ = ["benchmark", "row_from_rounds"]
 
@@ -94,7 +93,7 @@ def benchmark(
             "checkpoint": checkpoint,
             "image_size": image_size,
             "features": features,
-            "threads": threads or available_cores(),  # the same for all: by itself each takes another count
+            "threads": threads or environment.available_cores(),  # the same for all: by itself each takes another count
         }
         for label, engine in zip(labels, engines, strict=True):
             step(f"opening {label}")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dat_deploy.environment import Hardware
 from dat_deploy.errors import RecordError
 from dat_deploy.files import atomic_output
 from dat_deploy.typed_json import typed
@@ -16,7 +17,6 @@ __all__ = [
     "Change",
     "Comparison",
     "EngineSettings",
-    "Hardware",
     "LatencyRatio",
     "Record",
     "Row",
@@ -70,19 +70,6 @@ class Settings:
     threads: int | None
     images: str
     timed: str
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Attributes:
-    cpu_flags: the instruction sets among those that matter here; cores: that the process may run on.
-    """
-
-    cpu: str
-    cpu_flags: tuple[str, ...]
-    cores: int
-    memory_gib: int
-    gpus: tuple[str, ...]
 
 
 @dataclass(frozen=True)

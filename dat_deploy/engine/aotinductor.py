@@ -19,12 +19,11 @@ from torch._inductor.package.package import package_aoti
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from dat_deploy.engine.gpu import gpu_architecture
 from dat_deploy.engine.passport import Passport
+from dat_deploy.environment import cpu_flags, gpu_architecture
 from dat_deploy.errors import DatDeployError, EngineBuildError, UnsupportedError
-from dat_deploy.model import DAT, REFERENCE, half_network
+from dat_deploy.networks.dat.model import DAT, REFERENCE, half_network
 from dat_deploy.plugins.neighborhood_attention.reference import neighborhood_index
-from dat_deploy.system import cpu_flags
 
 __all__ = ["PRECISIONS", "check_fits", "compile_package", "model_name"]
 

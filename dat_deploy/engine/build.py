@@ -5,15 +5,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dat_deploy.checkpoint_file import check_checkpoint
-from dat_deploy.configuration import find_variant
 from dat_deploy.engine.passport import Passport, Profile, passport_path, write_engine
 from dat_deploy.engine.source import check_plugin_form, read_source
-from dat_deploy.engine.tensorrt_library import check_installed
+from dat_deploy.engine.tensorrt.library import check_installed
 from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.export.options import LOWERINGS, PRECISIONS
 from dat_deploy.files import check_output
-from dat_deploy.variants import Variant
+from dat_deploy.networks.checkpoint_file import check_checkpoint
+from dat_deploy.networks.dat.configuration import find_variant
+from dat_deploy.networks.dat.variants import Variant
 
 __all__ = ["BACKENDS", "DEVICES", "PLUGIN_FORMS", "BuildReport", "build"]
 
@@ -176,7 +176,7 @@ def build(
         file = read_source(source, profiles=profiles, image_size=image_size, lowering=lowering)
         if file.lowering != "auto":
             check_plugin_form(plugin_form, file.lowering)
-        from dat_deploy.engine.tensorrt_engine import engine_and_passport
+        from dat_deploy.engine.tensorrt.engine import engine_and_passport
 
         content, passport, notes = engine_and_passport(
             file,

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 
 from dat_deploy.engine.passport import Passport, open_engine, sha256
-from dat_deploy.engine.tensorrt_library import Log, import_tensorrt
+from dat_deploy.engine.tensorrt.library import Log, import_tensorrt
 from dat_deploy.errors import EngineRunError, UnsupportedError
 from dat_deploy.export.census import PrecisionCensus, precision_census
 from dat_deploy.export.records import operator_records
@@ -137,14 +137,14 @@ def inspect(path: Path) -> Inspection:
     else:
         try:
             trt = import_tensorrt(passport.backend)
-            from dat_deploy.engine.tensorrt_session import check_fits
+            from dat_deploy.engine.tensorrt.session import check_fits
 
             check_fits(passport, trt, str(path))
         except UnsupportedError as error:
             unseen = str(error)
         else:
             if passport.plugin_form == "IPluginV3":
-                from dat_deploy.plugins import trt_plugin
+                from dat_deploy.plugins.tensorrt import registry as trt_plugin
 
                 trt_plugin.register_plugins(trt)
             layers = tuple(layers_of(trt, deserialized(trt, content)))

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import torch
 
-from dat_deploy.checkpoint import load_weights, model_from_weights
 from dat_deploy.engine.aotinductor import compile_package
-from dat_deploy.engine.gpu import gpu_architecture
 from dat_deploy.engine.passport import Passport, Profile, sha256, versions
+from dat_deploy.environment import cpu_flags, gpu_architecture, tool_version
 from dat_deploy.errors import UnsupportedError
-from dat_deploy.labels import class_names
+from dat_deploy.images.labels import class_names
+from dat_deploy.images.preprocess import Preprocessing, golden_sha256
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.preprocess import Preprocessing, golden_sha256
-from dat_deploy.system import cpu_flags, tool_version
-from dat_deploy.variants import Variant
+from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
+from dat_deploy.networks.dat.variants import Variant
 
 __all__ = ["package_and_passport"]
 

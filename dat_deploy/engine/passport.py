@@ -13,10 +13,10 @@ import shlex
 import typing
 from pathlib import Path
 
+from dat_deploy.environment import installed_version, nvidia_smi, tool_version
 from dat_deploy.errors import DatDeployError, EngineBuildError, PassportError, ShapeError, UnsupportedError
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.system import installed_version, nvidia_smi, tool_version
 from dat_deploy.typed_json import plain, typed
 
 __all__ = [

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from dat_deploy.checkpoint_file import check_checkpoint
-from dat_deploy.configuration import find_variant
+from dat_deploy.environment import tool_version
 from dat_deploy.errors import ExportError, ShapeError
 from dat_deploy.export.census import PrecisionCensus, precision_census
 from dat_deploy.export.options import (
@@ -25,11 +24,12 @@ from dat_deploy.export.options import (
     check_precision,
 )
 from dat_deploy.files import atomic_output, check_output
-from dat_deploy.labels import class_names
+from dat_deploy.images.labels import class_names
+from dat_deploy.images.preprocess import Preprocessing, golden_sha256
 from dat_deploy.metadata import DOMAIN_NAME, FileMetadata, load_onnx, read_metadata
-from dat_deploy.preprocess import Preprocessing, golden_sha256
-from dat_deploy.system import tool_version
-from dat_deploy.variants import Variant
+from dat_deploy.networks.checkpoint_file import check_checkpoint
+from dat_deploy.networks.dat.configuration import find_variant
+from dat_deploy.networks.dat.variants import Variant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -136,11 +136,11 @@ def export(
     if dynamic_image_size:
         _check_dynamic_image_size(network, sampling_locations=sampling_locations)
     check_checkpoint(checkpoint)
-    from dat_deploy.checkpoint import load_weights, model_from_weights
     from dat_deploy.export.lowering import lower
     from dat_deploy.export.onnx_model import onnx_from_model
-    from dat_deploy.export.operators import operator_nodes
     from dat_deploy.export.precision import cast_graph
+    from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
+    from dat_deploy.plugins.catalogue import operator_nodes
 
     progress("loading weights")
     weights = load_weights(network, checkpoint)
@@ -209,7 +209,7 @@ def relower(
     import onnx_ir as ir
 
     from dat_deploy.export.lowering import lower
-    from dat_deploy.export.operators import operator_nodes
+    from dat_deploy.plugins.catalogue import operator_nodes
 
     model = ir.from_proto(proto)
     operators = len(operator_nodes(model))

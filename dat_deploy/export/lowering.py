@@ -22,10 +22,10 @@ import onnxscript.optimizer
 from onnx_ir.passes import common as passes
 
 from dat_deploy.export.cleanup import name_results, remove_identity_slices
-from dat_deploy.export.operators import MODULES, operator_nodes, parameters
 from dat_deploy.export.options import already_inlined, check_lowering
 from dat_deploy.export.precision import polymorphic_body, value_types
 from dat_deploy.export.records import PROPERTY, OperatorRecord
+from dat_deploy.plugins.catalogue import MODULES, operator_nodes, parameters
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
 
 __all__ = ["function_bodies", "lower", "operator_nodes"]

@@ -17,12 +17,12 @@ from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 
 from dat_deploy.errors import ExportError
-from dat_deploy.export.boundaries import record_boundaries
 from dat_deploy.export.cleanup import constant_reshape_shapes, name_results
 from dat_deploy.export.options import check_opset
-from dat_deploy.model import DAT
+from dat_deploy.networks.dat.boundaries import record_boundaries
+from dat_deploy.networks.dat.model import DAT
+from dat_deploy.networks.dat.variants import stride
 from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
-from dat_deploy.variants import stride
 
 __all__ = ["IR_VERSION", "onnx_from_model"]
 

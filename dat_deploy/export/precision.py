@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from dat_deploy.errors import ExportError
 from dat_deploy.export.census import TypeRule, type_rule
-from dat_deploy.export.operators import operator_nodes, parameters
 from dat_deploy.export.options import ELEMENT_TYPES, check_precision
+from dat_deploy.plugins.catalogue import operator_nodes, parameters
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME
 
 __all__ = [

@@ -32,8 +32,8 @@ from dat_deploy.errors import ExportError, ImageError, UnsupportedError
 from dat_deploy.export.census import PrecisionCensus, precision_census
 from dat_deploy.export.records import operator_records
 from dat_deploy.files import atomic_output, check_output
+from dat_deploy.images.preprocess import image_files, preprocess, read_image
 from dat_deploy.metadata import Calibration, FileMetadata, load_onnx
-from dat_deploy.preprocess import image_files, preprocess, read_image
 
 # What loads a graph library or a runtime is imported after the checks, so that a wrong argument is told at once.
 

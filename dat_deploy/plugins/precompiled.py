@@ -60,7 +60,7 @@ def precompile(needed: Iterable[Needed], folder: Path, architecture: int) -> dic
     Raises:
         UnsupportedError: see `compile_launch`.
     """
-    from dat_deploy.plugins.ahead_of_time import compile_launch
+    from dat_deploy.plugins.ptx import compile_launch
 
     entries = {}
     for launch, dtypes, unaligned in needed:

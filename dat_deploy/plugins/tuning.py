@@ -40,7 +40,7 @@ def configurations_path() -> Path:
 def kernels_hash() -> str:
     """Of what machine code is made from."""
     folder, digest = Path(__file__).parent, hashlib.sha256()
-    shared = [folder / name for name in ("ahead_of_time.py", "half2.py", "online_softmax.py")]
+    shared = [folder / name for name in ("ptx.py", "half2.py", "online_softmax.py")]
     for path in sorted([*folder.glob("*/kernel.py"), *folder.glob("*/*_form.py"), *shared]):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

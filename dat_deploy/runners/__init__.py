@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dat_deploy.checkpoint_file import check_checkpoint
-from dat_deploy.configuration import find_variant
 from dat_deploy.engine.passport import Profile, check_backend, open_engine, read_passport
-from dat_deploy.engine.tensorrt_library import MODULES, check_installed
+from dat_deploy.engine.tensorrt.library import MODULES, check_installed
 from dat_deploy.errors import DatDeployError, PassportError, UnsupportedError
+from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.metadata import FileMetadata, load_onnx
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.networks.checkpoint_file import check_checkpoint
+from dat_deploy.networks.dat.configuration import find_variant
 from dat_deploy.runners.base import EngineDescription, EngineOutline, Runner, no_plugin_here
 
 __all__ = [
@@ -168,7 +168,7 @@ def reasons_against(runtime: Runtime) -> list[str]:
     if missing:
         return missing
     if runtime.name in ("tensorrt", "tensorrt-rtx"):
-        from dat_deploy.engine.gpu import gpu_architecture
+        from dat_deploy.environment import gpu_architecture
 
         return [] if gpu_architecture() else ["torch sees no CUDA device here"]
     if runtime.name == "onnxruntime-cuda":

@@ -1,7 +1,6 @@
 """The small interface behind which every runtime stands."""
 
 import abc
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 
 from dat_deploy.engine.passport import Profile
 from dat_deploy.errors import DatDeployError, EngineBuildError, ShapeError, UnsupportedError
+from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.preprocess import Preprocessing
-from dat_deploy.variants import Variant
+from dat_deploy.networks.dat.variants import Variant
 
 __all__ = [
     "EngineDescription",
@@ -22,7 +21,6 @@ __all__ = [
     "Graph",
     "Images",
     "Runner",
-    "available_cores",
     "describe",
     "no_plugin_here",
 ]
@@ -167,7 +165,7 @@ class Runner(abc.ABC):
         if not np.issubdtype(images_nchw.dtype, np.floating):
             raise ShapeError(
                 f"{self.description.name}: input 'image' has type {images_nchw.dtype}; it takes normalised float32. "
-                f"Use dat_deploy.preprocess."
+                f"Use dat_deploy.images.preprocess."
             )
         shape, fixed = images_nchw.shape, not self.description.dynamic_image_size
         if (
@@ -209,13 +207,6 @@ class Runner(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def describe(

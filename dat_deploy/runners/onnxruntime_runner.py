@@ -7,9 +7,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from dat_deploy.environment import available_cores
 from dat_deploy.errors import EngineBuildError, EngineRunError, UnsupportedError
 from dat_deploy.metadata import FileMetadata, read_metadata
-from dat_deploy.runners.base import Graph, Images, Runner, available_cores, describe, no_plugin_here
+from dat_deploy.runners.base import Graph, Images, Runner, describe, no_plugin_here
 
 __all__ = ["OnnxruntimeRunner"]
 

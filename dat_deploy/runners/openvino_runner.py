@@ -9,9 +9,10 @@ import onnx.inliner
 import openvino as ov
 from numpy.typing import NDArray
 
+from dat_deploy.environment import available_cores
 from dat_deploy.errors import EngineBuildError, EngineRunError, UnsupportedError
 from dat_deploy.metadata import FileMetadata, load_onnx
-from dat_deploy.runners.base import Graph, Images, Runner, available_cores, describe, no_plugin_here
+from dat_deploy.runners.base import Graph, Images, Runner, describe, no_plugin_here
 
 __all__ = ["OpenvinoRunner"]
 

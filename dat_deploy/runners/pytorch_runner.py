@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dat_deploy.checkpoint import load_weights, model_from_weights
-from dat_deploy.configuration import find_variant
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.images.preprocess import Preprocessing
+from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
+from dat_deploy.networks.dat.configuration import find_variant
+from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.runners.base import EngineDescription, Images, Runner
 from dat_deploy.runners.torch_threads import torch_threads
-from dat_deploy.variants import Variant
 
 __all__ = ["PytorchRunner"]
 

@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dat_deploy.engine.passport import check_backend, open_engine
-from dat_deploy.engine.tensorrt_library import import_tensorrt
-from dat_deploy.engine.tensorrt_session import Session, check_fits
-from dat_deploy.plugins import trt_plugin
+from dat_deploy.engine.tensorrt.library import import_tensorrt
+from dat_deploy.engine.tensorrt.session import Session, check_fits
+from dat_deploy.plugins.tensorrt import registry as trt_plugin
 from dat_deploy.runners.base import Images, Runner, describe
 
 __all__ = ["TensorrtRunner"]

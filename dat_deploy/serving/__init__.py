@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from dat_deploy.environment import installed_version
 from dat_deploy.errors import UnsupportedError
-from dat_deploy.system import installed_version
 
 __all__ = ["serve"]
 
@@ -34,7 +34,7 @@ def serve(
     missing = [package for package in _PACKAGES if installed_version(package) is None]
     if missing:
         raise UnsupportedError(f"serving needs {', '.join(missing)}: pip install 'dat-deploy[serve]'")
-    from dat_deploy.serving import server
-    from dat_deploy.serving.settings import read_settings
+    from dat_deploy.serving.own import server
+    from dat_deploy.serving.own.settings import read_settings
 
     server.serve(read_settings(config, options), progress=progress, note=note)

@@ -11,7 +11,7 @@ import numpy as np
 
 from dat_deploy.classify import Prediction
 from dat_deploy.errors import DatDeployError, ServingError, UnsupportedError
-from dat_deploy.preprocess import Preprocessing, check_images, preprocess_files
+from dat_deploy.images.preprocess import Preprocessing, check_images, preprocess_files
 from dat_deploy.typed_json import typed
 
 __all__ = ["ServedClassification", "client"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dat_deploy.engine.passport import Passport, Profile, open_engine
 from dat_deploy.errors import ServingError, VerificationError
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import FileMetadata, read_onnx
-from dat_deploy.preprocess import golden_sha256
 
 __all__ = ["EngineFile", "check_model_name", "read_engine_file"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dat_deploy.errors import ExportError
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.variants import stride
+from dat_deploy.networks.dat.variants import stride
 
 __all__ = ["TensorSpec", "input_spec", "output_specs"]
 

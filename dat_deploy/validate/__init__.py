@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from dat_deploy.engine.build import BACKENDS
 from dat_deploy.engine.passport import Verdict, read_passport, record_verdict
+from dat_deploy.environment import tool_version
 from dat_deploy.errors import DatDeployError, OutputError, PassportError, ShapeError
-from dat_deploy.labels import class_names
-from dat_deploy.photographs import photographs
-from dat_deploy.preprocess import check_images
+from dat_deploy.images.data_set import DataSet, open_data_set
+from dat_deploy.images.labels import class_names
+from dat_deploy.images.photographs import photographs
+from dat_deploy.images.preprocess import check_images
 from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
-from dat_deploy.system import tool_version
-from dat_deploy.validate.data_set import DataSet, open_data_set
 from dat_deploy.validate.gates import OF_DATA, OF_LABELS, check_gates, default_gates
 from dat_deploy.validate.kinds import CHECKS, FP32_TOLERANCE, PHOTOGRAPHS
 from dat_deploy.validate.report import Check, ValidationReport

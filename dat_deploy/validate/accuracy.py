@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dat_deploy.errors import DatDeployError, ImageError, VerificationError
-from dat_deploy.labels import class_names
-from dat_deploy.preprocess import preprocess, read_image
+from dat_deploy.images.data_set import DataSet
+from dat_deploy.images.labels import class_names
+from dat_deploy.images.preprocess import preprocess, read_image
 from dat_deploy.runners import EngineDescription, Runner
-from dat_deploy.validate.data_set import DataSet
 from dat_deploy.validate.statistics import mcnemar_p, wilson_interval
 
 __all__ = ["Accuracy", "Flip", "Share", "Side", "compare_on_data"]

@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from dat_deploy.errors import DatDeployError
-from dat_deploy.export.boundaries import Block, Step, block_boundaries, network_blocks
 from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.export.subgraph import model_up_to, operator_model
-from dat_deploy.model import DAT, REFERENCE
-from dat_deploy.photographs import photographs
+from dat_deploy.images.photographs import photographs
+from dat_deploy.images.preprocess import preprocess_files
+from dat_deploy.networks.dat.boundaries import Block, Step, block_boundaries, network_blocks
+from dat_deploy.networks.dat.model import DAT, REFERENCE
 from dat_deploy.plugins.deformable_attention.reference import attention_with_bias, interpolated_bias
-from dat_deploy.preprocess import preprocess_files
 from dat_deploy.runners import Runner, open_runner, parse_engine
 from dat_deploy.runners.base import Graph
 from dat_deploy.validate.bisect_report import PHOTOGRAPHS, BisectReport, Progress, Run

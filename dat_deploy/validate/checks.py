@@ -15,9 +15,9 @@ from dat_deploy.export.precision import asked_differently
 from dat_deploy.export.quantized_graph import quantized_differently
 from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.export.subgraph import operator_model
+from dat_deploy.images.preprocess import Preprocessing, golden_sha256
 from dat_deploy.metadata import FileMetadata, load_onnx
-from dat_deploy.model import REFERENCE
-from dat_deploy.preprocess import Preprocessing, golden_sha256
+from dat_deploy.networks.dat.model import REFERENCE
 from dat_deploy.runners import parse_engine
 from dat_deploy.validate.accuracy import Accuracy, compare_on_data
 from dat_deploy.validate.comparison import (

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from dat_deploy.errors import DatDeployError
+from dat_deploy.images.data_set import DataSet
+from dat_deploy.images.photographs import photographs
+from dat_deploy.images.preprocess import preprocess_files
 from dat_deploy.metadata import read_metadata
-from dat_deploy.photographs import photographs
-from dat_deploy.preprocess import preprocess_files
 from dat_deploy.runners import EngineDescription, Runner, parse_engine
-from dat_deploy.validate.data_set import DataSet
 from dat_deploy.validate.drift import Locations, engine_locations, network_locations
 from dat_deploy.validate.gates import Gates
 from dat_deploy.validate.kinds import FP32_TOLERANCE, PHOTOGRAPHS

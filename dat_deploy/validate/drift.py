@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from dat_deploy.export.records import operator_records
 from dat_deploy.export.subgraph import model_up_to
-from dat_deploy.model import DAT
+from dat_deploy.networks.dat.model import DAT
+from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.runners import Runner
-from dat_deploy.variants import Variant
 
 __all__ = ["BlockDrift", "Locations", "block_drift", "distances_px", "engine_locations", "network_locations"]
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.model import reference_points
+from dat_deploy.networks.dat.model import reference_points
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.runners.base import Graph, Images
 from dat_deploy.validate import ValidationReport, validate

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dat_deploy.model import DAT
+from dat_deploy.networks.dat.model import DAT
 
 __all__ = ["captured"]
 

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from dat_deploy.benchmark.plotting import check_matplotlib
 from dat_deploy.files import atomic_output
-from dat_deploy.locations import pixels_from_locations
-from dat_deploy.model import reference_points
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.images.preprocess import Preprocessing
+from dat_deploy.networks.dat.model import reference_points
+from dat_deploy.networks.dat.sampling import pixels_from_locations
+from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.validate.plotting import figure_from_drift, figure_from_errors, figure_from_flips, svg_from_figure
 from dat_deploy.validate.report import Check, ValidationReport
-from dat_deploy.variants import Variant
 from dat_deploy.visualize.plotting import BlockPoints, figure_from_points
 
 __all__ = ["html_from_report", "write_page"]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dat_deploy.errors import DatDeployError
-from dat_deploy.model import DAT, half_network
+from dat_deploy.networks.dat.model import DAT, half_network
 from dat_deploy.runners import EngineDescription
 from dat_deploy.runners.pytorch_runner import PytorchRunner
 

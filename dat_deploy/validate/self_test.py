@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dat_deploy.checkpoint_file import check_checkpoint
 from dat_deploy.errors import DatDeployError, VerificationError
 from dat_deploy.export import export
 from dat_deploy.metadata import read_metadata
+from dat_deploy.networks.checkpoint_file import check_checkpoint
 from dat_deploy.runners import EngineDescription, check_engine, open_runner, parse_engine
 from dat_deploy.validate import validate
 from dat_deploy.validate.kinds import SELF_TEST_BATCHES

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dat_deploy.export.boundaries import block_boundaries, network_blocks
 from dat_deploy.export.subgraph import model_up_to
+from dat_deploy.networks.dat.boundaries import block_boundaries, network_blocks
+from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.validate.comparison import Comparison, precision_of
 from dat_deploy.validate.drift import Locations
 from dat_deploy.validate.hooks import captured
-from dat_deploy.variants import Variant
 
 __all__ = ["BlockError", "Trace", "trace_blocks"]
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from dat_deploy.benchmark.plotting import check_plot
 from dat_deploy.errors import DatDeployError, ShapeError, VerificationError
 from dat_deploy.files import check_output
-from dat_deploy.locations import pixels_from_locations
-from dat_deploy.preprocess import check_images, preprocess, read_image
+from dat_deploy.images.preprocess import check_images, preprocess, read_image
+from dat_deploy.networks.dat.sampling import pixels_from_locations
+from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
-from dat_deploy.variants import Variant
 from dat_deploy.visualize.plotting import BlockPoints, distances_px, plot_points
 
 # What loads torch is imported after the checks, so that a wrong argument is told at once.
@@ -149,7 +149,7 @@ def _network(about: EngineDescription) -> str:
 
 
 def _sampled_points(runner: Runner, image_nchw: NDArray[np.float32]) -> list[BlockPoints]:
-    from dat_deploy.model import reference_points
+    from dat_deploy.networks.dat.model import reference_points
 
     about = runner.description
     network = about.network

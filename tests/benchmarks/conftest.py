@@ -17,7 +17,7 @@ import fake_gpu  # noqa: E402  # the path comes first
 from gpu_cases import Case  # noqa: E402
 from gpu_record import Record  # noqa: E402
 
-from dat_deploy.model import REFERENCE  # noqa: E402
+from dat_deploy.networks.dat.model import REFERENCE  # noqa: E402
 from dat_deploy.plugins import dispatch  # noqa: E402
 
 ATTRIBUTES = {

@@ -21,13 +21,13 @@ from gpu_cases import BAR, Case, of_stage
 from gpu_record import Row
 from torch._subclasses import FakeTensorMode
 
-from dat_deploy import model as model_module
-from dat_deploy.checkpoint import load_model
-from dat_deploy.model import DAT, REFERENCE, half_network
+from dat_deploy.networks.dat import model as model_module
+from dat_deploy.networks.dat.checkpoint import load_model
+from dat_deploy.networks.dat.model import DAT, REFERENCE, half_network
+from dat_deploy.networks.dat.variants import RELEASED, VARIANTS, StageConfig
 from dat_deploy.plugins import dispatch
-from dat_deploy.plugins.ahead_of_time import compile_launch
 from dat_deploy.plugins.precompiled import key
-from dat_deploy.variants import RELEASED, VARIANTS, StageConfig
+from dat_deploy.plugins.ptx import compile_launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 

@@ -15,8 +15,8 @@ import torch
 from gpu_cases import Case, of_stage
 
 from dat_deploy.errors import UnsupportedError
+from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.plugins.launch import Launch
-from dat_deploy.variants import VARIANTS
 
 # A loop around a loop, one without exponentials, one that is longer, and code behind the end that comes back.
 SASS = """

@@ -18,17 +18,17 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from dat_deploy.checkpoint import load_model
 from dat_deploy.engine import aotinductor
 from dat_deploy.engine.aotinductor import compile_package
 from dat_deploy.engine.passport import Passport, Profile, sha256, versions, write_engine
 from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError, UnsupportedError
+from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.model import DAT, half_network
+from dat_deploy.networks.dat.checkpoint import load_model
+from dat_deploy.networks.dat.model import DAT, half_network
+from dat_deploy.networks.dat.variants import VARIANTS, StageConfig, Variant
 from dat_deploy.plugins.neighborhood_attention.reference import neighborhood_attention
-from dat_deploy.preprocess import Preprocessing
 from dat_deploy.runners.aotinductor_runner import AotinductorRunner
-from dat_deploy.variants import VARIANTS, StageConfig, Variant
 
 TOLERANCE = 1e-4
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

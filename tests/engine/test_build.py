@@ -14,15 +14,15 @@ import onnx
 import pytest
 import torch
 
-from dat_deploy.engine import tensorrt_library
 from dat_deploy.engine.build import BuildReport, build
 from dat_deploy.engine.passport import Profile, passport_path
-from dat_deploy.engine.tensorrt_library import Log, import_tensorrt
-from dat_deploy.engine.tensorrt_network import ParsedNetwork, parsed_network
+from dat_deploy.engine.tensorrt import library as tensorrt_library
+from dat_deploy.engine.tensorrt.library import Log, import_tensorrt
+from dat_deploy.engine.tensorrt.network import ParsedNetwork, parsed_network
 from dat_deploy.errors import DatDeployError, EngineBuildError, OutputError, ShapeError, UnsupportedError
 from dat_deploy.export import export
-from dat_deploy.plugins import trt_plugin
-from dat_deploy.variants import VARIANTS, Variant
+from dat_deploy.networks.dat.variants import VARIANTS, Variant
+from dat_deploy.plugins.tensorrt import registry as trt_plugin
 
 pytestmark = pytest.mark.usefixtures("rtx")
 Exported = Callable[[str, str, str], Path]
@@ -338,7 +338,7 @@ def test_heads_too_large_for_the_kernels_are_refused_with_the_nodes_name(mini: V
 
 def test_tensorrt_needs_a_gpu_to_build(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_library, "missing", lambda backend: [])
-    monkeypatch.setattr("dat_deploy.engine.tensorrt_engine.import_tensorrt", lambda backend: None)
+    monkeypatch.setattr("dat_deploy.engine.tensorrt.engine.import_tensorrt", lambda backend: None)
     with pytest.raises(UnsupportedError) as caught:
         build(exported("mini", "fp32", "hat"), tmp_path / "x.engine")
     assert str(caught.value) == (
@@ -374,8 +374,8 @@ def test_tensorrt_rtx_is_loaded_without_writing_to_site_packages(exported: Expor
         "import tensorrt_rtx_libs\n"
         "folder = Path(tensorrt_rtx_libs.__file__).parent\n"
         "before = sorted(folder.rglob('*'))\n"
-        "from dat_deploy.engine.tensorrt_library import Log, import_tensorrt\n"
-        "from dat_deploy.engine.tensorrt_network import parsed_network\n"
+        "from dat_deploy.engine.tensorrt.library import Log, import_tensorrt\n"
+        "from dat_deploy.engine.tensorrt.network import parsed_network\n"
         "trt = import_tensorrt('tensorrt-rtx')\n"
         f"parsed = parsed_network(trt, onnx.load({str(exported('mini', 'fp32', 'hat'))!r}), Log(trt), plugins=False)\n"
         "print(len(parsed.kinds) > 5, sorted(folder.rglob('*')) == before)\n"
@@ -387,7 +387,7 @@ def test_where_no_link_can_be_made_the_error_says_how() -> None:
     """The links go to a temporary folder; without one, the user makes the link."""
     done = _python(
         "import pathlib, tempfile\n"
-        "from dat_deploy.engine.tensorrt_library import import_tensorrt\n"
+        "from dat_deploy.engine.tensorrt.library import import_tensorrt\n"
         "pathlib.Path.exists = lambda path: False  # a link that was made before\n"
         "def refuse(*_, **__): raise PermissionError(13, 'Permission denied')\n"
         "tempfile.TemporaryDirectory = refuse\n"

@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from dat_deploy.checkpoint import load_model
-from dat_deploy.engine import lowering_choice
 from dat_deploy.engine.build import BuildReport, build
 from dat_deploy.engine.inspector import inspect
-from dat_deploy.engine.lowering_choice import stored_verdicts
 from dat_deploy.engine.passport import Profile
+from dat_deploy.engine.tensorrt import lowering_choice
+from dat_deploy.engine.tensorrt.lowering_choice import stored_verdicts
 from dat_deploy.errors import ShapeError, UnsupportedError
-from dat_deploy.model import half_network
-from dat_deploy.plugins import trt_plugin
+from dat_deploy.networks.dat.checkpoint import load_model
+from dat_deploy.networks.dat.model import half_network
+from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.plugins.tensorrt import registry as trt_plugin
 from dat_deploy.runners import open_runner
 from dat_deploy.runners.base import Runner
 from dat_deploy.validate.comparison import DTYPES
 from dat_deploy.validate.kinds import FP32_TOLERANCE
-from dat_deploy.variants import Variant
 
 pytestmark = pytest.mark.gpu
 

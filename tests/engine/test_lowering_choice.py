@@ -10,11 +10,17 @@ import onnxruntime as ort
 import pytest
 
 from dat_deploy.doctor import doctor
-from dat_deploy.engine import lowering_choice as library
-from dat_deploy.engine.lowering_choice import Choice, LoweringVerdict, choose_lowering, small_network, try_lowerings
+from dat_deploy.engine.tensorrt import lowering_choice as library
+from dat_deploy.engine.tensorrt.lowering_choice import (
+    Choice,
+    LoweringVerdict,
+    choose_lowering,
+    small_network,
+    try_lowerings,
+)
 from dat_deploy.errors import EngineBuildError, VerificationError
 from dat_deploy.metadata import read_metadata
-from dat_deploy.variants import VARIANTS, Variant
+from dat_deploy.networks.dat.variants import VARIANTS, Variant
 
 MS = {"gather": 3.0, "function": 1.0, "hat": 2.0, "gridsample": 4.0}
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from dat_deploy.engine import tensorrt_session
 from dat_deploy.engine.build import BuildReport
 from dat_deploy.engine.passport import Profile
-from dat_deploy.engine.tensorrt_session import Session, check_fits, profile_of
+from dat_deploy.engine.tensorrt import session as tensorrt_session
+from dat_deploy.engine.tensorrt.session import Session, check_fits, profile_of
 from dat_deploy.errors import EngineRunError, ShapeError, UnsupportedError
 from dat_deploy.runners import open_runner
 

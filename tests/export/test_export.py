@@ -14,19 +14,19 @@ import pytest
 import torch
 import yaml
 
-from dat_deploy.checkpoint import load_model, save_checkpoint
 from dat_deploy.errors import DatDeployError, ExportError, OutputError, ShapeError
 from dat_deploy.export import LOWERINGS, OPSET_VERSIONS, export, onnx_model, relower
 from dat_deploy.export.lowering import lower
-from dat_deploy.labels import imagenet_class_names
+from dat_deploy.images.labels import imagenet_class_names
+from dat_deploy.images.photographs import photographs
+from dat_deploy.images.preprocess import Preprocessing, golden_sha256
 from dat_deploy.metadata import FileMetadata, read_metadata
-from dat_deploy.model import DAT
-from dat_deploy.photographs import photographs
-from dat_deploy.preprocess import Preprocessing, golden_sha256
+from dat_deploy.networks.dat.checkpoint import load_model, save_checkpoint
+from dat_deploy.networks.dat.model import DAT
+from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.runners import open_runner
 from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate import validate
-from dat_deploy.variants import VARIANTS, Variant
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 INLINED = ("gather", "gridsample", "hat")

@@ -16,8 +16,8 @@ import pytest
 from dat_deploy.errors import ExportError
 from dat_deploy.export import LOWERINGS, export, read_metadata, relower
 from dat_deploy.export.records import operator_records
+from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
-from dat_deploy.variants import VARIANTS, Variant
 
 INLINED = ("gather", "gridsample", "hat")
 ATTRIBUTES = {

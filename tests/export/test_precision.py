@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from dat_deploy import cli
-from dat_deploy.checkpoint import load_model
 from dat_deploy.errors import ExportError, UnsupportedError
 from dat_deploy.export import LOWERINGS, export, onnx_model, read_metadata, relower
 from dat_deploy.export.census import precision_census
@@ -24,12 +23,13 @@ from dat_deploy.export.lowering import function_bodies, lower
 from dat_deploy.export.precision import cast_graph
 from dat_deploy.export.records import operator_records
 from dat_deploy.export.subgraph import operator_model
-from dat_deploy.photographs import photographs
-from dat_deploy.preprocess import Preprocessing
+from dat_deploy.images.photographs import photographs
+from dat_deploy.images.preprocess import Preprocessing
+from dat_deploy.networks.dat.checkpoint import load_model
+from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.runners import open_runner
 from dat_deploy.runners.pytorch_runner import PytorchRunner
 from dat_deploy.validate import validate
-from dat_deploy.variants import VARIANTS, Variant
 
 BODIED = ("function", "gather", "gridsample", "hat")
 HALVES = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}

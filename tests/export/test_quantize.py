@@ -15,17 +15,17 @@ import pytest
 from PIL import Image
 
 from dat_deploy import api
-from dat_deploy.engine.tensorrt_library import Log, import_tensorrt
-from dat_deploy.engine.tensorrt_network import parsed_network
+from dat_deploy.engine.tensorrt.library import Log, import_tensorrt
+from dat_deploy.engine.tensorrt.network import parsed_network
 from dat_deploy.errors import DatDeployError, ExportError, ImageError, OutputError, UnsupportedError
 from dat_deploy.export import export, read_metadata, relower
 from dat_deploy.export.quantize import METHODS, QuantizeReport, quantize
 from dat_deploy.export.records import operator_records
+from dat_deploy.images.photographs import photographs
+from dat_deploy.images.preprocess import Preprocessing, preprocess, read_image
 from dat_deploy.metadata import Calibration
-from dat_deploy.photographs import photographs
-from dat_deploy.preprocess import Preprocessing, preprocess, read_image
+from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.runners import open_runner
-from dat_deploy.variants import VARIANTS, Variant
 
 MINI = replace(VARIANTS["demo"], name="mini")  # with random weights, since none ship under this name
 LOWERINGS = ("function", "gather", "hat")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dat_deploy.model import reference_points
+from dat_deploy.networks.dat.model import reference_points
 
 
 def _place(kind: str, shape: tuple[int, ...], size: tuple[int, int]) -> Tensor:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dat_deploy.errors import UnsupportedError
-from dat_deploy.plugins import ahead_of_time
-from dat_deploy.plugins.ahead_of_time import ARCHITECTURES, CompiledLaunch, compile_launch, newest_ptx_version
+from dat_deploy.plugins import ptx as ahead_of_time
 from dat_deploy.plugins.launch import Configuration, Problem
+from dat_deploy.plugins.ptx import ARCHITECTURES, CompiledLaunch, compile_launch, newest_ptx_version
 
 SHARED_MEMORY_LIMIT = 48 * 1024  # what a TensorRT plugin may use
 SPILLS_OUTSIDE_LOOPS = 24  # bytes: kernels that fill all registers, by Triton 3.9; less by 3.6

@@ -21,14 +21,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from dat_deploy import plugins, tune_network
-from dat_deploy.checkpoint import load_model
-from dat_deploy.model import REFERENCE
+from dat_deploy import plugins
+from dat_deploy.benchmark import tune_network
+from dat_deploy.benchmark.tune import tune
+from dat_deploy.networks.dat.checkpoint import load_model
+from dat_deploy.networks.dat.model import REFERENCE
+from dat_deploy.networks.dat.variants import VARIANTS, StageConfig
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration, Problem
 from dat_deploy.plugins.neighborhood_attention.reference import neighborhood_index
-from dat_deploy.tune import tune
-from dat_deploy.variants import VARIANTS, StageConfig
 
 pytestmark = [
     pytest.mark.interpreter,

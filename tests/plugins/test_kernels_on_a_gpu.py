@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from dat_deploy import plugins
-from dat_deploy.checkpoint import load_model
-from dat_deploy.model import REFERENCE, half_network, reference_points
+from dat_deploy.benchmark.tune import tune
+from dat_deploy.networks.dat.checkpoint import load_model
+from dat_deploy.networks.dat.model import REFERENCE, half_network, reference_points
+from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.plugins.dispatch import recorded_jobs
-from dat_deploy.tune import tune
-from dat_deploy.variants import VARIANTS
 
 pytestmark = pytest.mark.gpu
 

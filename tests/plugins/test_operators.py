@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dat_deploy import plugins
 from dat_deploy.errors import ShapeError
 from dat_deploy.export.lowering import function_bodies
-from dat_deploy.export.operators import MODULES
 from dat_deploy.export.options import LOWERINGS
-from dat_deploy.model import REFERENCE
+from dat_deploy.networks.dat.model import REFERENCE
+from dat_deploy.plugins.catalogue import MODULES
 from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
 
 BODIED = [lowering for lowering in LOWERINGS if lowering != "plugin"]

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from dat_deploy import plugins
 from dat_deploy.errors import ShapeError, UnsupportedError
-from dat_deploy.model import REFERENCE
+from dat_deploy.networks.dat.model import REFERENCE
 from dat_deploy.plugins import cache_key
 from dat_deploy.plugins.launch import Configuration
 from dat_deploy.plugins.tuning import configurations_path, store, tuned_configuration

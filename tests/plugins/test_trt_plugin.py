@@ -18,11 +18,11 @@ import onnx
 import pytest
 import torch
 
-from dat_deploy.engine import tensorrt_library
+from dat_deploy.engine.tensorrt import library as tensorrt_library
 from dat_deploy.errors import ShapeError, UnsupportedError
-from dat_deploy.plugins import trt_plugin
 from dat_deploy.plugins.launch import Configuration
-from dat_deploy.plugins.trt_plugin import OPERATORS, Node, specification
+from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.plugins.tensorrt.registry import OPERATORS, Node, specification
 
 HALF = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
 ONNX_TYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64, **HALF}

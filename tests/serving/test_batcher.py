@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from dat_deploy.serving.batcher import Batcher, Job
+from dat_deploy.serving.own.batcher import Batcher, Job
 
 Calls = list[list[str]]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dat_deploy.engine.tensorrt_library import BELOW, LEAST
-from dat_deploy.serving.tritonserver import TRITON_TAG
+from dat_deploy.engine.tensorrt.library import BELOW, LEAST
+from dat_deploy.serving.triton.tritonserver import TRITON_TAG
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")

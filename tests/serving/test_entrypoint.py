@@ -30,6 +30,7 @@ from dat_deploy.engine.passport import (
     write_engine,
     write_passport,
 )
+from dat_deploy.environment import tool_version
 from dat_deploy.errors import (
     CheckpointError,
     DatDeployError,
@@ -39,9 +40,8 @@ from dat_deploy.errors import (
     VerificationError,
 )
 from dat_deploy.metadata import read_metadata
-from dat_deploy.serving import entrypoint
-from dat_deploy.serving.entrypoint import Settings, Steps, Wanted, architecture_of, check_arguments, prepare
-from dat_deploy.system import tool_version
+from dat_deploy.serving.triton import entrypoint
+from dat_deploy.serving.triton.entrypoint import Settings, Steps, Wanted, architecture_of, check_arguments, prepare
 
 TENSORRT = "11.3.0.99"
 HARDENED = [
@@ -528,7 +528,7 @@ def container(environment: Callable[..., dict[str, str]], tmp_path: Path) -> Cal
     def start(*arguments: str, **settings: str) -> subprocess.Popen[str]:
         paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
         return subprocess.Popen(  # noqa: S603  # fixed words
-            [sys.executable, "-m", "dat_deploy.serving.entrypoint", *arguments],
+            [sys.executable, "-m", "dat_deploy.serving.triton.entrypoint", *arguments],
             env=os.environ | paths | environment(**settings),
             stderr=subprocess.PIPE,
             text=True,

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import uvicorn
 
-from dat_deploy.serving.front import Front
-from dat_deploy.serving.http import HEADER_LIMIT_BYTES, protocol_class
-from dat_deploy.serving.metrics import Metrics
-from dat_deploy.serving.protocol import RequestError
-from dat_deploy.serving.replica import Call, Reply, ServedModel
-from dat_deploy.serving.settings import ServeSettings
+from dat_deploy.serving.own.front import Front
+from dat_deploy.serving.own.http import HEADER_LIMIT_BYTES, protocol_class
+from dat_deploy.serving.own.metrics import Metrics
+from dat_deploy.serving.own.protocol import RequestError
+from dat_deploy.serving.own.replica import Call, Reply, ServedModel
+from dat_deploy.serving.own.settings import ServeSettings
 from dat_deploy.serving.tensors import TensorSpec
 
 IMAGE, LOGITS = TensorSpec("image", "FP32", (-1, 3, 2, 2)), TensorSpec("logits", "FP32", (-1, 4))
@@ -264,7 +264,7 @@ def test_a_body_that_nobody_reads_does_not_keep_its_connection():
 
 
 def test_more_connections_than_the_limit_are_closed(monkeypatch):
-    monkeypatch.setattr("dat_deploy.serving.http.CONNECTION_LIMIT", 2)
+    monkeypatch.setattr("dat_deploy.serving.own.http.CONNECTION_LIMIT", 2)
     with running() as mini, contextlib.ExitStack() as stack:
         waiting = [socket.create_connection(("127.0.0.1", mini.port), timeout=8) for _ in range(3)]
         for connection in waiting:

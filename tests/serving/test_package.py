@@ -37,13 +37,13 @@ from dat_deploy.errors import (
     VerificationError,
 )
 from dat_deploy.export import relower
+from dat_deploy.images.preprocess import preprocess
 from dat_deploy.metadata import FileMetadata, read_metadata
-from dat_deploy.preprocess import preprocess
-from dat_deploy.serving import model_config
-from dat_deploy.serving.repository import PackageReport, package
+from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.serving.tensors import input_spec, output_specs
-from dat_deploy.serving.tritonserver import TRITON_TAG, tritonserver_command
-from dat_deploy.variants import VARIANTS
+from dat_deploy.serving.triton import model_config
+from dat_deploy.serving.triton.repository import PackageReport, package
+from dat_deploy.serving.triton.tritonserver import TRITON_TAG, tritonserver_command
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "model_repository"
 Engine = Callable[..., Path]

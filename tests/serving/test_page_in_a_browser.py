@@ -29,14 +29,14 @@ from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 from dat_deploy.engine.passport import sha256
-from dat_deploy.preprocess import Preprocessing, preprocess, read_image
+from dat_deploy.images.preprocess import Preprocessing, preprocess, read_image
 from dat_deploy.runners.pytorch_runner import PytorchRunner
-from dat_deploy.serving import replica as replica_module
-from dat_deploy.serving.front import Front
-from dat_deploy.serving.metrics import Metrics
-from dat_deploy.serving.protocol import RequestError
-from dat_deploy.serving.replica import Replica, Reply, ServedModel
-from dat_deploy.serving.settings import ServeSettings
+from dat_deploy.serving.own import replica as replica_module
+from dat_deploy.serving.own.front import Front
+from dat_deploy.serving.own.metrics import Metrics
+from dat_deploy.serving.own.protocol import RequestError
+from dat_deploy.serving.own.replica import Replica, Reply, ServedModel
+from dat_deploy.serving.own.settings import ServeSettings
 from dat_deploy.serving.tensors import TensorSpec
 from dat_deploy.visualize import plotting
 

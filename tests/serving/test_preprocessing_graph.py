@@ -9,10 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from dat_deploy.photographs import photographs
-from dat_deploy.preprocess import Preprocessing, golden_picture, golden_sha256, preprocess, read_image
-from dat_deploy.serving.preprocessing_graph import preprocessing_graph
-from dat_deploy.variants import VARIANTS
+from dat_deploy.images.photographs import photographs
+from dat_deploy.images.preprocess import Preprocessing, golden_picture, golden_sha256, preprocess, read_image
+from dat_deploy.networks.dat.variants import VARIANTS
+from dat_deploy.serving.triton.preprocessing_graph import preprocessing_graph
 
 PREPROCESSINGS = {
     "tiny": Preprocessing.from_variant(VARIANTS["tiny"]),  # 224 of 256

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dat_deploy.serving.protocol import InferRequest, RequestError, Wanted, infer_response, parse_infer
+from dat_deploy.serving.own.protocol import InferRequest, RequestError, Wanted, infer_response, parse_infer
 from dat_deploy.serving.tensors import TensorSpec
 
 IMAGE = TensorSpec("image", "FP32", (-1, 3, 2, 2))

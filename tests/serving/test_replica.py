@@ -16,9 +16,9 @@ from dat_deploy.classify import classify
 from dat_deploy.engine.passport import Profile
 from dat_deploy.errors import EngineRunError, PassportError
 from dat_deploy.runners import open_runner
-from dat_deploy.serving.replica import Replica, Reply, ServedModel, engine_batch
-from dat_deploy.serving.server import _served_model
-from dat_deploy.serving.settings import ServeSettings
+from dat_deploy.serving.own.replica import Replica, Reply, ServedModel, engine_batch
+from dat_deploy.serving.own.server import _served_model
+from dat_deploy.serving.own.settings import ServeSettings
 
 PICTURE = Path(__file__).parents[2] / "dat_deploy" / "data" / "ankle_boot.png"
 

@@ -22,8 +22,8 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from dat_deploy.classify import classify
-from dat_deploy.photographs import photographs
-from dat_deploy.preprocess import preprocess_files
+from dat_deploy.images.photographs import photographs
+from dat_deploy.images.preprocess import preprocess_files
 from dat_deploy.runners import open_runner
 
 DATA = Path(__file__).parents[2] / "dat_deploy" / "data"

@@ -14,8 +14,8 @@ import pytest
 from dat_deploy.errors import ExportError
 from dat_deploy.export import export
 from dat_deploy.metadata import read_metadata
+from dat_deploy.networks.dat.variants import VARIANTS, StageConfig, Variant
 from dat_deploy.serving.tensors import TensorSpec, input_spec, output_specs
-from dat_deploy.variants import VARIANTS, StageConfig, Variant
 
 NEIGHBORHOOD: dict[str, Any] = {"neighborhood_size": 7}
 DEFORMABLE: dict[str, Any] = {"offset_range_factor": -1.0, "offset_kernel_size": 5, "offset_stride": 2}

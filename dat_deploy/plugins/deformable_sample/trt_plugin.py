@@ -1,10 +1,10 @@
-"""`deformable_sample` as a TensorRT plugin: what is its own; dat_deploy/plugins/trt_plugin.py has the rest."""
+"""`deformable_sample` as a TensorRT plugin: what is its own; plugins/tensorrt/registry.py has the rest."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from dat_deploy.plugins.deformable_sample.torch_op import deformable_sample
-from dat_deploy.plugins.trt_plugin import PluginSpecification
+from dat_deploy.plugins.tensorrt.registry import PluginSpecification
 
 __all__ = ["SPECIFICATION"]
 

@@ -1,9 +1,9 @@
-"""`window_attention` as a TensorRT plugin: what is its own; dat_deploy/plugins/trt_plugin.py has the rest."""
+"""`window_attention` as a TensorRT plugin: what is its own; plugins/tensorrt/registry.py has the rest."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from dat_deploy.plugins.trt_plugin import PluginSpecification
+from dat_deploy.plugins.tensorrt.registry import PluginSpecification
 from dat_deploy.plugins.window_attention.torch_op import window_attention
 
 __all__ = ["SPECIFICATION"]

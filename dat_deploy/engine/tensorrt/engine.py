@@ -1,0 +1,165 @@
+"""An exported file -> TensorRT engine with its passport."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import onnx_ir as ir
+import torch
+
+from dat_deploy.engine.inspector import count_types, deserialized, layers_of
+from dat_deploy.engine.passport import Passport, Profile, sha256, versions
+from dat_deploy.engine.source import EngineSource, check_plugin_form
+from dat_deploy.engine.tensorrt.build import serialized_engine
+from dat_deploy.engine.tensorrt.library import import_tensorrt
+from dat_deploy.engine.tensorrt.lowering_choice import choose_lowering
+from dat_deploy.engine.tensorrt.session import check_fits
+from dat_deploy.environment import driver_cuda_version, gpu_architecture
+from dat_deploy.errors import EngineRunError, UnsupportedError
+from dat_deploy.export.lowering import lower
+from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.metadata import FileMetadata
+from dat_deploy.plugins.tensorrt import registry as trt_plugin
+
+__all__ = ["engine_and_passport"]
+
+Progress = Callable[[str], None]
+
+
+def engine_and_passport(
+    source: EngineSource,
+    *,
+    backend: str,
+    profiles: tuple[Profile, ...],
+    plugin_form: str,
+    architectures: Sequence[int],
+    timing_cache: Path | None,
+    workspace_bytes: int | None,
+    command: Sequence[str],
+    progress: Progress,
+) -> tuple[bytes, Passport, tuple[str, ...]]:
+    """An engine of TensorRT or TensorRT-RTX, its passport, and notes for the user; the arguments are those of `build`.
+
+    Raises:
+        DatDeployError: as `build`.
+    """
+    trt = import_tensorrt(backend)
+    here = gpu_architecture()
+    if backend == "tensorrt" and here is None:
+        raise UnsupportedError(
+            f"TensorRT builds on a GPU, and torch {torch.__version__} sees none here. Build where one is, or with "
+            f"--backend tensorrt-rtx, which needs none for that."
+        )
+    metadata, model, size = source.metadata, source.model, source.image_size
+    lowering = source.lowering
+
+    def register_plugins() -> str:
+        return _register_form(trt, backend, plugin_form, architectures)
+
+    notes: tuple[str, ...] = ()
+    if lowering == "auto":
+        most = max(profile.most for profile in profiles)
+        choice = choose_lowering(
+            trt, backend, metadata, most, size, register_plugins=register_plugins, progress=progress
+        )
+        lowering, notes = choice.lowering, (choice.reason,)
+        check_plugin_form(plugin_form, lowering)
+    if lowering != metadata.lowering:
+        model = ir.to_proto(lower(ir.from_proto(model), lowering))
+    form = register_plugins() if lowering == "plugin" else None
+    built = serialized_engine(
+        trt,
+        backend,
+        model,
+        profiles,
+        size,
+        plugin_form=form,
+        architectures=architectures,
+        timing_cache=timing_cache,
+        workspace_bytes=workspace_bytes,
+        progress=progress,
+    )
+    passport = Passport(
+        engine_sha256=sha256(built.content),
+        engine_bytes=len(built.content),
+        backend=backend,
+        backend_version=trt.__version__,
+        versions=versions(),
+        architectures=tuple(f"sm_{a}" for a in architectures or ([here] if here and backend == "tensorrt" else [])),
+        profiles=profiles,
+        outputs=tuple(value.name for value in model.graph.output),
+        layers=built.layers,
+        kinds=built.kinds,
+        engine_layers=None,
+        plugins=built.plugins,
+        plugin_form=form,
+        metadata=_of_engine(metadata, lowering, size),
+        source=source.path.name,
+        source_sha256=source.sha256,
+        rebuild=tuple(command),
+    )
+    try:
+        check_fits(passport, trt, source.path.name)
+    except UnsupportedError:
+        return built.content, passport, notes  # it was built for other GPUs, which will tell
+    passport, told = _confirmed(trt, built.content, passport)
+    return built.content, passport, (*notes, *told)
+
+
+def _confirmed(trt: ModuleType, content: bytes, passport: Passport) -> tuple[Passport, tuple[str, ...]]:
+    """The passport with what the inspector says of the engine; a note if that is not what was parsed."""
+    try:
+        layers = layers_of(trt, deserialized(trt, content))
+    except (EngineRunError, ValueError, KeyError, AttributeError, TypeError) as error:  # of any JSON
+        return passport, (f"the layers of the engine could not be listed ({error}), so its types are not confirmed.",)
+    found, parsed = sum(layer.is_plugin for layer in layers), sum(passport.plugins.values())
+    note = f"the network has {parsed} plugin layers and the engine {found}; look at dat-deploy inspect --layers."
+    return dataclasses.replace(passport, engine_layers=count_types(layers)), (note,) if found != parsed else ()
+
+
+def _register_form(trt: ModuleType, backend: str, plugin_form: str, architectures: Sequence[int]) -> str:
+    """Make the plugins known to TensorRT in the form that was asked for; returns it.
+
+    Raises:
+        UnsupportedError: if that form cannot be used here.
+    """
+    against = {
+        "IPluginV3": trt_plugin.reasons_against_plugins(trt),
+        "ahead-of-time": trt_plugin.reasons_against_ahead_of_time(trt),
+    }
+    form = plugin_form
+    if form == "auto":
+        form = "IPluginV3" if against["ahead-of-time"] else "ahead-of-time"
+    if against[form]:
+        raise UnsupportedError(
+            f"the {form} plugins cannot be used with {backend} {trt.__version__} here: {'; '.join(against[form])}. "
+            f"Build with {'--plugins IPluginV3' if not against['IPluginV3'] else '--lowering gather'} instead."
+        )
+    if form == "IPluginV3":
+        trt_plugin.register_plugins(trt)
+        return form
+    from dat_deploy.plugins.ptx import newest_ptx_version
+
+    targets = sorted(set(architectures)) or [gpu_architecture() or 0]
+    if len(targets) > 1 and targets[0] >= 90:
+        raise UnsupportedError(
+            f"the kernels for sm_{targets[0]} run on no other architecture, and --arch also has "
+            f"{', '.join(f'sm_{a}' for a in targets[1:])}. Build an engine for each, or begin with one below 90."
+        )
+    driver = driver_cuda_version()
+    trt_plugin.register_ahead_of_time(trt, targets[0], newest_ptx_version(targets[0], driver) if driver else None)
+    return form
+
+
+def _of_engine(metadata: FileMetadata, lowering: str, size: tuple[int, int]) -> FileMetadata:
+    """An engine has one lowering and one image size, whatever the file's are."""
+    metadata = dataclasses.replace(metadata, lowering=lowering)
+    if not metadata.dynamic_image_size:
+        return metadata
+    network = metadata.network.with_image_size(*size)
+    preprocessing = Preprocessing.from_variant(network)
+    golden = golden_sha256(preprocessing) if metadata.golden_sha256 else ""
+    return dataclasses.replace(
+        metadata, network=network, preprocessing=preprocessing, golden_sha256=golden, dynamic_image_size=False
+    )

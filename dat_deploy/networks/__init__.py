@@ -1,0 +1,1 @@
+"""The networks: families of them, and checkpoints that nobody vouches for."""

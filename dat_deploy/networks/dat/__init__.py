@@ -1,0 +1,1 @@
+"""DAT, DAT+ and DAT++: the family with deformable attention that this package began with."""

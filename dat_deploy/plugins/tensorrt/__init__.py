@@ -1,0 +1,1 @@
+"""The operators as TensorRT plugins, in two forms over the launches that the torch operators make."""

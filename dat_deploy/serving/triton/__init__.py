@@ -1,0 +1,1 @@
+"""Repositories for Triton Inference Server, and how it is started."""

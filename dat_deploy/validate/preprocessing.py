@@ -1,0 +1,687 @@
+"""Does a pipeline give the network what it was evaluated with? Another resize or order of channels fails silently.
+
+Three sides: this package; upstream's evaluation written out with PIL, sharing no code with it; and arrays that users'
+own pipelines made. Differences are in units of one 8-bit level, 1/255 of a sample before mean and std; beside them
+stands what they do to the labels, and which known mistakes explain them.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from dat_deploy.classify import logits_of
+from dat_deploy.engine.passport import read_passport
+from dat_deploy.errors import ExportError, ImageError, ShapeError, UnsupportedError, VerificationError
+from dat_deploy.files import atomic_output, check_output
+from dat_deploy.images.labels import class_names
+from dat_deploy.images.photographs import photographs
+from dat_deploy.images.preprocess import (
+    FORMATS,
+    Preprocessing,
+    check_images,
+    golden_picture,
+    golden_sha256,
+    preprocess,
+    preprocess_files,
+    read_image,
+)
+from dat_deploy.metadata import FileMetadata, read_metadata
+from dat_deploy.networks.dat.configuration import find_variant
+from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
+
+__all__ = [
+    "EXPLAINED_UNITS",
+    "GOLDEN",
+    "TOLERANCE_UNITS",
+    "Comparison",
+    "Flip",
+    "PreprocessingReport",
+    "check_preprocessing",
+    "preprocess_for_engine",
+    "write_golden_picture",
+]
+
+# Right pipelines differ by rounding: torchvision's resize of 8-bit tensors is 1 unit off PIL's at most, and decoders of
+# JPEG are 1 unit off each other. The mildest mistake, a resize in float that does not clip to 8 bits in between, is 14
+# units off on the golden picture, and 3 on a photograph.
+TOLERANCE_UNITS = 2.0
+# Less than that: a mistake explains an array if making it, too, leaves a difference that is rounding.
+EXPLAINED_UNITS = 1.5
+GOLDEN = "golden picture"
+
+Array = NDArray[Any]
+Floats = NDArray[np.floating[Any]]
+Source = Path | None  # an image file, or None for the golden picture
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An image whose most probable class changes, by name."""
+
+    image: str
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One pipeline beside this package.
+
+    Attributes:
+        name: `PIL written out`, or the array's file.
+        images: how many were compared.
+        looks_like: what an array seems to hold; empty of PIL.
+        max_units, mean_units: of the differences between samples, in 8-bit levels; over_1: the share above one level.
+        flips: of the compared images; None of a backbone, which names no classes.
+        mistakes: the fewest that together explain the difference; none where none were needed, or found.
+        explanation: what is wrong with it, and how that is known; empty if it passed.
+        images_elsewhere, flips_elsewhere: photographs that an array does not hold, and their flips if the same mistakes
+            are made on them.
+        tolerance_units: the largest `max_units` that passes.
+    """
+
+    name: str
+    images: int
+    looks_like: str
+    max_units: float
+    mean_units: float
+    over_1: float
+    flips: tuple[Flip, ...] | None
+    mistakes: tuple[str, ...]
+    explanation: str
+    images_elsewhere: int
+    flips_elsewhere: tuple[Flip, ...]
+    tolerance_units: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_units <= self.tolerance_units and not self.flips and not self.mistakes
+
+
+@dataclass(frozen=True)
+class PreprocessingReport:
+    """What `check_preprocessing` saw; `notes` is what the user must know beside it.
+
+    Attributes:
+        golden_here: SHA-256 of the golden picture as this installation preprocesses it.
+        golden_expected: as the engine's file says; None for PyTorch, which has no file.
+    """
+
+    engine: EngineDescription
+    golden_here: str
+    golden_expected: str | None
+    comparisons: tuple[Comparison, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def golden_passed(self) -> bool:
+        return self.golden_expected in (None, self.golden_here)
+
+    @property
+    def passed(self) -> bool:
+        trained = Preprocessing.from_variant(self.engine.network)
+        return (
+            self.golden_passed
+            and self.engine.preprocessing == trained
+            and all(each.passed for each in self.comparisons)
+        )
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in one sentence."""
+        name = self.engine.name
+        if self.engine.preprocessing != Preprocessing.from_variant(self.engine.network):
+            return (
+                f"{name} says another preprocessing than its network was trained with: {self.engine.preprocessing}. "
+                f"Export it again."
+            )
+        if not self.golden_passed:
+            return (
+                f"this installation preprocesses otherwise than the one that exported {name}: the golden picture gives "
+                f"sha256 {self.golden_here[:12]}, not {str(self.golden_expected)[:12]}. Install a released Pillow and "
+                f"NumPy, or export it again here."
+            )
+        failed = [each for each in self.comparisons if not each.passed]
+        if not failed:
+            worst = max(each.max_units for each in self.comparisons)
+            return (
+                f"{', '.join(each.name for each in self.comparisons)}: as {name} was evaluated, at most {worst:.2f} "
+                f"units of 1/255 apart, and no label flips."
+            )
+        first = failed[0]
+        flips = "" if first.flips is None else f", {len(first.flips)} of {first.images} labels flip"
+        return (
+            f"{first.name} is not what {name} was evaluated with: samples are up to {first.max_units:.2f} units of "
+            f"1/255 off where {first.tolerance_units:g} are allowed{flips}; {first.explanation}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = asdict(self)
+        for comparison, row in zip(self.comparisons, fields["comparisons"], strict=True):
+            row["passed"] = comparison.passed
+        return {"passed": self.passed, "verdict": self.verdict, **fields}
+
+    def raise_if_failed(self) -> None:
+        """Raises VerificationError with the verdict unless everything agreed."""
+        if not self.passed:
+            raise VerificationError(self.verdict)
+
+
+def check_preprocessing(
+    engine: str,
+    *,
+    images: Sequence[Path] | None = None,
+    arrays: Sequence[Path] | None = None,
+    checkpoint: Path | None = None,
+    tolerance_units: float = TOLERANCE_UNITS,
+) -> PreprocessingReport:
+    """Compare this package's preprocessing with PIL written out, and with what users' own pipelines made.
+
+    Args:
+        engine: `[RUNTIME:]TARGET`, see `open_runner`.
+        images: that the arrays hold, in their order; without any, arrays hold the golden picture alone (see
+            `write_golden_picture`), and the photographs of scikit-image are looked at beside it.
+        arrays: .npy files, [B, 3, H, W], or [3, H, W] of one image; each is another pipeline's output for all images.
+        checkpoint: for `pytorch:VARIANT`.
+        tolerance_units: the largest difference that passes, in 8-bit levels.
+
+    Returns:
+        The report, passed or failed; `raise_if_failed` turns a failure into an error.
+
+    Raises:
+        ImageError: if an image or an array cannot be read.
+        ShapeError: if an array has another shape than the engine takes, or holds another number of images.
+        ExportError: if the engine's file does not say what the golden picture gives.
+    """
+    recorded = _recorded(engine)
+    if recorded is not None and not recorded.golden_sha256:
+        raise ExportError(
+            f"{engine} has no golden_sha256 in its metadata, so nothing says what its preprocessing gave where it was "
+            f"exported; dat-deploy {recorded.version} made it before there was one. Export it again."
+        )
+    outline = check_engine(engine, checkpoint=checkpoint)
+    check_images(images or ())
+    notes = []
+    sources: list[Source] = list(images) if images else [None]
+    elsewhere: list[Source] = []
+    if not images:
+        try:
+            elsewhere += photographs()
+        except UnsupportedError as error:
+            notes.append(f"the golden picture alone was compared: {error}")
+    given = [_read_array(Path(path), sources, outline) for path in arrays or ()]  # before anything takes time
+    with open_runner(engine, checkpoint=checkpoint) as runner:
+        about = runner.description
+        judge = _Judge(runner, sources, elsewhere, tolerance_units)
+        rows = [judge.compare_pil()]
+        rows += [judge.compare(str(path), array) for path, array in zip(arrays or (), given, strict=True)]
+    if not judge.names:
+        notes.append(f"{about.name} is a backbone: it names no classes, so no flips were counted.")
+    elif "random weights" in about.weights_source:
+        notes.append(f"the engine holds {about.weights_source}, so its labels and their flips mean little.")
+    return PreprocessingReport(
+        engine=about,
+        golden_here=golden_sha256(about.preprocessing if recorded is None else recorded.preprocessing),
+        golden_expected=None if recorded is None else recorded.golden_sha256,
+        comparisons=tuple(rows),
+        notes=tuple(notes),
+    )
+
+
+def preprocess_for_engine(
+    images: Sequence[Path], engine: str, *, output: Path | None = None, force: bool = False
+) -> NDArray[np.float32]:
+    """What an engine takes for `images`, [B, 3, H, W] float32; the engine is not opened.
+
+    Args:
+        engine: `[RUNTIME:]TARGET`, see `open_runner`.
+        output: also write it to this .npy file; force: replace that if it exists.
+
+    Raises:
+        ImageError: if an image cannot be read.
+    """
+    if output is not None:
+        check_output(output, force=force)
+    recorded = _recorded(engine)
+    network = find_variant(parse_engine(engine)[1]) if recorded is None else recorded.network
+    batch = preprocess_files(
+        images, Preprocessing.from_variant(network) if recorded is None else recorded.preprocessing
+    )
+    if output is not None:
+        with atomic_output(output, force=force) as temporary, temporary.open("wb") as file:
+            np.save(file, batch, allow_pickle=False)
+    return batch
+
+
+def write_golden_picture(output: Path, *, force: bool = False) -> None:
+    """The golden picture as PNG, for users' own pipelines.
+
+    Raises:
+        OutputError: as `atomic_output`.
+    """
+    with atomic_output(output, force=force) as temporary:
+        golden_picture().save(temporary, "PNG")
+
+
+def _recorded(engine: str) -> FileMetadata | None:
+    """What the engine's file says about itself; None for PyTorch, which has no file."""
+    runtime, target = parse_engine(engine)
+    match runtime.target:
+        case "VARIANT":
+            return None
+        case "FILE.onnx":
+            return read_metadata(Path(target))
+    return read_passport(Path(target)).metadata
+
+
+def _picture(source: Source) -> Image.Image:
+    return golden_picture() if source is None else read_image(source)
+
+
+def _name(source: Source) -> str:
+    return GOLDEN if source is None else str(source)
+
+
+def _written_out(source: Source, preprocessing: Preprocessing) -> Floats:
+    """Upstream's evaluation, [3, H, W]: open, convert, resize, crop the centre, scale, normalise.
+
+    It shares no code with `preprocess`, and computes in float64. As `read_image`, it obeys EXIF orientation; samples of
+    more than 8 bits, which PIL's own conversion clips, it leaves to `read_image`.
+    """
+    if source is None:
+        picture = golden_picture()
+    else:
+        with Image.open(source, formats=FORMATS) as file:
+            mode = file.mode
+            with contextlib.suppress(Exception):  # damaged EXIF is no reason to refuse the picture
+                ImageOps.exif_transpose(file, in_place=True)
+            picture = read_image(source) if mode[0] in "IF" else file.convert("RGBA").convert("RGB")
+    (height, width), (resize_height, resize_width) = preprocessing.image_size, preprocessing.resize_size
+    left, top = round((resize_width - width) / 2), round((resize_height - height) / 2)
+    for size in ((resize_width, picture.height), (resize_width, resize_height)):  # the width first, in any Pillow
+        picture = picture.resize(size, resample=Image.Resampling.BICUBIC)
+    picture = picture.crop((left, top, left + width, top + height))
+    planes = []
+    for plane, mean, std in zip(picture.split(), preprocessing.mean, preprocessing.std, strict=True):
+        planes.append((np.asarray(plane) / 255.0 - mean) / std)
+    return np.stack(planes)
+
+
+# Users' arrays.
+
+
+@dataclass(frozen=True)
+class _Given:
+    """An array as [B, 3, H, W]; layout: the mistake that this undid, if any."""
+
+    batch: Array
+    looks_like: str
+    layout: str = ""
+
+
+def _read_array(path: Path, sources: Sequence[Source], about: EngineOutline) -> _Given:
+    """Raises ImageError if the file holds no array of finite numbers, ShapeError if it is of another shape."""
+    array = _read_npy(path)
+    height, width = about.image_size
+    what = "the golden picture" if None in sources else _images(len(sources))
+    batch, layout = array[None] if array.ndim == 3 else array, ""
+    if batch.ndim == 4 and batch.shape[1:] != (3, height, width) and batch.shape[1:] == (height, width, 3):
+        batch, layout = batch.transpose(0, 3, 1, 2), "channels last instead of [B, 3, H, W]"
+    if batch.ndim != 4 or batch.shape[1:] != (3, height, width):
+        raise ShapeError(
+            f"array '{path}' has shape {list(array.shape)}; {about.name} takes [{len(sources)}, 3, {height}, {width}] "
+            f"for {what}. Resize and crop to {height}x{width} first."
+        )
+    if len(batch) != len(sources):
+        raise ShapeError(
+            f"array '{path}' holds {_images(len(batch))} and is compared with {what}. Put into it what your pipeline "
+            f"makes of exactly these, in their order."
+        )
+    for source, image in zip(sources, batch, strict=True):
+        if not np.isfinite(image).all():
+            raise ImageError(
+                f"array '{path}' holds NaN or infinity for {_name(source)}; accepted are finite numbers. Look for a "
+                f"division by a std of zero."
+            )
+    return _Given(np.array(batch), _looks_like(array, layout, about.preprocessing), layout)
+
+
+def _images(count: int) -> str:
+    return f"{count} {'image' if count == 1 else 'images'}"
+
+
+def _read_npy(path: Path) -> Array:
+    """A .npy file's array of real numbers, mapped into memory; nothing is unpickled."""
+    form = np.lib.format
+    try:
+        if not path.is_file():
+            raise ImageError(f"array '{path}' does not exist, or is no file; accepted are .npy files. Check the path.")
+        with path.open("rb") as file:
+            old = form.read_magic(file) == (1, 0)
+            dtype = (form.read_array_header_1_0 if old else form.read_array_header_2_0)(file)[2]
+        if dtype.kind in "fiu":
+            mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return mapped
+    except (OSError, ValueError, EOFError) as error:
+        raise ImageError(
+            f"array '{path}' is no whole .npy file ({' '.join(str(error).split())}); accepted is what numpy.save "
+            f"writes. Save the array again."
+        ) from error
+    held = "Python objects, which only pickle could read" if dtype.hasobject else f"elements of type {dtype}"
+    raise ImageError(
+        f"array '{path}' holds {held}; accepted are arrays of float32. Save it with: numpy.save(file, "
+        f"array.astype('float32'))"
+    )
+
+
+def _looks_like(array: Array, layout: str, preprocessing: Preprocessing) -> str:
+    mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
+    lowest, highest = float(array.min()), float(array.max())
+    black, white = float((-mean / std).min()), float(((1 - mean) / std).max())
+    if array.dtype.kind != "f" or (lowest >= 0 and highest > 2 * white):
+        kind = "8-bit samples, not normalised"
+    elif lowest >= 0 and highest <= 1:
+        kind = "samples in 0..1, not normalised"
+    elif black - 1 <= lowest and highest <= white + 1:  # a resize that does not clip oversteps a little
+        kind = "normalised samples"
+    else:
+        kind = f"not normalised with this mean and std, which give {black:.2f} to {white:.2f}"
+    ordered = ", channels last" if layout else ""
+    return f"{array.dtype} {list(array.shape)}{ordered}, from {lowest:.2f} to {highest:.2f}: {kind}"
+
+
+class _Judge:
+    """Compares what pipelines gave with what this package gives, and the labels of an engine for both.
+
+    Args:
+        sources: the images that arrays hold; elsewhere: those that they do not.
+    """
+
+    def __init__(self, runner: Runner, sources: list[Source], elsewhere: list[Source], tolerance_units: float) -> None:
+        self.names = class_names(runner.description.network)
+        self.preprocessing = runner.description.preprocessing
+        self.runner, self.sources, self.elsewhere = runner, sources, elsewhere
+        self.tolerance_units = tolerance_units
+        self.packaged = self._batch(
+            lambda source: preprocess(_picture(source), self.preprocessing), sources + elsewhere
+        )
+        self.labels = self._labels(self.packaged)
+
+    def compare_pil(self) -> Comparison:
+        batch = self._batch(lambda source: _written_out(source, self.preprocessing), self.sources + self.elsewhere)
+        row = self._row("PIL written out", batch)
+        return (
+            row
+            if row.passed
+            else replace(row, explanation="this package or Pillow is damaged here, install both again")
+        )
+
+    def compare(self, name: str, given: _Given) -> Comparison:
+        row = replace(self._row(name, given.batch), looks_like=given.looks_like)
+        layout = (given.layout,) if given.layout else ()
+        if row.passed and not layout:
+            return row
+        if row.max_units <= self.tolerance_units:
+            why = f"explained by {given.layout}" if layout else "rounding flips labels of images between two classes"
+            return replace(row, mistakes=layout, explanation=why)
+        found = _diagnose(given.batch, self.sources[:2], self.preprocessing)
+        if found is None:
+            why = "no known mistake explains it"
+            return replace(
+                row, mistakes=layout, explanation=f"{given.layout}, and beside that {why}" if layout else why
+            )
+        pipeline, left_units = found
+        mistakes = layout + pipeline.mistakes
+        why = f"explained by {' and '.join(mistakes)}, within {left_units:.2f} units"
+        if not self.elsewhere:
+            return replace(row, mistakes=mistakes, explanation=why)
+        batch = self._batch(lambda source: pipeline(_picture(source), self.preprocessing), self.elsewhere)
+        flips = self._flips(batch, len(self.sources)) or ()
+        return replace(row, mistakes=mistakes, explanation=why, images_elsewhere=len(batch), flips_elsewhere=flips)
+
+    def _row(self, name: str, batch: Array) -> Comparison:
+        std = np.array(self.preprocessing.std)[:, None, None]
+        units = np.abs(batch - self.packaged[: len(batch)].astype(np.float64)) * std * 255
+        flips = self._flips(batch, 0)
+        return Comparison(
+            name=name,
+            images=len(batch),
+            looks_like="",
+            max_units=float(units.max()),
+            mean_units=float(units.mean()),
+            over_1=float((units > 1).mean()),
+            flips=flips,
+            mistakes=(),
+            explanation="",
+            images_elsewhere=0,
+            flips_elsewhere=(),
+            tolerance_units=self.tolerance_units,
+        )
+
+    def _flips(self, batch: Array, first: int) -> tuple[Flip, ...] | None:
+        """Of `batch`, whose images are those from `first` on."""
+        if not self.names:
+            return None
+        images = (self.sources + self.elsewhere)[first : first + len(batch)]
+        rows = zip(images, self.labels[first:], self._labels(batch), strict=False)
+        return tuple(Flip(_name(image), old, new) for image, old, new in rows if old != new)
+
+    def _labels(self, batch: Array) -> list[str]:
+        if not self.names:
+            return []
+        logits = logits_of(self.runner, batch.astype(np.float32))
+        return [self.names[row.argmax()] if np.isfinite(row).all() else "nothing (NaN)" for row in logits]
+
+    def _batch(self, pipeline: Callable[[Source], Array], sources: Sequence[Source]) -> NDArray[np.float32]:
+        return np.stack([pipeline(source) for source in sources]).astype(np.float32)
+
+
+# Known mistakes, each made on purpose. The first row of every table is right.
+
+Resample = Callable[[Image.Image, tuple[int, int]], Floats]  # to (width, height): [h, w, 3], 0 to 255
+Frame = Callable[[tuple[int, int], Preprocessing], tuple[tuple[int, int], tuple[int, int]]]
+
+
+def _pil(resampling: Image.Resampling) -> Resample:
+    return lambda picture, size: np.asarray(picture.resize(size, resampling), dtype=np.float32)
+
+
+def _float_resize(picture: Image.Image, size: tuple[int, int], shift: tuple[float, float] = (0.0, 0.0)) -> Floats:
+    """PIL's bicubic without rounding to 8 bits, read `shift` (x, y) pixels of the picture further."""
+    pad = 1 + math.ceil(max(map(abs, shift)))
+    pixels = np.pad(np.asarray(picture, dtype=np.float32), ((pad, pad), (pad, pad), (0, 0)), mode="edge")
+    box = (pad + shift[0], pad + shift[1], pad + shift[0] + picture.width, pad + shift[1] + picture.height)
+    whole = not any(shift)
+    planes = []
+    for channel in range(3):
+        plane = pixels[pad:-pad, pad:-pad, channel] if whole else pixels[..., channel]
+        resized = Image.fromarray(np.ascontiguousarray(plane)).resize(
+            size, Image.Resampling.BICUBIC, None if whole else box
+        )
+        planes.append(np.asarray(resized))
+    return np.stack(planes, axis=-1)
+
+
+def _shifted(pixels: float) -> Resample:
+    return lambda picture, size: _float_resize(picture, size, (pixels, pixels))
+
+
+def _from_corners(picture: Image.Image, size: tuple[int, int]) -> Floats:
+    """Bicubic at i·scale instead of (i + ½)·scale - ½."""
+    return _float_resize(picture, size, ((1 - picture.width / size[0]) / 2, (1 - picture.height / size[1]) / 2))
+
+
+def _taps(kernel: str, coordinates: str) -> Resample:
+    """A resize that reads the nearest 1, 2 or 4 pixels a side, however far it scales down: no antialiasing."""
+
+    def resample(picture: Image.Image, size: tuple[int, int]) -> Floats:
+        samples = np.asarray(picture, dtype=np.float32)
+        for axis, length in ((0, size[1]), (1, size[0])):
+            samples = _resample_axis(samples, axis, length, kernel, coordinates)
+        return samples
+
+    return resample
+
+
+def _resample_axis(samples: Floats, axis: int, length: int, kernel: str, coordinates: str) -> Floats:
+    source = samples.shape[axis]
+    i = np.arange(length)
+    at = {
+        "half-pixel": (i + 0.5) * source / length - 0.5,
+        "asymmetric": i * source / length,
+        "align-corners": i * (source - 1) / max(length - 1, 1),
+    }[coordinates]
+    first = np.floor(at).astype(int)
+    t = (at - first)[:, None]  # distance behind the tap `first`
+    if kernel == "nearest":
+        taps, weights = first[:, None], np.ones((length, 1))
+    elif kernel == "linear":
+        taps, weights = first[:, None] + [0, 1], np.concatenate([1 - t, t], axis=1)
+    else:  # Keys' cubic with a = -0.75, as OpenCV and torch have it
+        a, distance = -0.75, np.abs(np.concatenate([t + 1, t, 1 - t, 2 - t], axis=1))
+        near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+        far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+        taps, weights = first[:, None] + [-1, 0, 1, 2], np.where(distance <= 1, near, far)
+    taps = np.clip(taps, 0, source - 1)
+    shape = [1] * samples.ndim
+    shape[axis] = length
+    total: Floats = sum(
+        np.take(samples, taps[:, k], axis=axis) * weights[:, k].astype(np.float32).reshape(shape)
+        for k in range(taps.shape[1])
+    )
+    return total
+
+
+RESAMPLINGS: tuple[tuple[str, Resample], ...] = (
+    ("", _pil(Image.Resampling.BICUBIC)),
+    ("bilinear resize instead of bicubic", _pil(Image.Resampling.BILINEAR)),
+    ("nearest-neighbour resize instead of bicubic", _pil(Image.Resampling.NEAREST)),
+    ("nearest-neighbour resize instead of bicubic", _taps("nearest", "asymmetric")),
+    ("Lanczos resize instead of bicubic", _pil(Image.Resampling.LANCZOS)),
+    ("resize in float instead of 8 bits, without clipping in between", _float_resize),
+    ("bilinear resize without antialiasing (as cv2.INTER_LINEAR)", _taps("linear", "half-pixel")),
+    ("bicubic resize without antialiasing (as cv2.INTER_CUBIC)", _taps("cubic", "half-pixel")),
+    ("half-pixel shift in the resize (its first sample at the first pixel's centre)", _from_corners),
+    ("half-pixel shift in the resize (to the right and down)", _shifted(-0.5)),
+    ("half-pixel shift in the resize (to the left and up)", _shifted(0.5)),
+    ("half-pixel shift in a bilinear resize without antialiasing", _taps("linear", "asymmetric")),
+    ("half-pixel shift in a bilinear resize without antialiasing (align_corners)", _taps("linear", "align-corners")),
+    ("half-pixel shift in a bicubic resize without antialiasing", _taps("cubic", "asymmetric")),
+    ("half-pixel shift in a bicubic resize without antialiasing (align_corners)", _taps("cubic", "align-corners")),
+)
+
+
+def _centre(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[tuple[int, int], tuple[int, int]]:
+    """`size`, and where a centre crop of it begins, both (x, y)."""
+    height, width = preprocessing.image_size
+    return size, (round((size[0] - width) / 2), round((size[1] - height) / 2))
+
+
+def _covering(picture: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of a picture of that size that covers `least` (height, width) and keeps its aspect ratio."""
+    scale = max(least[1] / picture[0], least[0] / picture[1])
+    return max(int(picture[0] * scale), least[1]), max(int(picture[1] * scale), least[0])
+
+
+FRAMES: tuple[tuple[str, Frame], ...] = (
+    ("", lambda _, how: _centre(how.resize_size[::-1], how)),
+    ("aspect ratio kept in the resize", lambda size, how: _centre(_covering(size, how.resize_size), how)),
+    ("no crop, resized to the network's size at once", lambda _, how: (how.image_size[::-1], (0, 0))),
+    (
+        "aspect ratio kept in the resize, and its short side is the network's",
+        lambda size, how: _centre(_covering(size, how.image_size), how),
+    ),
+    ("crop of the corner instead of the centre", lambda _, how: (how.resize_size[::-1], (0, 0))),
+)
+
+# (samples in 0..255) · scale + shift, from mean and std, each [3]
+NORMALISATIONS: tuple[tuple[str, Callable[[Floats, Floats], tuple[Floats, Floats]]], ...] = (
+    ("", lambda mean, std: (1 / (255 * std), -mean / std)),
+    ("missing normalisation (samples in 0..1)", lambda mean, _: (np.full(3, 1 / 255), 0 * mean)),
+    ("missing normalisation (samples in 0..255)", lambda mean, _: (np.ones(3), 0 * mean)),
+    ("samples not divided by 255 before mean and std", lambda mean, std: (1 / std, -mean / std)),
+    ("mean and std not divided by 255", lambda mean, std: (1 / (255 * 255 * std), -mean / std)),
+    ("mean subtracted and not divided by std", lambda mean, _: (np.full(3, 1 / 255), -mean)),
+    ("mean 0.5 and std 0.5 instead of the network's", lambda mean, _: (np.full(3, 2 / 255), 0 * mean - 1)),
+)
+# Whether channels are swapped, and mean and std with them.
+COLOURS = (
+    ("", False, False),
+    ("BGR instead of RGB", True, False),
+    ("BGR instead of RGB, swapped after the normalisation", True, True),
+)
+# [B, 3, H, W] that holds channels-last data in its order
+LAYOUTS = (("", False), ("reshaped from channels last instead of transposed", True))
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    """A pipeline with its mistakes: [3, H, W] of a picture."""
+
+    mistakes: tuple[str, ...]
+    resample: Resample
+    frame: Frame
+    scale: Floats
+    shift: Floats
+    swapped: bool
+    reshaped: bool
+
+    def samples(self, picture: Image.Image, preprocessing: Preprocessing) -> Floats:
+        """[3, H, W], 0 to 255, before colours and normalisation go wrong."""
+        size, (left, top) = self.frame(picture.size, preprocessing)
+        height, width = preprocessing.image_size
+        return self.resample(picture, size)[top : top + height, left : left + width].transpose(2, 0, 1)
+
+    def __call__(self, picture: Image.Image, preprocessing: Preprocessing) -> Floats:
+        samples = self.samples(picture, preprocessing)[:: -1 if self.swapped else 1]
+        made = samples * self.scale[:, None, None] + self.shift[:, None, None]
+        return made.transpose(1, 2, 0).reshape(made.shape) if self.reshaped else made
+
+    def undone(self, batch: Array) -> Floats:
+        """The samples [B, 3, H, W] from which colours and normalisation made `batch`."""
+        if self.reshaped:
+            count, channels, height, width = batch.shape
+            batch = batch.reshape(count, height, width, channels).transpose(0, 3, 1, 2)
+        samples = (batch - self.shift[:, None, None]) / self.scale[:, None, None]
+        return samples[:, :: -1 if self.swapped else 1].astype(np.float32).clip(0, 255)
+
+
+def _pipelines(preprocessing: Preprocessing) -> Iterator[list[_Pipeline]]:
+    """All, in groups that make the same samples."""
+    mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
+    values = list(itertools.product(NORMALISATIONS, COLOURS, LAYOUTS))
+    for (resampling, resample), (framing, frame) in itertools.product(RESAMPLINGS, FRAMES):
+        group = []
+        for (normalisation, function), (colour, swapped, with_mean), (layout, reshaped) in values:
+            order = -1 if with_mean else 1
+            scale, shift = function(mean[::order], std[::order])
+            names = tuple(name for name in (resampling, framing, colour, normalisation, layout) if name)
+            group.append(_Pipeline(names, resample, frame, scale, shift, swapped, reshaped))
+        yield group
+
+
+def _diagnose(batch: Array, sources: Sequence[Source], preprocessing: Preprocessing) -> tuple[_Pipeline, float] | None:
+    """The pipeline of fewest mistakes that explains `batch`, by its first images, and the units that are left."""
+    pictures = [_picture(source) for source in sources]
+    undone: list[Floats] = []
+    best: tuple[int, float, _Pipeline] | None = None
+    for group in _pipelines(preprocessing):
+        undone = undone or [pipeline.undone(batch[: len(pictures)]) for pipeline in group]
+        samples = np.stack([group[0].samples(picture, preprocessing) for picture in pictures]).clip(0, 255)
+        for pipeline, found in zip(group, undone, strict=True):
+            if (
+                np.abs(found[..., ::8, ::8] - samples[..., ::8, ::8]).max() >= EXPLAINED_UNITS
+            ):  # most fail here, quickly
+                continue
+            left = float(np.abs(found - samples).max())
+            if left < EXPLAINED_UNITS and (best is None or (len(pipeline.mistakes), left) < best[:2]):
+                best = (len(pipeline.mistakes), left, pipeline)
+    return None if best is None or not best[2].mistakes else (best[2], best[1])
