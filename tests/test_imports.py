@@ -16,7 +16,7 @@ PACKAGE = Path(dat_deploy.__file__).parent
 # Lowest first; a module may import its own layer and what is before it. The longest name that begins a module's counts.
 LAYERS = [
     {"errors", "typed_json"},
-    {"environment", "files"},
+    {"environment", "files", "precision"},
     {"networks.dat.variants", "networks.dat.configuration", "networks.dat.sampling", "networks.checkpoint_file"},
     {"images"},
     {"metadata"},
