@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dat_deploy.commands.stages import Stages
+from dat_deploy.commands.wording import Commands, in_shell
 from dat_deploy.errors import DatDeployError, OutputError
 from dat_deploy.networks.dat.variants import VARIANTS, Variant, get_variant
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="dat-deploy",
+    cls=Commands,
     help="Vision transformers with deformable attention (DAT, DAT++): from checkpoint to validated, fast inference.",
     no_args_is_help=True,
     add_completion=False,
@@ -544,7 +546,7 @@ def validate(
         verdict = {True: "ok", False: "FAILED", None: "not run"}[check.passed]
         error = "" if check.error is None else _figure(check.error, check.unit)
         allowed = _figure(check.tolerance, check.unit)
-        table.add_row(check.name, str(check.batch or ""), error, allowed, verdict, check.detail)
+        table.add_row(check.name, str(check.batch or ""), error, allowed, verdict, in_shell(check.detail))
     out.print(table)
     if report.accuracy is not None:
         _print_accuracy(report.accuracy)
@@ -1318,7 +1320,7 @@ def _next(*words: object) -> None:
 
 def _notes(notes: tuple[str, ...]) -> None:
     for note in notes:
-        out.print(f"note: {note}")
+        out.print(f"note: {in_shell(note)}")
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -469,7 +469,7 @@ def test_the_output_is_refused_before_anything_is_opened(
         )
         with pytest.raises(OutputError) as refused:
             visualize(photograph, ["no-such:engine"], taken)
-        assert str(refused.value) == f"{taken} exists; pass --force to replace it, or choose another name."
+        assert str(refused.value) == f"{taken} exists; pass `force=True` to replace it, or choose another name."
         with pytest.raises(OutputError, match="is a folder"):
             visualize(photograph, ["no-such:engine"], Path())
         find_spec = importlib.util.find_spec

@@ -321,7 +321,7 @@ def test_files_that_cannot_be_built_are_told_apart(tmp_path: Path) -> None:
 def test_an_engine_or_a_passport_is_not_replaced_unasked(exported: Exported, tmp_path: Path) -> None:
     target = tmp_path / "x.engine"
     passport_path(target).write_text("{}")
-    with pytest.raises(OutputError, match=r"x.engine.json exists; pass --force"):
+    with pytest.raises(OutputError, match=r"x.engine.json exists; pass `force=True`"):
         build(exported("mini", "fp32", "hat"), target, backend="tensorrt-rtx")
     assert not target.exists()
 

@@ -370,7 +370,7 @@ def test_existing_file_is_kept_unless_forced(tmp_path):
     path.write_text("mine")
     with pytest.raises(OutputError) as error:
         export("tiny", path)
-    assert str(error.value) == f"{path} exists; pass --force to replace it, or choose another name."
+    assert str(error.value) == f"{path} exists; pass `force=True` to replace it, or choose another name."
     assert path.read_text() == "mine"
 
 

@@ -530,7 +530,8 @@ def test_output_is_replaced_with_force_alone(files, pictures, tmp_path):
     path = tmp_path / "out.onnx"
     path.write_text("mine")
     arguments = (files["function"], path, pictures)
-    assert refusal(OutputError, *arguments) == f"{path} exists; pass --force to replace it, or choose another name."
+    sentence = f"{path} exists; pass `force=True` to replace it, or choose another name."
+    assert refusal(OutputError, *arguments) == sentence
     assert path.read_text() == "mine"
     assert quantize(*arguments, images=2, force=True).path == path
     assert read_metadata(path).precision == "int8"
