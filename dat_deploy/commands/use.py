@@ -24,6 +24,7 @@ from dat_deploy.commands.options import (
 )
 from dat_deploy.commands.output import check_json, err, is_released, option, out, print_next, write_json
 from dat_deploy.commands.stages import Stages
+from dat_deploy.commands.wording import in_shell
 from dat_deploy.errors import OutputError
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def serve(
             if not what:
                 status.stop()
 
-        library.serve(config, progress=progress, note=out.print, **options)
+        library.serve(config, progress=progress, note=lambda text: out.print(in_shell(text)), **options)
 
 
 def demo(

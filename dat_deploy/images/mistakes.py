@@ -178,8 +178,8 @@ class Pipeline:
 
     def __call__(self, picture: Image.Image, preprocessing: Preprocessing) -> Floats:
         samples = self.samples(picture, preprocessing)[:: -1 if self.swapped else 1]
-        made = samples * self.scale[:, None, None] + self.shift[:, None, None]
-        return made.transpose(1, 2, 0).reshape(made.shape) if self.reshaped else made
+        batch = samples * self.scale[:, None, None] + self.shift[:, None, None]
+        return batch.transpose(1, 2, 0).reshape(batch.shape) if self.reshaped else batch
 
     def undone(self, batch: Array) -> Floats:
         """The samples [B, 3, H, W] from which colours and normalisation made `batch`."""

@@ -126,19 +126,19 @@ def image_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise ImageError(f"cannot list '{error.filename}' ({_reason(error)}). Check its permissions.") from error
 
-    found: list[Path] = []
-    seen: set[str] = set()  # a link may lead back to a folder above
+    files: list[Path] = []
+    real_folders: set[str] = set()  # a link may lead back to a folder above
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(parent) in seen:
+        if os.path.realpath(parent) in real_folders:
             folders.clear()
             continue
-        seen.add(os.path.realpath(parent))
-        found += [path for path in (Path(parent, name) for name in names) if _is_visible_image(path, folder)]
-    if not found:
+        real_folders.add(os.path.realpath(parent))
+        files += [path for path in (Path(parent, name) for name in names) if _is_visible_image(path, folder)]
+    if not files:
         raise ImageError(
             f"folder '{folder}' holds no images; accepted are files that end in {', '.join(SUFFIXES)}, at any depth."
         )
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _is_visible_image(path: Path, folder: Path) -> bool:

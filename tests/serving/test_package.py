@@ -288,7 +288,7 @@ def test_a_backbone_has_maps_and_no_labels(engine: Engine, metadata: FileMetadat
 def test_a_file_of_any_image_size_is_warmed_up_at_its_own(metadata: FileMetadata) -> None:
     free = replace(metadata, network=VARIANTS["pp-tiny"], dynamic_image_size=True, class_names=())
     batches = model_config.batches_of_file(free, [4])
-    config = model_config.network_config("free", free, ["logits"], batches, model_config.Settings())
+    config = model_config.network_config("free", free, ["logits"], batches, model_config.ModelSettings())
     assert tuple(config.input[0].dims) == (3, -1, -1)
     assert tuple(config.model_warmup[0].inputs["image"].dims) == (3, 224, 224)
 
@@ -375,7 +375,7 @@ def test_force_replaces_a_model_of_this_command_and_nothing_else(demo_onnx: Path
     (output / "demo/2").mkdir()
     with pytest.raises(OutputError) as caught:
         package([demo_onnx], output)
-    assert str(caught.value) == f"{output}/demo exists; pass --force to replace it, or choose another --name."
+    assert str(caught.value) == f"{output}/demo exists; pass `force=True` to replace it, or choose another `name`."
     report = package([demo_onnx], output, force=True)
     assert configs(report)["demo"].max_batch_size == 32
     assert sorted(snapshot(output)) == list(report.files)

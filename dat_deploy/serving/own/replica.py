@@ -180,7 +180,7 @@ class Replica:
             )
         if points and not self._blocks:
             raise RequestError(
-                400, f"{self._model.name} gives no sampled points. Export it with --sampling-locations for them."
+                400, f"{self._model.name} gives no sampled points. Export it with `sampling_locations=True` for them."
             )
         started = time.monotonic()
         try:
