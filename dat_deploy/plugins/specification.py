@@ -1,4 +1,4 @@
-"""What is known of an operator; torch, ONNX, TensorRT, precision, checks and `bisect` read it from its SPECIFICATION."""
+"""What is known of an operator: torch, ONNX, TensorRT, precisions, checks and `bisect` read it from here alone."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

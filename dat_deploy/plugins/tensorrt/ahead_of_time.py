@@ -89,7 +89,8 @@ def define(name: str) -> None:
 def _annotation(kind: Kind) -> Any:
     """The types of the fields are those of IPluginV3, but that `tensorrt.plugin` has its own for a single number."""
     if kind.is_list:
-        return npt.NDArray[getattr(np, kind.field.lower())]
+        element: Any = getattr(np, kind.field.lower())
+        return npt.NDArray[element]
     return int if kind.element is bool else kind.element
 
 
