@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_cases import FLOAT32_INPUTS, Case
+from gpu_cases import Case
 from gpu_record import Found
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from dat_deploy.plugins import tuning
 from dat_deploy.plugins.deformable_attention.reference import interpolated_bias
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration
+from dat_deploy.plugins.operator import specification
 from dat_deploy.plugins.window_attention.reference import (
     relative_position_index,
     shifted_window_mask,
@@ -40,7 +41,8 @@ Call = Callable[[], Tensor]
 
 def dtypes_of(case: Case, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Of the inputs and of "output", as the networks that ship have them."""
-    return {name: torch.float32 if name in FLOAT32_INPUTS else dtype for name in (*case.inputs, "output")}
+    roles = specification(case.operator).roles
+    return {name: torch.float32 if role.stays_float32 else dtype for name, role in roles.items()} | {"output": dtype}
 
 
 def make_inputs(

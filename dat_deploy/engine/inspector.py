@@ -144,9 +144,9 @@ def inspect(path: Path) -> Inspection:
             unseen = str(error)
         else:
             if passport.plugin_form == "IPluginV3":
-                from dat_deploy.plugins.tensorrt import registry as trt_plugin
+                from dat_deploy.plugins.tensorrt import registry
 
-                trt_plugin.register_plugins(trt)
+                registry.register_plugins(trt)
             layers = tuple(layers_of(trt, deserialized(trt, content)))
     return Inspection(path, passport.metadata, passport, None, passport.layers, layers, unseen)
 

@@ -140,7 +140,7 @@ def export(
     from dat_deploy.export.onnx_model import onnx_from_model
     from dat_deploy.export.precision import cast_graph
     from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
-    from dat_deploy.plugins.catalogue import operator_nodes
+    from dat_deploy.plugins.onnx_domain import operator_nodes
 
     progress("loading weights")
     weights = load_weights(network, checkpoint)
@@ -209,7 +209,7 @@ def relower(
     import onnx_ir as ir
 
     from dat_deploy.export.lowering import lower
-    from dat_deploy.plugins.catalogue import operator_nodes
+    from dat_deploy.plugins.onnx_domain import operator_nodes
 
     model = ir.from_proto(proto)
     operators = len(operator_nodes(model))

@@ -2,10 +2,11 @@
 
 import ast
 import contextlib
+import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -22,7 +23,9 @@ from dat_deploy.export.options import check_opset
 from dat_deploy.networks.dat.boundaries import record_boundaries
 from dat_deploy.networks.dat.model import DAT
 from dat_deploy.networks.dat.variants import stride
-from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
+from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION
+from dat_deploy.plugins.operator import OPERATORS, Operator
+from dat_deploy.plugins.specification import PLUGIN_ATTRIBUTES, Kind, Role, Specification
 
 __all__ = ["IR_VERSION", "onnx_from_model"]
 
@@ -97,105 +100,69 @@ def onnx_from_model(
     return graph_model
 
 
-def _operator(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...]) -> Callable[..., _Value]:
-    """A callable that adds one node of domain dat_deploy to the graph being built."""
-    schema = onnx.defs.OpSchema(
-        name,
-        DOMAIN_NAME,
-        DOMAIN_VERSION,
-        inputs=[onnx.defs.OpSchema.FormalParameter(label, "T") for label in inputs],
-        outputs=[onnx.defs.OpSchema.FormalParameter("output", "T")],
-        type_constraints=[("T", ["tensor(float)"], "")],
-        attributes=[
-            *(onnx.defs.OpSchema.Attribute(label, onnx.defs.OpSchema.AttrType.INT) for label in attributes),
-            *(onnx.defs.OpSchema.Attribute(label, onnx.defs.OpSchema.AttrType.STRING) for label in PLUGIN_ATTRIBUTES),
-        ],
-    )
-    operator = onnxscript.values.Op(DOMAIN, name, schema)
-
-    def add_node(*values: _Value, **settings: int) -> _Value:
-        return operator(*values, **settings, **PLUGIN_ATTRIBUTES)  # type: ignore[no-any-return]  # untyped library
-
-    return add_node
-
-
 def _translations() -> dict[Callable[..., object], Callable[..., object]]:
     """What torch.onnx makes of each torch operator."""
-    sample = _operator("deformable_sample", ("value", "sampling_locations"), ())
-    attend = _operator(
-        "deformable_attention",
-        ("query", "key", "value", "sampling_locations", "relative_position_bias_table"),
-        ("num_heads", "half_pixel_queries"),
-    )
-    window = _operator(
-        "window_attention", ("qkv", "relative_position_bias_table"), ("num_heads", "window_size", "shift_size")
-    )
-
-    neighborhood = _operator(
-        "neighborhood_attention",
-        ("qkv", "padding_qkv", "relative_position_bias_table"),
-        ("num_heads", "kernel_size", "dilation"),
-    )
-
-    def deformable_sample(value: _Value, sampling_locations: _Value) -> _Value:
-        return sample(value, sampling_locations)
-
-    def deformable_attention(
-        query: _Value,
-        key: _Value,
-        value: _Value,
-        sampling_locations: _Value,
-        relative_position_bias_table: _Value,
-        num_heads: int,
-        half_pixel_queries: bool,
-    ) -> _Value:
-        return attend(
-            query,
-            key,
-            value,
-            sampling_locations,
-            relative_position_bias_table,
-            num_heads=num_heads,
-            half_pixel_queries=int(half_pixel_queries),
-        )
-
-    def window_attention(
-        qkv: _Value, relative_position_bias_table: _Value, num_heads: int, window_size: int, shift_size: int
-    ) -> _Value:
-        return window(
-            qkv, relative_position_bias_table, num_heads=num_heads, window_size=window_size, shift_size=shift_size
-        )
-
-    def neighborhood_attention(
-        qkv: _Value,
-        padding_qkv: _Value,
-        relative_position_bias_table: _Value,
-        num_heads: int,
-        kernel_size: int,
-        dilation: int,
-    ) -> _Value:
-        return neighborhood(
-            qkv,
-            padding_qkv,
-            relative_position_bias_table,
-            num_heads=num_heads,
-            kernel_size=kernel_size,
-            dilation=dilation,
-        )
 
     def gelu(x: _Value, approximate: str = "none") -> _Value:
         """The order of factors that ONNX Runtime's and TensorRT's fusions look for; torch's own differs."""
         assert approximate == "none"
         return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, math.sqrt(2.0))), 1.0)), 0.5)  # type: ignore[no-any-return]  # untyped library
 
-    ops = torch.ops.dat_deploy
-    return {
-        torch.ops.aten.gelu.default: gelu,
-        ops.deformable_sample.default: deformable_sample,
-        ops.deformable_attention.default: deformable_attention,
-        ops.window_attention.default: window_attention,
-        ops.neighborhood_attention.default: neighborhood_attention,
-    }
+    table: dict[Callable[..., object], Callable[..., object]] = {torch.ops.aten.gelu.default: gelu}
+    for name in OPERATORS:
+        operator = Operator(name)
+        _ = operator.torch_operator  # whose import makes the next line's
+        table[getattr(torch.ops.dat_deploy, name).default] = _translation(operator.specification)
+    return table
+
+
+def _translation(specified: Specification) -> Callable[..., _Value]:
+    """A function that adds one node of domain dat_deploy to the graph being built.
+
+    It has the signature of the torch operator, which torch.onnx reads: what has no annotation is a tensor.
+    """
+    formal, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
+    letters = {name: "I" if role is Role.INDICES else "T" for name, role in specified.roles.items()}
+    types = {"T": ["tensor(float)"], "I": ["tensor(int64)"]}
+    schema = onnx.defs.OpSchema(
+        specified.name,
+        DOMAIN_NAME,
+        DOMAIN_VERSION,
+        inputs=[formal(name, letter) for name, letter in letters.items()],
+        outputs=[formal("output", "T")],
+        type_constraints=[(letter, types[letter], "") for letter in sorted({*letters.values()})],
+        attributes=[
+            *(
+                attribute(name, getattr(onnx.defs.OpSchema.AttrType, kind.onnx))
+                for name, kind in specified.attributes.items()
+            ),
+            *(attribute(name, onnx.defs.OpSchema.AttrType.STRING) for name in PLUGIN_ATTRIBUTES),
+        ],
+    )
+    operator = onnxscript.values.Op(DOMAIN, specified.name, schema)
+
+    def add_node(*tensors: _Value, **attributes: Any) -> _Value:
+        values = {name: _attribute(kind, attributes[name]) for name, kind in specified.attributes.items()}
+        return operator(*tensors, **values, **PLUGIN_ATTRIBUTES)  # type: ignore[no-any-return]  # untyped library
+
+    annotations = {name: _annotation(kind) for name, kind in specified.attributes.items()}
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = (*specified.inputs, *specified.attributes)
+    add_node.__signature__ = inspect.Signature([inspect.Parameter(name, either) for name in names])  # type: ignore[attr-defined]  # see inspect.signature
+    add_node.__annotations__ = annotations
+    return add_node
+
+
+def _annotation(kind: Kind) -> Any:
+    element: Any = int if kind.element is bool else kind.element
+    return Sequence[element] if kind.is_list else element
+
+
+def _attribute(kind: Kind, value: Any) -> Any:
+    """As onnxscript takes it."""
+    if kind.is_list:
+        return [kind.element(each) for each in value]
+    return int(value) if kind.element is bool else value
 
 
 def _set_opset(model: ir.Model, opset_version: int) -> None:

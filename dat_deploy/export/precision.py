@@ -16,8 +16,9 @@ import onnx_ir as ir
 from dat_deploy.errors import ExportError
 from dat_deploy.export.census import TypeRule, type_rule
 from dat_deploy.export.options import ELEMENT_TYPES, check_precision
-from dat_deploy.plugins.catalogue import operator_nodes, parameters
-from dat_deploy.plugins.onnx_domain import DOMAIN_NAME
+from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, operator_nodes
+from dat_deploy.plugins.operator import specification
+from dat_deploy.plugins.specification import Role
 
 __all__ = [
     "DTYPES",
@@ -34,7 +35,6 @@ _MOVES = frozenset({
     "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice",
     "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
 })  # fmt: skip
-_FP32_PARAMETERS = frozenset({"sampling_locations", "relative_position_bias_table"})  # of the operators
 
 _Types = dict[ir.Value, ir.DataType]
 
@@ -153,8 +153,8 @@ def _coordinate_path(model: ir.Model, types: _Types) -> set[ir.Node]:
         (
             value
             for node in operator_nodes(model)
-            for name, value in zip(parameters(node.op_type), node.inputs, strict=True)
-            if name == "sampling_locations" and value is not None
+            for role, value in zip(specification(node.op_type).roles.values(), node.inputs, strict=True)
+            if role is Role.LOCATIONS and value is not None
         ),
         types,
     )
@@ -307,8 +307,8 @@ class _GraphRetyping(_Retyping):
         if node in self.islands:
             return [FLOAT] * len(read)
         if node.domain == DOMAIN_NAME:
-            is_fp32 = [name in _FP32_PARAMETERS for name in parameters(node.op_type)]
-            return [FLOAT if stays else self.half for stays in is_fp32]
+            roles = specification(node.op_type).roles.values()
+            return [FLOAT if role.stays_float32 else self.half for role in roles if role is not Role.INDICES]
         dtype = self.type_of_data(read) if node.op_type in _MOVES else self.half
         return [dtype] * len(read)
 
@@ -365,11 +365,12 @@ class _GraphRetyping(_Retyping):
 
 class _BodyRetyping(_Retyping):
     def __init__(self, function: ir.Function) -> None:
-        inputs = dict.fromkeys(function.inputs, FLOAT)
+        roles = dict(zip(function.inputs, specification(function.name).roles.values(), strict=True))
+        inputs = {value: ir.DataType.INT64 if role is Role.INDICES else FLOAT for value, role in roles.items()}
         types = _with_results(inputs, function, function.opset_imports[""])
         half = ir.DataType.FLOAT16
         self.first = function.inputs[0]
-        self.carries_data = {value for value in function.inputs if value.name not in _FP32_PARAMETERS}
+        self.carries_data = {value for value, role in roles.items() if role in (Role.DATA, Role.WEIGHT)}
         types.update(dict.fromkeys(self.carries_data, half))
         super().__init__(function.graph, types, half)
 

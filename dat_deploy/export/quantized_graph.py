@@ -35,8 +35,7 @@ def linear_layers(model: ir.Model) -> list[ir.Node]:
 def coordinate_nodes(model: ir.Model) -> set[ir.Node]:
     """What computes the sampling locations: back from each operator, to the convolution of the offsets, and that."""
     values = {value.name: value for node in model.graph for value in node.outputs}
-    records = operator_records(model.metadata_props)
-    pending = [values.get(record.inputs.get("sampling_locations")) for record in records]
+    pending = [values.get(name) for record in operator_records(model.metadata_props) for name in record.locations]
     found: set[ir.Node] = set()
     while pending:
         value = pending.pop()

@@ -9,7 +9,7 @@ from torch import Tensor
 from dat_deploy.engine.passport import check_backend, open_engine
 from dat_deploy.engine.tensorrt.library import import_tensorrt
 from dat_deploy.engine.tensorrt.session import Session, check_fits
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.plugins.tensorrt import registry
 from dat_deploy.runners.base import Images, Runner, describe
 
 __all__ = ["TensorrtRunner"]
@@ -34,7 +34,7 @@ class TensorrtRunner(Runner):
         trt = import_tensorrt(passport.backend)
         check_fits(passport, trt, name)
         if passport.plugin_form == "IPluginV3":
-            trt_plugin.register_plugins(trt)
+            registry.register_plugins(trt)
         self.description = describe(
             passport.metadata,
             name,

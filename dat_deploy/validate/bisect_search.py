@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,17 @@ from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.export.subgraph import model_up_to, operator_model
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import preprocess_files
-from dat_deploy.networks.dat.boundaries import Block, Step, block_boundaries, network_blocks
-from dat_deploy.networks.dat.model import DAT, REFERENCE
-from dat_deploy.plugins.deformable_attention.reference import attention_with_bias, interpolated_bias
+from dat_deploy.networks.dat.boundaries import (
+    Block,
+    Step,
+    block_boundaries,
+    network_blocks,
+    operator_sources,
+    operator_weights,
+)
+from dat_deploy.networks.dat.model import DAT
+from dat_deploy.plugins.eager import eager_output
+from dat_deploy.plugins.operator import Operator
 from dat_deploy.runners import Runner, open_runner, parse_engine
 from dat_deploy.runners.base import Graph
 from dat_deploy.validate.bisect_report import PHOTOGRAPHS, BisectReport, Progress, Run
@@ -33,8 +41,6 @@ from dat_deploy.validate.stress import stress_images
 __all__ = ["find_difference"]
 
 Array = NDArray[Any]
-
-FAR_AWAY = 8.0  # a sampling location from which no displacement reaches a bias table
 
 
 def find_difference(
@@ -252,26 +258,28 @@ class _Search:
         self.progress(f"{block.name}: {step.name} alone")
         graph = self.runner.open_graph(operator_model(self.model, record))
         inputs = {name: torch.from_numpy(value) for name, value in self.operator_inputs(block, record).items()}
-        module = self.reference.model.get_submodule(block.name)
-        exact = _operator(module, record, inputs)
+        weights = operator_weights(self.reference.model.get_submodule(block.name), record.operator)
+        operator, attributes = Operator(record.operator), record.attributes
+        exact = eager_output(operator.name, weights | inputs, attributes)
         allowed = self.scale * max(1.0, float(np.abs(exact).max()))
         if self.dtype is not None:
             of_locations = self.dtype if rounds_everything(self.about) else torch.float32
-            rounded = _operator(module, record, inputs, self.dtype, of_locations)
+            rounded = eager_output(operator.name, weights | inputs, attributes, self.dtype, of_locations)
             allowed = max(allowed, 2 * float(np.abs(rounded - exact).max()))
         got = self.fed(graph, inputs)
         found = Run(f"{block.name}: {step.name} alone", record.output, _error(got, exact), allowed)
         self.runs.append(found)
         if not found.passed:
-            if step.name == "deformable_attention":
-                # Without the bias, which far points do not have, is it right?
-                far = {**inputs, "sampling_locations": torch.full_like(inputs["sampling_locations"], FAR_AWAY)}
-                if _error(self.fed(graph, far), _operator(module, record, far)) <= allowed:
-                    self.part = "bias"
-            for label, output in _mistakes(module, record, inputs):
-                if _error(got, output) <= allowed:
-                    self.hint = f"it behaves as if {label}"
-                    break
+            for part, without in operator.parts.items():  # without it, is the rest right?
+                rest = without(inputs)
+                if _error(self.fed(graph, rest), eager_output(operator.name, weights | rest, attributes)) <= allowed:
+                    self.part = part
+            in_float64 = {name: value.double() for name, value in (weights | inputs).items()}
+            with torch.inference_mode():
+                for label, output in operator.mistakes(in_float64, attributes):
+                    if _error(got, output.numpy()) <= allowed:
+                        self.hint = f"it behaves as if {label}"
+                        break
         return found.passed
 
     def check_limit(self) -> None:
@@ -287,16 +295,8 @@ class _Search:
         return self.batched(_as_outputs(graph), len(self.images), slots_of)["output"]
 
     def operator_inputs(self, block: Block, record: OperatorRecord) -> dict[str, Array]:
-        steps = {step.name: step for step in block.steps}
-        sources = {
-            "qkv": "proj_qkv",
-            "query": "proj_q",
-            "key": "proj_k",
-            "value": block.steps[0].name if record.operator == "deformable_sample" else "proj_v",
-            "sampling_locations": "conv_offset",
-        }
-        found = {parameter: steps[sources[parameter]] for parameter in record.inputs}
-        return {parameter: self.exact[step.module, step.side] for parameter, step in found.items()}
+        sources = operator_sources(block, record.operator)
+        return {name: self.exact[sources[name].module, sources[name].side] for name in record.inputs}
 
     def record(self, block: Block, step: Step) -> OperatorRecord:
         try:
@@ -311,7 +311,7 @@ class _Search:
         if step.is_operator:
             return self.record(block, step).output
         if step.side == "locations":
-            return self.record(block, block.steps[3]).inputs["sampling_locations"]
+            return self.record(block, block.steps[3]).locations[0]
         return self.boundaries[step.ends]
 
     def networks(self) -> list[tuple[DAT, torch.dtype]]:
@@ -425,74 +425,3 @@ def _image(image: Array, dtype: torch.dtype) -> torch.Tensor:
 def _outputs(network: DAT, image: Array, dtype: torch.dtype) -> list[Array]:
     results = network(_image(image, dtype))
     return [result.float().numpy() for result in (results if isinstance(results, tuple) else (results,))]
-
-
-def _parameters(module: torch.nn.Module, record: OperatorRecord) -> dict[str, torch.Tensor]:
-    """Of the operator, those that are weights."""
-    found = {}
-    if record.operator != "deformable_sample":
-        found["relative_position_bias_table"] = module.get_parameter("relative_position_bias_table").data
-    if record.operator == "neighborhood_attention":
-        found["padding_qkv"] = module.get_parameter("proj_qkv.bias").data
-    return found
-
-
-@torch.inference_mode()
-def _operator(
-    module: torch.nn.Module,
-    record: OperatorRecord,
-    inputs: Mapping[str, torch.Tensor],
-    dtype: torch.dtype = torch.float64,
-    of_locations: torch.dtype | None = None,
-) -> Array:
-    """One of our operators in eager PyTorch, with the weights of its module."""
-    values = {
-        name: value.to(of_locations or dtype if name == "sampling_locations" else dtype)
-        for name, value in {**_parameters(module, record), **inputs}.items()
-    }
-    output = getattr(REFERENCE, record.operator)(**values, **record.attributes)
-    return output.double().numpy()  # type: ignore[no-any-return]  # found by name
-
-
-def _mistakes(
-    module: torch.nn.Module, record: OperatorRecord, inputs: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, Array]]:
-    """What an operator would give if it were wrong in one of the ways that exports and runtimes often are."""
-    attributes = record.attributes
-    weights = _parameters(module, record)
-
-    def changed(**values: torch.Tensor) -> Array:
-        return _operator(module, record, {**inputs, **values})
-
-    if "sampling_locations" in inputs:
-        locations = inputs["sampling_locations"].double()
-        yield "x and y of the locations were swapped", changed(sampling_locations=locations.flip(-1))
-    if record.operator == "deformable_sample":
-        sides = torch.tensor(inputs["value"].shape[1:3]).double()
-        moved = ((locations + 1) * sides - 1) / (sides - 1).clamp(min=1) - 1
-        yield "it read with align_corners=False", changed(sampling_locations=moved)
-        index = ((locations + 1) / 2 * (sides - 1)).round()
-        yield "it read the nearest pixel", changed(sampling_locations=index / (sides - 1).clamp(min=1) * 2 - 1)
-        yield "it read the border outside the map", changed(sampling_locations=locations.clamp(-1, 1))
-    if record.operator == "window_attention" and attributes["shift_size"]:
-        unshifted = replace(record, attributes={**attributes, "shift_size": 0})
-        yield "its windows were not shifted", _operator(module, unshifted, inputs)
-    table = weights.get("relative_position_bias_table")
-    if table is None:
-        return
-    yield "the bias table were zero", changed(relative_position_bias_table=torch.zeros_like(table))
-    if record.operator == "window_attention":
-        side = 2 * attributes["window_size"] - 1
-        transposed = table.reshape(side, side, -1).transpose(0, 1).reshape(table.shape)
-    else:
-        transposed = table.transpose(1, 2)
-    yield "the bias table were transposed", changed(relative_position_bias_table=transposed)
-    if record.operator == "deformable_attention":
-        query, half_pixel = inputs["query"].double(), bool(attributes["half_pixel_queries"])
-        keys = (query, inputs["key"].double(), inputs["value"].double())
-        for label, flag, aligned in (
-            ("its table were read with align_corners=False", half_pixel, False),
-            (f"half_pixel_queries were {int(not half_pixel)}", not half_pixel, True),
-        ):
-            bias = interpolated_bias(table, locations, query.shape[1], query.shape[2], flag, align_corners=aligned)
-            yield label, attention_with_bias(*keys, bias, attributes["num_heads"]).numpy()

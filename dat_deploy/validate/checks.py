@@ -13,11 +13,13 @@ from dat_deploy.engine.passport import read_passport
 from dat_deploy.export.census import precision_census
 from dat_deploy.export.precision import asked_differently
 from dat_deploy.export.quantized_graph import quantized_differently
-from dat_deploy.export.records import OperatorRecord, operator_records
+from dat_deploy.export.records import operator_records
 from dat_deploy.export.subgraph import operator_model
 from dat_deploy.images.preprocess import Preprocessing, golden_sha256
 from dat_deploy.metadata import FileMetadata, load_onnx
-from dat_deploy.networks.dat.model import REFERENCE
+from dat_deploy.networks.dat.boundaries import operator_sizes, operator_weights
+from dat_deploy.plugins.eager import LOCATIONS, eager_output, stress_inputs
+from dat_deploy.plugins.operator import specification
 from dat_deploy.runners import parse_engine
 from dat_deploy.validate.accuracy import Accuracy, compare_on_data
 from dat_deploy.validate.comparison import (
@@ -31,9 +33,7 @@ from dat_deploy.validate.comparison import (
 from dat_deploy.validate.drift import BlockDrift, block_drift, distances_px
 from dat_deploy.validate.gates import Gates
 from dat_deploy.validate.kinds import FP32_TOLERANCE, OF_ENGINE, OF_SIZE
-from dat_deploy.validate.reference import Reference
 from dat_deploy.validate.report import Check
-from dat_deploy.validate.stress import LOCATIONS, stress_locations
 
 __all__ = ["ENGINE_CHECKS", "SIZE_CHECKS", "accuracy_rows", "check_accuracy", "check_drift"]
 
@@ -81,7 +81,7 @@ def check_precision(comparison: Comparison) -> Iterator[Check]:
     if model is not None:
         metadata = FileMetadata.from_properties(dict(model.metadata_props), Path(target))
         records = operator_records(model.metadata_props)
-        locations = [r.inputs["sampling_locations"] for r in records if "sampling_locations" in r.inputs]
+        locations = [name for record in records for name in record.locations]
         if metadata.precision == "int8":
             wrong = quantized_differently(model)
         else:
@@ -196,7 +196,7 @@ def check_coordinates(comparison: Comparison) -> Iterator[Check]:
         yield Check("coordinates", "coordinates", None, None, FP32_TOLERANCE, detail)
         return
     # the first of its module: `--sampling-locations` calls the attention again, with values that are constant
-    deformable = [r for r in operator_records(model.metadata_props) if "sampling_locations" in r.inputs]
+    deformable = [record for record in operator_records(model.metadata_props) if record.locations]
     records = list({(r.name.partition("/")[0], r.operator): r for r in reversed(deformable)}.values())[::-1]
     if not records:
         detail = "the file's metadata no longer lists its operators"
@@ -207,14 +207,17 @@ def check_coordinates(comparison: Comparison) -> Iterator[Check]:
     for record in records:
         comparison.progress(f"coordinates: {record.name}")
         run = comparison.runner.open_graph(operator_model(model, record))
+        module = record.name.partition("/")[0]
+        sizes = operator_sizes(comparison.reference.model.variant, module, about.batch or 2)
+        weights = operator_weights(comparison.reference.model.get_submodule(module), record.operator)
         for kind in LOCATIONS:
-            inputs = _operator_inputs(record, comparison.reference, kind, about.batch or 2)
-            exact = _operator_reference(record, comparison.reference, inputs, torch.float64, torch.float64)
+            inputs = stress_inputs(specification(record.operator), record.inputs, sizes, kind)
+            exact = eager_output(record.operator, weights | inputs, record.attributes)
             tolerance = FP32_TOLERANCE
             if dtype is not None:
                 # in a lower precision the points would move, and any fault be in the tolerance
                 of_locations = dtype if rounds_everything(about) else torch.float32
-                rounded = _operator_reference(record, comparison.reference, inputs, dtype, of_locations)
+                rounded = eager_output(record.operator, weights | inputs, record.attributes, dtype, of_locations)
                 tolerance = 2 * float(np.abs(rounded - exact).max())
             got = run({name: value.numpy() for name, value in inputs.items()})
             detail = f"{len(records)} operators, worst {record.name}"
@@ -357,38 +360,3 @@ def _filled(images: Images, batch: int) -> Iterable[tuple[Images, list[int]]]:
     for first in range(0, len(images), batch):
         slots = [(first + slot) % len(images) for slot in range(batch)]
         yield images[slots], slots
-
-
-def _operator_inputs(record: OperatorRecord, reference: Reference, kind: str, batch: int) -> dict[str, torch.Tensor]:
-    stage = int(record.name.split(".")[1])
-    config = reference.model.variant.stages[stage]
-    height, width = reference.model.variant.feature_map(stage)
-    sampled_map = config.sampled_map(height, width)
-    feature_map = (batch, height, width, config.channels)
-    sampled = (batch, math.prod(sampled_map), config.channels)
-    generator = torch.Generator().manual_seed(0)
-    inputs = {}
-    for name in record.inputs:
-        if name != "sampling_locations":
-            is_map = name == "query" or record.operator == "deformable_sample"
-            inputs[name] = torch.randn(feature_map if is_map else sampled, generator=generator)
-    locations = (batch, config.offset_groups, *sampled_map, 2)
-    inputs["sampling_locations"] = stress_locations(kind, locations, (height, width), seed=0)
-    return inputs
-
-
-def _operator_reference(
-    record: OperatorRecord,
-    reference: Reference,
-    inputs: dict[str, torch.Tensor],
-    dtype: torch.dtype,
-    of_locations: torch.dtype,
-) -> NDArray[np.float64]:
-    """The operator in eager PyTorch, in `dtype` but for the locations, with the bias table of its module."""
-    values = {name: value.to(of_locations if name == "sampling_locations" else dtype) for name, value in inputs.items()}
-    if record.operator == "deformable_attention":
-        module = reference.model.get_submodule(record.name.partition("/")[0])
-        values["relative_position_bias_table"] = module.get_parameter("relative_position_bias_table").to(dtype)
-    with torch.inference_mode():
-        output = getattr(REFERENCE, record.operator)(**values, **record.attributes)
-    return output.double().numpy()  # type: ignore[no-any-return]  # found by name

@@ -22,7 +22,7 @@ from dat_deploy.engine.tensorrt.network import ParsedNetwork, parsed_network
 from dat_deploy.errors import DatDeployError, EngineBuildError, OutputError, ShapeError, UnsupportedError
 from dat_deploy.export import export
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.plugins.tensorrt import registry
 
 pytestmark = pytest.mark.usefixtures("rtx")
 Exported = Callable[[str, str, str], Path]
@@ -103,7 +103,7 @@ def test_every_variant_is_built_in_every_lowering(variant: str, precision: str, 
 def _network(path: Path, *, plugins: bool) -> ParsedNetwork:
     trt = import_tensorrt("tensorrt-rtx")
     if plugins:
-        trt_plugin.register_plugins(trt)
+        registry.register_plugins(trt)
     return parsed_network(trt, onnx.load(path), Log(trt), plugins=plugins)
 
 
@@ -175,7 +175,7 @@ def test_normalization_is_one_layer_in_fp32(exported: Exported) -> None:
 
 
 def test_bodies_are_taken_although_plugins_are_registered(exported: Exported) -> None:
-    trt_plugin.register_plugins(import_tensorrt("tensorrt-rtx"))
+    registry.register_plugins(import_tensorrt("tensorrt-rtx"))
     parsed = _network(exported("mini", "fp16", "function"), plugins=False)
     assert parsed.plugins == {}
     assert parsed.kinds["SOFTMAX"] == 6
@@ -192,7 +192,7 @@ def test_without_a_gpu_auto_takes_the_plugins_and_says_so(exported: Exported, tm
 def test_without_plugins_auto_takes_gather_and_says_why(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trt_plugin, "reasons_against_plugins", lambda trt: ["Triton is not installed"])
+    monkeypatch.setattr(registry, "reasons_against_plugins", lambda trt: ["Triton is not installed"])
     report = build(exported("mini", "fp32", "function"), tmp_path / "x.engine", backend="tensorrt-rtx")
     assert report.passport.metadata.lowering == "gather"
     assert report.notes == (
@@ -204,7 +204,7 @@ def test_without_plugins_auto_takes_gather_and_says_why(
 def test_the_lowering_plugin_without_plugins_is_refused(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trt_plugin, "reasons_against_plugins", lambda trt: ["Triton is not installed"])
+    monkeypatch.setattr(registry, "reasons_against_plugins", lambda trt: ["Triton is not installed"])
     with pytest.raises(UnsupportedError, match=r"plugins cannot be used .*: .*Triton is not installed.*gather instead"):
         build(exported("mini", "fp32", "function"), tmp_path / "x.engine", backend="tensorrt-rtx", lowering="plugin")
     assert not list(tmp_path.iterdir())

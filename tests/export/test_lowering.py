@@ -17,7 +17,8 @@ from dat_deploy.errors import ExportError
 from dat_deploy.export import LOWERINGS, export, read_metadata, relower
 from dat_deploy.export.records import operator_records
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
-from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
+from dat_deploy.plugins.onnx_domain import DOMAIN_NAME
+from dat_deploy.plugins.specification import PLUGIN_ATTRIBUTES
 
 INLINED = ("gather", "gridsample", "hat")
 ATTRIBUTES = {

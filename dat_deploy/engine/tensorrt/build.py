@@ -15,7 +15,7 @@ from dat_deploy.engine.tensorrt.network import ParsedNetwork, parsed_network
 from dat_deploy.environment import gpu_architecture
 from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.files import atomic_output
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.plugins.tensorrt.calls import last_error
 
 __all__ = ["Built", "serialized_engine"]
 
@@ -89,7 +89,7 @@ def serialized_engine(
 
 
 def _failed(log: Log, *, out_of_memory: bool = False) -> EngineBuildError:
-    plugin = trt_plugin.last_error()
+    plugin = last_error()
     if plugin is not None:
         return EngineBuildError(f"a plugin refused its part of the network: {plugin}")
     said = log.tail()

@@ -20,7 +20,7 @@ from dat_deploy.errors import EngineRunError, UnsupportedError
 from dat_deploy.export.lowering import lower
 from dat_deploy.images.preprocess import Preprocessing, golden_sha256
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.plugins.tensorrt import registry
 
 __all__ = ["engine_and_passport"]
 
@@ -125,8 +125,8 @@ def _register_form(trt: ModuleType, backend: str, plugin_form: str, architecture
         UnsupportedError: if that form cannot be used here.
     """
     against = {
-        "IPluginV3": trt_plugin.reasons_against_plugins(trt),
-        "ahead-of-time": trt_plugin.reasons_against_ahead_of_time(trt),
+        "IPluginV3": registry.reasons_against_plugins(trt),
+        "ahead-of-time": registry.reasons_against_ahead_of_time(trt),
     }
     form = plugin_form
     if form == "auto":
@@ -137,7 +137,7 @@ def _register_form(trt: ModuleType, backend: str, plugin_form: str, architecture
             f"Build with {'--plugins IPluginV3' if not against['IPluginV3'] else '--lowering gather'} instead."
         )
     if form == "IPluginV3":
-        trt_plugin.register_plugins(trt)
+        registry.register_plugins(trt)
         return form
     from dat_deploy.plugins.ptx import newest_ptx_version
 
@@ -148,7 +148,7 @@ def _register_form(trt: ModuleType, backend: str, plugin_form: str, architecture
             f"{', '.join(f'sm_{a}' for a in targets[1:])}. Build an engine for each, or begin with one below 90."
         )
     driver = driver_cuda_version()
-    trt_plugin.register_ahead_of_time(trt, targets[0], newest_ptx_version(targets[0], driver) if driver else None)
+    registry.register_ahead_of_time(trt, targets[0], newest_ptx_version(targets[0], driver) if driver else None)
     return form
 
 

@@ -32,7 +32,7 @@ from dat_deploy.metadata import FileMetadata, load_onnx
 from dat_deploy.networks.dat.checkpoint import load_model
 from dat_deploy.networks.dat.model import half_network
 from dat_deploy.networks.dat.variants import Variant
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.plugins.tensorrt import registry
 from dat_deploy.plugins.tuning import configurations_path
 from dat_deploy.typed_json import typed
 
@@ -98,14 +98,14 @@ def choose_lowering(
     """
     architecture = gpu_architecture()
     if architecture is None:
-        against = trt_plugin.reasons_against_plugins(trt)
+        against = registry.reasons_against_plugins(trt)
         none_here = "no GPU is at hand to try the lowerings on"
         if not against:
             return Choice("plugin", f"{none_here}; took plugin, whose kernels are tested by themselves.")
         return Choice("gather", f"{none_here}, and the plugins cannot be used ({'; '.join(against)}); took gather.")
     reasons = reasons_against_gpu(trt, backend, architecture)
     if reasons:
-        lowering = "gather" if trt_plugin.reasons_against_plugins(trt) else "plugin"
+        lowering = "gather" if registry.reasons_against_plugins(trt) else "plugin"
         return Choice(lowering, f"{'; '.join(reasons)}, so nothing was tried; took {lowering}.")
     network = metadata.network.with_image_size(*image_size)
     where = f"{backend} {trt.__version__}, sm_{architecture}, driver {' '.join(nvidia_smi('driver_version')[:1])}"

@@ -10,8 +10,9 @@ import onnx
 
 from dat_deploy.engine.tensorrt.library import Log
 from dat_deploy.errors import EngineBuildError, VerificationError
-from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.metadata import DOMAIN_NAME
+from dat_deploy.plugins.specification import PLUGIN_ATTRIBUTES
+from dat_deploy.plugins.tensorrt.calls import last_error
 
 __all__ = ["ParsedNetwork", "parsed_network", "without_plugins"]
 
@@ -47,13 +48,13 @@ def parsed_network(
 
     Args:
         plugins: every operator is to become a plugin layer; they are registered. Else none is to.
-        ahead_of_time: take the plugins whose kernels are baked into the engine, see `plugins.trt_plugin`.
+        ahead_of_time: take the plugins whose kernels are baked into the engine, see `plugins.tensorrt.ahead_of_time`.
 
     Raises:
         EngineBuildError: if TensorRT does not take the file; its words are in the message.
         VerificationError: if the network is not what the file says.
     """
-    trt_plugin.last_error()  # of something earlier
+    last_error()  # of something earlier
     builder = trt.Builder(log.logger)
     flags = trt.NetworkDefinitionCreationFlag.__members__
     wanted = ["STRONGLY_TYPED"] + ["PREFER_AOT_PYTHON_PLUGINS"] * ahead_of_time
@@ -66,7 +67,7 @@ def parsed_network(
     parser = trt.OnnxParser(network, log.logger)
     asked = model if plugins else without_plugins(model)
     if not parser.parse(asked.SerializeToString()):
-        plugin = trt_plugin.last_error()
+        plugin = last_error()
         if plugin is not None:
             raise EngineBuildError(f"a plugin refused its node: {plugin}") from plugin
         said = [parser.get_error(i).desc() for i in range(parser.num_errors)][:3] or [log.tail()]

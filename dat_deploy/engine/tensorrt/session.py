@@ -16,7 +16,7 @@ from dat_deploy.engine.passport import Passport, Profile
 from dat_deploy.engine.tensorrt.library import Log, reasons_against_gpu
 from dat_deploy.environment import gpu_architecture
 from dat_deploy.errors import EngineRunError, ShapeError, UnsupportedError
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.plugins.tensorrt.calls import last_error
 
 __all__ = ["Session", "check_fits"]
 
@@ -213,9 +213,9 @@ class Session:
             binding.graph.replay()
 
     def _launch(self, binding: "_Binding") -> None:
-        trt_plugin.last_error()  # of something earlier
+        last_error()  # of something earlier
         if not binding.context.execute_async_v3(self._stream.cuda_stream):
-            plugin = trt_plugin.last_error()
+            plugin = last_error()
             if plugin is not None:
                 raise EngineRunError(f"a plugin of {self._name} failed: {plugin}") from plugin
             raise EngineRunError(f"{self._name} failed; TensorRT said: {self._log.tail()}.")

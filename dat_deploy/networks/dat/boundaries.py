@@ -9,12 +9,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from torch import Tensor, nn
 
 from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.plugins.operator import specification
 
-__all__ = ["Block", "Step", "block_boundaries", "network_blocks", "record_boundaries"]
+__all__ = [
+    "Block",
+    "Step",
+    "block_boundaries",
+    "network_blocks",
+    "operator_sizes",
+    "operator_sources",
+    "operator_weights",
+    "record_boundaries",
+]
 
 _PROPERTY = "dat_deploy.boundaries"  # of a file
+# The steps that make the inputs of the operators, and the parameters that are their weights.
+_SOURCES = {
+    "qkv": "proj_qkv",
+    "query": "proj_q",
+    "key": "proj_k",
+    "value": "proj_v",
+    "sampling_locations": "conv_offset",
+}
+_WEIGHTS = {"relative_position_bias_table": "relative_position_bias_table", "padding_qkv": "proj_qkv.bias"}
 OPERATORS = {"L": "window_attention", "S": "window_attention", "N": "neighborhood_attention"}
 
 
@@ -110,6 +130,28 @@ def _stage(variant: Variant, index: int) -> Iterator[Block]:
         steps.append(Step("act", f"{mlp}.act", ends=f"{mlp}.act"))
         steps.append(Step("linear2", *after, ends=f"{mlp}.linear2", is_residual=True))
         yield Block(mlp, tuple(steps))
+
+
+def operator_sources(block: Block, operator: str) -> dict[str, Step]:
+    """Input of an operator -> the step that ends in it."""
+    steps = {step.name: step for step in block.steps}
+    sources = _SOURCES | ({"value": block.steps[0].name} if operator == "deformable_sample" else {})
+    return {name: steps[source] for name, source in sources.items() if source in steps}
+
+
+def operator_weights(attention: nn.Module, operator: str) -> dict[str, Tensor]:
+    """Input of an operator -> the parameter of the module that calls it."""
+    names = [name for name in specification(operator).inputs if name in _WEIGHTS]
+    return {name: attention.get_parameter(_WEIGHTS[name]).data for name in names}
+
+
+def operator_sizes(variant: Variant, module: str, batch: int) -> dict[str, int]:
+    """By the letters of the operators' specifications, for those of a deformable block."""
+    index = int(module.split(".")[1])
+    stage, (height, width) = variant.stages[index], variant.feature_map(index)
+    rows, columns = stage.sampled_map(height, width)
+    sampled = {"G": stage.offset_groups, "Hk": rows, "Wk": columns, "Ns": rows * columns}
+    return {"B": batch, "H": height, "W": width, "C": stage.channels, "M": stage.heads} | sampled
 
 
 def record_boundaries(model: ir.Model, variant: Variant) -> None:

@@ -1,10 +1,9 @@
-"""`deformable_sample` as a TensorRT plugin: what is its own; plugins/tensorrt/registry.py has the rest."""
+"""What is known of `deformable_sample`."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from dat_deploy.plugins.deformable_sample.torch_op import deformable_sample
-from dat_deploy.plugins.tensorrt.registry import PluginSpecification
+from dat_deploy.plugins.specification import Frame, Input, Role, Specification
 
 __all__ = ["SPECIFICATION"]
 
@@ -13,11 +12,11 @@ def _output_shape(value: Sequence[Any], sampling_locations: Sequence[Any]) -> tu
     return value[0], sampling_locations[2] * sampling_locations[3], value[3]
 
 
-SPECIFICATION = PluginSpecification(
+SPECIFICATION = Specification(
     name="deformable_sample",
-    operator=deformable_sample,
-    inputs={"value": 4, "sampling_locations": 5},
+    inputs={"value": Input("B H W C"), "sampling_locations": Input("B G Hk Wk 2", Role.LOCATIONS)},
     attributes={},
     output_shape=_output_shape,
     sized_by=("value", "sampling_locations"),
+    frame=Frame(-1.0, 1.0, align_corners=True, axes=("y", "x")),
 )
