@@ -108,7 +108,7 @@ def test_opset_20_is_refused_with_its_reason(tmp_path):
         export("tiny", tmp_path / "tiny.onnx", opset_version=20)
     assert str(error.value) == (
         "opset 20 is not supported; it takes 17, 18 or 19. From opset 20 on, TensorRT up to 11.1 reads GridSample's "
-        "'linear' as nearest (NVIDIA/TensorRT#4646). Use --opset 18."
+        "'linear' as nearest (NVIDIA/TensorRT#4646). Use `opset_version=18`."
     )
     assert not list(tmp_path.iterdir())
 
