@@ -106,7 +106,7 @@ def test_an_engine_without_passport_is_refused(engine: Path) -> None:
         open_runner(str(engine))
     assert str(caught.value) == (
         f"{engine} has no passport mini.engine.json beside it, so nothing says what it holds; copy both files, or "
-        f"build the engine again, see: dat-deploy build --help"
+        f"build the engine again, see `build()`."
     )
 
 

@@ -404,7 +404,7 @@ def test_file_of_another_tool_is_refused(tmp_path):
         read_metadata(path)
     assert str(error.value) == (
         f"{path} was not exported by dat-deploy: it has no dat_deploy.* metadata. "
-        f"Export it with: dat-deploy export --variant VARIANT --output other.onnx"
+        f'Export it with: `export(variant=variant, output="other.onnx")`'
     )
 
 

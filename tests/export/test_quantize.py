@@ -446,7 +446,7 @@ def test_a_file_of_another_tool_is_refused(pictures, tmp_path):
     )
     assert refusal(ExportError, path, tmp_path / "out.onnx", pictures) == (
         f"{path} was not exported by dat-deploy: it has no dat_deploy.* metadata. "
-        f"Export it with: dat-deploy export --variant VARIANT --output other.onnx"
+        f'Export it with: `export(variant=variant, output="other.onnx")`'
     )
 
 
