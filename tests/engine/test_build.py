@@ -206,7 +206,7 @@ def test_the_lowering_plugin_without_plugins_is_refused(
 ) -> None:
     monkeypatch.setattr(trt_plugin, "reasons_against_plugins", lambda trt: ["Triton is not installed"])
     with pytest.raises(
-        UnsupportedError, match=r"plugins cannot be used .*: .*Triton is not installed.*gather.* instead"
+        UnsupportedError, match=r"plugins cannot be used .*: .*Triton is not installed.*gather.*instead"
     ):
         build(exported("mini", "fp32", "function"), tmp_path / "x.engine", backend="tensorrt-rtx", lowering="plugin")
     assert not list(tmp_path.iterdir())

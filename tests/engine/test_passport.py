@@ -111,7 +111,7 @@ def test_an_engine_without_passport_is_refused(engine: Path) -> None:
 
 
 def test_a_missing_engine_is_told_from_a_missing_passport(tmp_path: Path) -> None:
-    with pytest.raises(EngineBuildError, match=r"there is no file .*none\.engine\. Build one with: dat-deploy build"):
+    with pytest.raises(EngineBuildError, match=r"there is no file .*none\.engine\. Build one with: `build\("):
         open_runner(str(tmp_path / "none.engine"))
 
 
