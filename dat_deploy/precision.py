@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
+    from torch import dtype as DType  # a row has a field `torch`
 
 # torch and onnx are imported where their types are asked for, so that this module is light.
 
@@ -42,10 +42,10 @@ class Precision:
         return self.is_exported and self.torch != "float32"
 
     @property
-    def dtype(self) -> "torch.dtype":
+    def dtype(self) -> "DType":
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.torch)
+        dtype: DType = getattr(torch, self.torch)
         return dtype
 
     @property
@@ -76,7 +76,7 @@ FULL = PRECISIONS["fp32"]  # that networks have before they are brought to a low
 EXPORTED = tuple(row.name for row in PRECISIONS.values() if row.is_exported)
 
 
-def precision_of_dtype(dtype: "torch.dtype") -> Precision:
+def precision_of_dtype(dtype: "DType") -> Precision:
     """The row of a type of torch; raises KeyError if none has it."""
     return {str(row.dtype): row for row in PRECISIONS.values()}[str(dtype)]
 

@@ -9,12 +9,13 @@ import onnx
 from dat_deploy.engine.backend import EngineLayer
 from dat_deploy.engine.build import find_backend
 from dat_deploy.engine.passport import Passport, open_engine, sha256
+from dat_deploy.engine.tensorrt.layers import count_types, fused_attention
 from dat_deploy.errors import EngineBuildError, UnsupportedError
 from dat_deploy.export.census import PrecisionCensus, precision_census
 from dat_deploy.export.records import operator_records
 from dat_deploy.metadata import DOMAIN_NAME, FileMetadata, read_onnx
 
-__all__ = ["EngineLayer", "GraphTensor", "Inspection", "OnnxFile", "inspect"]
+__all__ = ["EngineLayer", "GraphTensor", "Inspection", "OnnxFile", "count_types", "fused_attention", "inspect"]
 
 
 @dataclass(frozen=True)
