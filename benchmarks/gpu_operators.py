@@ -1,6 +1,6 @@
 """Operators on the GPU: whether each is right, in every way that it can be launched, and how fast beside its peers.
 
-"Right" is derived: the error against float64 may be twice that of eager PyTorch in the same type, and SLACK of the
+"Right" is derived: the error against float64 may be twice that of eager PyTorch in the same type, and `slack` of the
 largest output.
 """
 
@@ -16,7 +16,6 @@ from gpu_cases import Case
 from gpu_record import Found
 from torch import Tensor
 
-from dat_deploy.benchmark.tune_network import DTYPES
 from dat_deploy.networks.dat.model import FUSED, REFERENCE, reference_points
 from dat_deploy.plugins import tuning
 from dat_deploy.plugins.deformable_attention.reference import interpolated_bias
@@ -29,14 +28,18 @@ from dat_deploy.plugins.window_attention.reference import (
     window_merge,
     window_partition,
 )
+from dat_deploy.precision import PRECISIONS
 
-__all__ = ["DTYPES", "SLACK", "ceilings", "check", "dtypes_of", "make_inputs", "measure", "tuned_share"]
+__all__ = ["ceilings", "check", "dtypes_of", "make_inputs", "measure", "slack", "tuned_share"]
 
-# Half a unit in the last place, for results are rounded; in float32 the exponentials, approximate to 2 units, and sums.
-SLACK = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 1e-6}
 SHARED = ("relative_position_bias_table", "padding_qkv")  # by all images
 Inputs = dict[str, Tensor]
 Call = Callable[[], Tensor]
+
+
+def slack(dtype: torch.dtype) -> float:
+    """Half a unit in the last place, for results are rounded; float32's exponentials are approximate to 2 units."""
+    return max(1e-6, torch.finfo(dtype).eps / 2)
 
 
 def dtypes_of(case: Case, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -89,7 +92,7 @@ def judged(case: Case, inputs: Inputs, results: dict[str, Tensor]) -> tuple[dict
     exact = reference(**{name: x.double() for name, x in picked.items()}, **case.attributes)
     eager = (reference(**picked, **case.attributes).double() - exact).abs().max().item()
     largest = exact.abs().max().item()
-    allowed = 2 * eager + SLACK[next(iter(inputs.values())).dtype] * largest
+    allowed = 2 * eager + slack(next(iter(inputs.values())).dtype) * largest
     errors = {what: (result[slots].double() - exact).abs().max().item() for what, result in results.items()}
     worst = max(errors, key=lambda what: math.inf if math.isnan(errors[what]) else errors[what])
     numbers = {"max_error": errors[worst], "allowed_error": allowed, "eager_error": eager, "largest_output": largest}
@@ -104,7 +107,7 @@ def check(case: Case, what: str, gpu: Any, *, dtype: str = "fp16") -> Found:
         what: default, as the operator launches it; configurations, in each; unaligned, on views that begin anywhere;
             graph, replayed from a CUDA graph on other inputs.
     """
-    operator, kind = functools.partial(getattr(FUSED, case.operator), **case.attributes), DTYPES[dtype]
+    operator, kind = functools.partial(getattr(FUSED, case.operator), **case.attributes), PRECISIONS[dtype].dtype
     inputs = make_inputs(case, 1, gpu.device, kind, stress=True)
     if what == "unaligned":  # one element into a buffer
         buffers = {name: x.new_empty(x.numel() + 1)[1:] for name, x in inputs.items()}

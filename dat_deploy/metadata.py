@@ -93,7 +93,7 @@ class FileMetadata:
         if not fields:
             raise ExportError(
                 f"{path} was not exported by dat-deploy: it has no dat_deploy.* metadata. "
-                f"Export it with: dat-deploy export --variant VARIANT --output {path.name}"
+                f'Export it with: `export(variant=variant, output="{path.name}")`'
             )
         try:
             return typing.cast(FileMetadata, typed(cls, {n: json.loads(v) for n, v in fields.items()}, "metadata"))
@@ -121,9 +121,7 @@ def load_onnx(path: Path) -> onnx.ModelProto:
 def read_onnx(path: Path) -> tuple[bytes, onnx.ModelProto]:
     """The file's bytes, and what was parsed from those; raises ExportError as `load_onnx`."""
     if not path.exists():
-        raise ExportError(
-            f"there is no file {path}. Export one with: dat-deploy export --variant tiny --output {path.name}"
-        )
+        raise ExportError(f'there is no file {path}. Export one with: `export(variant="tiny", output="{path.name}")`')
     with open_input(path, ExportError, "ONNX file") as file:
         content = file.read()
     try:

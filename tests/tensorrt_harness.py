@@ -453,11 +453,11 @@ def builds(source: str, folder: str) -> list[Any]:
     """What backend `tensorrt` builds of an exported file on a machine that seems to have a GPU of sm_89."""
     load_tensorrt()
     from dat_deploy.engine import build as library
-    from dat_deploy.engine.tensorrt import build as tensorrt_build
     from dat_deploy.engine.tensorrt import engine as tensorrt_engine
+    from dat_deploy.engine.tensorrt import serialize as tensorrt_serialize
     from dat_deploy.errors import DatDeployError
 
-    tensorrt_engine.gpu_architecture = tensorrt_build.gpu_architecture = lambda: 89
+    tensorrt_engine.gpu_architecture = tensorrt_serialize.gpu_architecture = lambda: 89
     asked: list[dict[str, Any]] = [
         {"lowering": "gather"},
         {"lowering": "plugin", "plugin_form": "IPluginV3"},

@@ -918,13 +918,13 @@ def test_a_package_is_built_validated_inspected_and_classifies(run: Run, tmp_pat
         (
             ["MINI", "--precision", "fp16", "--device", "cuda"],
             1,
-            "--precision, --device is for --backend aotinductor; tensorrt builds what a file holds. Give it to: "
+            "--precision, --device is for backend aotinductor; tensorrt builds what a file holds. Give it to: "
             "dat-deploy export",
         ),
         (
             ["--variant", "tiny", "--backend", "aotinductor", "--lowering", "gather", "--arch", "80"],
             1,
-            "--lowering, --arch is for TensorRT, not for --backend aotinductor; leave it out.",
+            "--lowering, --arch is for backend tensorrt and tensorrt-rtx, not for aotinductor; leave it out.",
         ),
         (
             [],

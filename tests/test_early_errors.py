@@ -381,7 +381,7 @@ EARLY: dict[str, tuple[str, int, str]] = {
         1,
         (
             "{folder}/alone.engine has no passport alone.engine.json beside it, so nothing says what it holds; "
-            "copy both files, or build the engine again, see: dat-deploy build --help"
+            "copy both files, or build the engine again, see dat-deploy build."
         ),
     ),
     "inspect replaced": ("inspect {folder}/replaced.engine", 1, REPLACED),

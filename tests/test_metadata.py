@@ -61,7 +61,7 @@ def test_what_an_earlier_version_wrote_is_read_and_written_again_as_it_was() -> 
 def test_a_file_of_another_tool_is_named() -> None:
     assert refusal({"author": "someone"}) == (
         "folder/tiny.onnx was not exported by dat-deploy: it has no dat_deploy.* metadata. "
-        "Export it with: dat-deploy export --variant VARIANT --output tiny.onnx"
+        'Export it with: `export(variant=variant, output="tiny.onnx")`'
     )
 
 

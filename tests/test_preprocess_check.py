@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dat_deploy import api, cli
-from dat_deploy.engine import package as package_module
+from dat_deploy.engine.aotinductor import package as package_module
 from dat_deploy.engine.passport import Profile, write_engine
 from dat_deploy.errors import DatDeployError, ExportError, ImageError, ShapeError, VerificationError
 from dat_deploy.images import mistakes

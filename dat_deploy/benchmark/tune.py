@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dat_deploy.errors import DatDeployError, ShapeError
-from dat_deploy.export.options import PRECISIONS
 from dat_deploy.networks.dat.configuration import find_variant
 from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.precision import EXPORTED
 
 if TYPE_CHECKING:
     from dat_deploy.benchmark.tune_network import Tuning
@@ -29,7 +29,7 @@ def tune(
     The operators of processes that start afterwards take what is kept; see `plugins.tuning`.
 
     Args:
-        precision: one of `export.PRECISIONS`.
+        precision: one of `precision.EXPORTED`.
         progress: called with how many launches are done, of how many, and what comes next.
 
     Raises:
@@ -37,8 +37,8 @@ def tune(
         ShapeError, VariantError: see `find_variant`; ShapeError for a batch of none, too.
         UnsupportedError: if there is no CUDA device.
     """
-    if precision not in PRECISIONS:
-        raise DatDeployError(f"there is no precision '{precision}'; it is one of {', '.join(PRECISIONS)}.")
+    if precision not in EXPORTED:
+        raise DatDeployError(f"there is no precision '{precision}'; it is one of {', '.join(EXPORTED)}.")
     if not batches or min(batches) < 1:
         raise ShapeError(f"batch sizes {list(batches)} cannot be run; give sizes of at least 1, such as 1,8,32.")
     network = find_variant(name_or_variant, image_size=image_size)

@@ -17,7 +17,6 @@ from dat_deploy.export.census import PrecisionCensus, precision_census
 from dat_deploy.export.options import (
     LOWERINGS,
     OPSET_VERSIONS,
-    PRECISIONS,
     already_inlined,
     check_lowering,
     check_opset,
@@ -30,6 +29,7 @@ from dat_deploy.metadata import DOMAIN_NAME, FileMetadata, load_onnx, read_metad
 from dat_deploy.networks.checkpoint_file import check_checkpoint
 from dat_deploy.networks.dat.configuration import find_variant
 from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.precision import FULL
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = [
     "LOWERINGS",
     "OPSET_VERSIONS",
-    "PRECISIONS",
     "ExportReport",
     "FileMetadata",
     "PrecisionCensus",
@@ -109,7 +108,7 @@ def export(
         output: written whole or not at all.
         checkpoint: an official .pth or .safetensors file; without one the weights are random, from a fixed seed.
         lowering: one of LOWERINGS.
-        precision: one of PRECISIONS; inputs and outputs are float32 in each.
+        precision: one of `precision.EXPORTED`; inputs and outputs are float32 in each.
         fp32: modules to keep in float32 with all below them, such as `stages.3` or `stages.*.attns.1`.
         no_fp32: modules in which nothing is to stay in float32 that does by default, such as `cls_norm`.
         batch: a fixed batch, or None for a dynamic one.
@@ -170,7 +169,7 @@ def export(
         progress=progress,
     )
     operators = len(operator_nodes(model))
-    if precision != "fp32":
+    if precision != FULL.name:
         progress(f"casting to {precision}")
     cast_graph(model, precision, fp32=fp32, no_fp32=no_fp32)
     progress("lowering")
@@ -235,12 +234,12 @@ def _check_dynamic_image_size(network: Variant, *, sampling_locations: bool) -> 
     if not network.takes_any_size:
         raise ShapeError(
             f"variant '{network.name}' cannot have a dynamic image size: its windows and bias tables are made for one. "
-            f"Export it once for each with --image-size HEIGHTxWIDTH."
+            f"Export it once for each with `image_size=(height, width)`."
         )
     if sampling_locations:
         raise ExportError(
-            "--sampling-locations needs a fixed image size, since the number of points follows from it. "
-            "Give --image-size HEIGHTxWIDTH."
+            "`sampling_locations` needs a fixed image size, since the number of points follows from it. "
+            "Give `image_size=(height, width)`."
         )
 
 

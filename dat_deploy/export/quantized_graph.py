@@ -36,15 +36,15 @@ def coordinate_nodes(model: ir.Model) -> set[ir.Node]:
     """What computes the sampling locations: back from each operator, to the convolution of the offsets, and that."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     pending = [values.get(name) for record in operator_records(model.metadata_props) for name in record.locations]
-    found: set[ir.Node] = set()
+    nodes: set[ir.Node] = set()
     while pending:
         value = pending.pop()
         node = None if value is None else value.producer()
-        if node is not None and node not in found:
-            found.add(node)
+        if node is not None and node not in nodes:
+            nodes.add(node)
             if node.op_type != "Conv":
                 pending += node.inputs
-    return found
+    return nodes
 
 
 def quantized_differently(model: ir.Model) -> list[str]:

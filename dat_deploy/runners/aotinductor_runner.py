@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dat_deploy.engine.aotinductor import check_fits, model_name
+from dat_deploy.engine.aotinductor.package import check_fits, model_name
 from dat_deploy.engine.passport import check_backend, open_engine
 from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError
 from dat_deploy.runners.base import Images, Runner, describe

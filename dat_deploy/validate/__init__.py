@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dat_deploy.engine.build import BACKENDS
+from dat_deploy.engine.build import backend_names
 from dat_deploy.engine.passport import Verdict, read_passport, record_verdict
 from dat_deploy.environment import tool_version
 from dat_deploy.errors import DatDeployError, OutputError, PassportError, ShapeError
@@ -184,7 +184,7 @@ def _data(engine: EngineOutline | EngineDescription, folder: Path, limit: int | 
 def _identity(engine: str) -> str | None:
     """The SHA-256 in an engine's passport; None of what is no engine."""
     runtime, target = parse_engine(engine)
-    return read_passport(Path(target)).engine_sha256 if runtime.name in BACKENDS else None
+    return read_passport(Path(target)).engine_sha256 if runtime.name in backend_names() else None
 
 
 def _recorded(

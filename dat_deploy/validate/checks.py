@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dat_deploy.engine.passport import read_passport
 from dat_deploy.export.census import precision_census
-from dat_deploy.export.precision import asked_differently
+from dat_deploy.export.precision import nodes_in_another_precision
 from dat_deploy.export.quantized_graph import quantized_differently
 from dat_deploy.export.records import operator_records
 from dat_deploy.export.subgraph import operator_model
@@ -85,7 +85,7 @@ def check_precision(comparison: Comparison) -> Iterator[Check]:
         if metadata.precision == "int8":
             wrong = quantized_differently(model)
         else:
-            wrong = asked_differently(
+            wrong = nodes_in_another_precision(
                 model, metadata.precision, locations, fp32=metadata.fp32_added, no_fp32=metadata.fp32_removed
             )
         detail = f"asked {metadata.precision}, but {wrong[0]}" if wrong else f"asked {metadata.precision}"

@@ -18,8 +18,8 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from dat_deploy.engine import aotinductor
-from dat_deploy.engine.aotinductor import compile_package
+from dat_deploy.engine.aotinductor import package as aotinductor
+from dat_deploy.engine.aotinductor.package import compile_package
 from dat_deploy.engine.passport import Passport, Profile, sha256, versions, write_engine
 from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError, UnsupportedError
 from dat_deploy.images.preprocess import Preprocessing

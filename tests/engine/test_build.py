@@ -205,7 +205,9 @@ def test_the_lowering_plugin_without_plugins_is_refused(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "reasons_against_plugins", lambda trt: ["Triton is not installed"])
-    with pytest.raises(UnsupportedError, match=r"plugins cannot be used .*: .*Triton is not installed.*gather instead"):
+    with pytest.raises(
+        UnsupportedError, match=r"plugins cannot be used .*: .*Triton is not installed.*gather.*instead"
+    ):
         build(exported("mini", "fp32", "function"), tmp_path / "x.engine", backend="tensorrt-rtx", lowering="plugin")
     assert not list(tmp_path.iterdir())
 
@@ -254,7 +256,7 @@ REFUSED = {
     "no such lowering": ({"lowering": "fast"}, EngineBuildError, "no lowering 'fast'. Lowerings: auto, function,"),
     "no such plugin form": ({"plugin_form": "c++"}, EngineBuildError, "no plugin form 'c++'. Forms: auto, IPluginV3,"),
     "no batch": ({"batches": []}, ShapeError, "no batch to build for"),
-    "batch 0": ({"batches": ["0"]}, ShapeError, "--batch got '0'"),
+    "batch 0": ({"batches": ["0"]}, ShapeError, "`batches` got '0'"),
     "another image size": ({"image_size": (448, 448)}, ShapeError, "is made for images of 224x224, not 448x448"),
     "inlined already": ({"lowering": "plugin"}, EngineBuildError, "has its operators inlined (lowering 'hat')"),
     "an unknown architecture": ({"architectures": [90]}, UnsupportedError, "does not build for sm_90; it knows sm_75,"),
@@ -267,12 +269,12 @@ REFUSED = {
     "plugins for another lowering": (
         {"plugin_form": "IPluginV3"},
         EngineBuildError,
-        "--plugins IPluginV3 is for --lowering plugin, and this is hat",
+        '`plugin_form="IPluginV3"` is for `lowering="plugin"`, and this is hat',
     ),
     "what is for aotinductor": (
         {"precision": "fp16"},
         EngineBuildError,
-        "--precision is for --backend aotinductor; tensorrt-rtx builds what a file holds.",
+        "`precision` is for backend aotinductor; tensorrt-rtx builds what a file holds.",
     ),
     "no tensorrt": ({"backend": "tensorrt"}, UnsupportedError, "package tensorrt is not installed"),
 }
@@ -343,7 +345,7 @@ def test_tensorrt_needs_a_gpu_to_build(exported: Exported, tmp_path: Path, monke
         build(exported("mini", "fp32", "hat"), tmp_path / "x.engine")
     assert str(caught.value) == (
         f"TensorRT builds on a GPU, and torch {torch.__version__} sees none here. Build where one is, or with "
-        f"--backend tensorrt-rtx, which needs none for that."
+        f'`backend="tensorrt-rtx"`, which needs none for that.'
     )
 
 
@@ -417,7 +419,7 @@ def test_running_out_of_memory_while_building_is_told(
             build(exported("mini", "fp32", "hat"), tmp_path / "x.engine", backend="tensorrt-rtx")
         assert str(caught.value) == (
             "TensorRT could not build the engine; it said: Unexpected exception std::bad_alloc. "
-            "Try a smaller --batch, --workspace-mib, or a machine with more memory."
+            "Try smaller `batches`, `workspace_bytes`, or a machine with more memory."
         )
     assert not answers
     assert not list(tmp_path.iterdir())
@@ -441,6 +443,6 @@ def test_tensorrt_itself_is_driven_alike(
         "EngineBuildError: TensorRT 11.4.0.106 makes no network of the kind STRONGLY_TYPED | PREFER"
     )
     assert found[6] == (
-        "UnsupportedError: the kernels for sm_90 run on no other architecture, and --arch also has sm_100. Build an "
-        "engine for each, or begin with one below 90."
+        "UnsupportedError: the kernels for sm_90 run on no other architecture, and `architectures` also has sm_100. "
+        "Build an engine for each, or begin with one below 90."
     )

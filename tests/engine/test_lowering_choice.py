@@ -106,7 +106,7 @@ def test_if_none_is_right_none_is_taken(exported: Callable[[str, str, str], Path
         choose(exported)
     assert str(caught.value) == (
         "no lowering is right with tensorrt 10.16.1.11, sm_89, driver 580.65: plugin not built: no plugins; function "
-        "wrong: 70 times what is allowed, in slot 2. Use --backend aotinductor, and report this."
+        'wrong: 70 times what is allowed, in slot 2. Use `backend="aotinductor"`, and report this.'
     )
     gpu(RIGHT)  # after what was wrong has been mended
     assert choose(exported).lowering == "gather"

@@ -108,7 +108,7 @@ def test_opset_20_is_refused_with_its_reason(tmp_path):
         export("tiny", tmp_path / "tiny.onnx", opset_version=20)
     assert str(error.value) == (
         "opset 20 is not supported; it takes 17, 18 or 19. From opset 20 on, TensorRT up to 11.1 reads GridSample's "
-        "'linear' as nearest (NVIDIA/TensorRT#4646). Use --opset 18."
+        "'linear' as nearest (NVIDIA/TensorRT#4646). Use `opset_version=18`."
     )
     assert not list(tmp_path.iterdir())
 
@@ -404,7 +404,7 @@ def test_file_of_another_tool_is_refused(tmp_path):
         read_metadata(path)
     assert str(error.value) == (
         f"{path} was not exported by dat-deploy: it has no dat_deploy.* metadata. "
-        f"Export it with: dat-deploy export --variant VARIANT --output other.onnx"
+        f'Export it with: `export(variant=variant, output="other.onnx")`'
     )
 
 

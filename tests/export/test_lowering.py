@@ -187,7 +187,7 @@ def test_lowering_of_an_inlined_file_cannot_change(exported, tmp_path):
         relower(exported("mini", "fp32", "hat"), tmp_path / "x.onnx", "gather")
     assert str(error.value) == (
         "the operators of this file are already inlined, so its lowering cannot change. "
-        "Export it again with --lowering, or start from a file of lowering 'function' or 'plugin'."
+        "Export it again with `lowering`, or start from a file of lowering 'function' or 'plugin'."
     )
     assert not list(tmp_path.iterdir())
 

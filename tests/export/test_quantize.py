@@ -446,7 +446,7 @@ def test_a_file_of_another_tool_is_refused(pictures, tmp_path):
     )
     assert refusal(ExportError, path, tmp_path / "out.onnx", pictures) == (
         f"{path} was not exported by dat-deploy: it has no dat_deploy.* metadata. "
-        f"Export it with: dat-deploy export --variant VARIANT --output other.onnx"
+        f'Export it with: `export(variant=variant, output="other.onnx")`'
     )
 
 
@@ -458,8 +458,8 @@ def test_a_file_that_is_not_in_fp32_is_refused(precision, report, pictures, tmp_
     said.value = json.dumps(precision)
     onnx.save(model, path)
     assert refusal(ExportError, path, tmp_path / "out.onnx", pictures) == (
-        f"{path} is {precision} already; quantize takes fp32. Export it again with --precision fp32, or find the file "
-        f"that it was made from."
+        f'{path} is {precision} already; quantize takes fp32. Export it again with `precision="fp32"`, or find the '
+        f"file that it was made from."
     )
 
 
@@ -521,8 +521,8 @@ def test_export_itself_names_the_way_to_int8(tmp_path):
     with pytest.raises(ExportError) as error:
         export(MINI, tmp_path / "int8.onnx", precision="int8")
     assert str(error.value) == (
-        "--precision int8 needs images to measure ranges on. Export in fp32, then: "
-        "dat-deploy quantize FILE.onnx --data FOLDER"
+        '`precision="int8"` needs images to measure ranges on. Export in fp32, then: '
+        '`quantize("FILE.onnx", data="FOLDER")`'
     )
 
 

@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from dat_deploy.engine.passport import Profile, sha256
-from dat_deploy.engine.tensorrt.build import serialized_engine
 from dat_deploy.engine.tensorrt.library import reasons_against_gpu
+from dat_deploy.engine.tensorrt.serialize import serialized_engine
 from dat_deploy.engine.tensorrt.session import Session
 from dat_deploy.environment import gpu_architecture, installed_version, nvidia_smi, tool_version
 from dat_deploy.errors import DatDeployError, OutputError, VerificationError
@@ -34,6 +34,7 @@ from dat_deploy.networks.dat.model import half_network
 from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.plugins.tensorrt import registry
 from dat_deploy.plugins.tuning import configurations_path
+from dat_deploy.precision import FULL, PRECISIONS
 from dat_deploy.typed_json import typed
 
 __all__ = ["Choice", "LoweringVerdict", "choose_lowering", "small_network", "stored_verdicts", "try_lowerings"]
@@ -116,19 +117,20 @@ def choose_lowering(
         def execute(lowering: str, model: onnx.ModelProto, images: NDArray[np.float32]) -> tuple[Outputs, float]:
             return _execute(trt, backend, lowering, model, images, register_plugins)
 
-        precision = "fp32" if metadata.precision == "int8" else metadata.precision  # of the operators in such a file
+        quantized = not PRECISIONS[metadata.precision].is_exported
+        precision = FULL.name if quantized else metadata.precision  # of the operators in such a file
         verdicts = try_lowerings(network, precision, batch, execute, progress=progress)
         if any(verdict.passed for verdict in verdicts):  # else something may be wrong that will be mended
             with contextlib.suppress(OSError, OutputError):  # without it, the next build tries again
                 _store(where, what, verdicts)
     passed = [verdict for verdict in verdicts if verdict.passed]
-    told = "; ".join(map(str, verdicts))
+    listed = "; ".join(map(str, verdicts))
     if not passed:
         raise VerificationError(
-            f"no lowering is right with {where}: {told}. Use --backend aotinductor, and report this."
+            f'no lowering is right with {where}: {listed}. Use `backend="aotinductor"`, and report this.'
         )
     best = min(passed, key=lambda verdict: verdict.ms or 0.0)
-    return Choice(best.lowering, f"took {best.lowering}, the fastest that is right with {where}: {told}.", verdicts)
+    return Choice(best.lowering, f"took {best.lowering}, the fastest that is right with {where}: {listed}.", verdicts)
 
 
 def _digest(network: Variant) -> str:
@@ -212,11 +214,11 @@ def _eager(model: torch.nn.Module, images: NDArray[np.float32]) -> Outputs:
 
 def _tolerances(small: Variant, precision: str, images: NDArray[np.float32], exact: Outputs) -> dict[str, float]:
     """Twice the error of eager PyTorch in that precision, on the same images."""
-    model = load_model(small)
-    if precision != "fp32":
-        model = half_network(model, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+    model, row = load_model(small), PRECISIONS[precision]
+    if row.is_half:
+        model = half_network(model, row.dtype)
     rounded = _eager(model, images)
-    least = 1e-4 if precision == "fp32" else 0.0  # two orders of summation differ by more than one does from exact
+    least = 0.0 if row.is_half else 1e-4  # two orders of summation differ by more than one does from exact
     return {name: max(least, 2 * float(np.abs(rounded[name] - exact[name]).max())) for name in exact}
 
 
@@ -257,6 +259,6 @@ def _store(where: str, what: str, verdicts: tuple[LoweringVerdict, ...]) -> None
     stored.setdefault(where, {})[what] = verdicts
     path = _verdicts_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {w: {k: [dataclasses.asdict(v) for v in found] for k, found in by.items()} for w, by in stored.items()}
+    plain = {w: {k: [dataclasses.asdict(v) for v in each] for k, each in by.items()} for w, by in stored.items()}
     with atomic_output(path, force=True) as temporary:
         temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")

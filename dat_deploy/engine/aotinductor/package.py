@@ -1,4 +1,4 @@
-"""Network -> AOTInductor package: compiled code and weights in one `.pt2`, which torch runs without this package."""
+"""Network -> AOTInductor package: compiled code and weights in one `.pt2`, which torch runs without dat-deploy."""
 
 import contextlib
 import errno
@@ -19,15 +19,21 @@ from torch._inductor.package.package import package_aoti
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from dat_deploy.engine.passport import Passport
-from dat_deploy.environment import cpu_flags, gpu_architecture
+from dat_deploy.engine.backend import BuiltEngine
+from dat_deploy.engine.passport import Passport, Profile, sha256, versions
+from dat_deploy.environment import cpu_flags, gpu_architecture, tool_version
 from dat_deploy.errors import DatDeployError, EngineBuildError, UnsupportedError
+from dat_deploy.images.labels import class_names
+from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.metadata import FileMetadata
+from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
 from dat_deploy.networks.dat.model import DAT, REFERENCE, half_network
+from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.plugins.neighborhood_attention.reference import neighborhood_index
+from dat_deploy.precision import PRECISIONS
 
-__all__ = ["PRECISIONS", "check_fits", "compile_package", "model_name"]
+__all__ = ["check_fits", "compile_package", "model_name", "package_and_passport"]
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Folded and packed weights take 40 % of the time away on a CPU. Without dynamic threads the package would start as many
 # as the machine that compiled it has cores.
 CPU_OPTIONS: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
@@ -58,7 +64,7 @@ def compile_package(
     Args:
         model: in float32, fused or not.
         output: is overwritten.
-        precision: a key of PRECISIONS; half precision as in `half_network`.
+        precision: one of `precision.EXPORTED`; half precision as in `half_network`.
         device: `cpu` or `cuda`.
         progress: called with what is being done.
 
@@ -66,10 +72,7 @@ def compile_package(
         EngineBuildError: if the compiler fails, or memory or disk space runs out.
         UnsupportedError: if there is no C++ compiler, or no CUDA device.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(
-            f"torch {torch.__version__} sees no CUDA device here; build this package on one, or with --device cpu."
-        )
+    _check_device(device)
     with _translated(model.variant.name, *batches):
         get_cpp_compiler()  # looked for now, and not when most of the work is done
     network = _network(model, precision, device)
@@ -82,6 +85,83 @@ def compile_package(
         progress("writing the package")
         with _translated(model.variant.name, *batches), _quiet(), output.open("wb") as file:
             package_aoti(file, files)
+
+
+def package_and_passport(
+    network: Variant,
+    *,
+    profiles: Sequence[Profile],
+    checkpoint: Path | None,
+    precision: str,
+    device: str | None,
+    command: Sequence[str],
+    progress: Callable[[str], None],
+) -> BuiltEngine:
+    """Compile a network for one batch after the other; what can be wrong with the arguments was checked.
+
+    Raises:
+        EngineBuildError: if the compiler fails.
+        UnsupportedError: if there is no CUDA device, or no compiler.
+    """
+    architecture = gpu_architecture()
+    device = device or ("cpu" if architecture is None else "cuda")
+    _check_device(device)
+    progress("loading weights")
+    weights = load_weights(network, checkpoint)
+    model = model_from_weights(weights, network, fused=device == "cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder, "package.pt2")
+        compile_package(
+            model,
+            package,
+            batches=[profile.best for profile in profiles],
+            precision=precision,
+            device=device,
+            progress=progress,
+        )
+        content = package.read_bytes()
+    preprocessing = Preprocessing.from_variant(network)
+    metadata = FileMetadata(
+        network=network,
+        batch=None,
+        dynamic_image_size=False,
+        lowering="kernels" if device == "cuda" else "reference",
+        precision=precision,
+        opset_version=0,
+        preprocessing=preprocessing,
+        class_names=class_names(network),
+        weights_sha256=weights.sha256,
+        weights_source=weights.source,
+        version=tool_version(),
+        golden_sha256=golden_sha256(preprocessing),
+    )
+    passport = Passport(
+        engine_sha256=sha256(content),
+        engine_bytes=len(content),
+        backend="aotinductor",
+        backend_version=str(torch.__version__),
+        versions=versions(),
+        architectures=(f"sm_{architecture}",) if device == "cuda" else ("cpu", platform.machine(), *cpu_flags()),
+        profiles=tuple(profiles),
+        outputs=tuple(model.output_names),
+        layers={},
+        kinds={},
+        engine_layers=None,
+        plugins={},
+        plugin_form=None,
+        metadata=metadata,
+        source=None,
+        source_sha256=None,
+        rebuild=tuple(command),
+    )
+    return BuiltEngine(content, passport, weights.notes)
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(
+            f'torch {torch.__version__} sees no CUDA device here; build this package on one, or with `device="cpu"`.'
+        )
 
 
 def check_fits(passport: Passport, name: str) -> None:
@@ -116,8 +196,8 @@ def _network(model: DAT, precision: str, device: str) -> DAT:
     with torch.device("meta"):
         network = DAT(model.variant, fused=device == "cuda", sampled_points=model.sampled_points)
     network.load_state_dict(model.state_dict(), assign=True)
-    if precision != "fp32":
-        network = half_network(network, PRECISIONS[precision])
+    if PRECISIONS[precision].is_half:
+        network = half_network(network, PRECISIONS[precision].dtype)
     if device == "cpu":
         operators = REFERENCE._replace(neighborhood_attention=_gathered_neighborhood_attention)
         for module in network.modules():

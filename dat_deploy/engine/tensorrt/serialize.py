@@ -17,13 +17,13 @@ from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.files import atomic_output
 from dat_deploy.plugins.tensorrt.calls import last_error
 
-__all__ = ["Built", "serialized_engine"]
+__all__ = ["SerializedEngine", "serialized_engine"]
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Built:
+class SerializedEngine:
     """A serialised engine, and of the network that it was built from what `ParsedNetwork` counts."""
 
     content: bytes
@@ -44,7 +44,7 @@ def serialized_engine(
     timing_cache: Path | None = None,
     workspace_bytes: int | None = None,
     progress: Progress = lambda _: None,
-) -> Built:
+) -> SerializedEngine:
     """Build an engine of `model`; the precision is the graph's own, TF32 is off.
 
     Args:
@@ -85,7 +85,7 @@ def serialized_engine(
     if cache is not None and timing_cache is not None:
         with atomic_output(timing_cache, force=True) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
-    return Built(bytes(memory), parsed.layers, parsed.kinds, parsed.plugins)
+    return SerializedEngine(bytes(memory), parsed.layers, parsed.kinds, parsed.plugins)
 
 
 def _failed(log: Log, *, out_of_memory: bool = False) -> EngineBuildError:
@@ -93,9 +93,9 @@ def _failed(log: Log, *, out_of_memory: bool = False) -> EngineBuildError:
     if plugin is not None:
         return EngineBuildError(f"a plugin refused its part of the network: {plugin}")
     said = log.tail()
-    hint = "--lowering gather, and report this"
+    hint = '`lowering="gather"`, and report this'
     if out_of_memory or any(word in said.lower() for word in ("memory", "alloc")):
-        hint = "a smaller --batch, --workspace-mib, or a machine with more memory"
+        hint = "smaller `batches`, `workspace_bytes`, or a machine with more memory"
     return EngineBuildError(f"TensorRT could not build the engine; it said: {said}. Try {hint}.")
 
 
@@ -108,13 +108,14 @@ def _set_architectures(trt: ModuleType, backend: str, config: Any, architectures
             return
         if here not in architectures:
             raise UnsupportedError(
-                f"TensorRT times the kernels on the GPU at hand, sm_{here}, which --arch does not have; add it, or "
-                f"build on one of {', '.join(f'sm_{a}' for a in architectures)}."
+                f"TensorRT times the kernels on the GPU at hand, sm_{here}, which `architectures` does not have; add "
+                f"it, or build on one of {', '.join(f'sm_{a}' for a in architectures)}."
             )
         if min(architectures) < 80:
             raise UnsupportedError(
-                f"an engine of TensorRT runs on the architecture of the GPU at hand, or with --arch on several from "
-                f"sm_80 on; --arch has sm_{min(architectures)}. Build there, or use --backend tensorrt-rtx."
+                f"an engine of TensorRT runs on the architecture of the GPU at hand, or with `architectures` on "
+                f"several from sm_80 on; it has sm_{min(architectures)}. Build there, or use "
+                f'`backend="tensorrt-rtx"`.'
             )
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         return
@@ -123,7 +124,7 @@ def _set_architectures(trt: ModuleType, backend: str, config: Any, architectures
     if unknown:
         raise UnsupportedError(
             f"TensorRT-RTX {trt.__version__} does not build for {', '.join(f'sm_{a}' for a in unknown)}; it knows "
-            f"{', '.join(f'sm_{a}' for a in sorted(known))}. Use --backend tensorrt or aotinductor there."
+            f'{", ".join(f"sm_{a}" for a in sorted(known))}. Use `backend="tensorrt"` or `"aotinductor"` there.'
         )
     config.num_compute_capabilities = len(architectures)
     for index, architecture in enumerate(architectures):
@@ -150,10 +151,10 @@ def _set_timing_cache(config: Any, path: Path | None) -> Any:
     try:
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     except OSError as error:
-        raise EngineBuildError(f"cannot read {path}: {error.strerror}; give another --timing-cache.") from error
+        raise EngineBuildError(f"cannot read {path}: {error.strerror}; give another `timing_cache`.") from error
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise EngineBuildError(
-            f"{path} is no timing cache of this TensorRT and this GPU; give another --timing-cache, or remove it."
+            f"{path} is no timing cache of this TensorRT and this GPU; give another `timing_cache`, or remove it."
         )
     return cache
 
