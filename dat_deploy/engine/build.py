@@ -154,7 +154,6 @@ def build(
         workspace_bytes=workspace_bytes,
         image_size=image_size,
         profiles=profiles,
-        command=(),
         progress=progress,
     )
     _check_parameters(row, request)
