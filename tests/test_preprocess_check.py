@@ -26,6 +26,7 @@ from PIL import Image
 
 from dat_deploy import api, cli
 from dat_deploy.engine.aotinductor import package as package_module
+from dat_deploy.engine.backend import BuildRequest
 from dat_deploy.engine.passport import Profile, write_engine
 from dat_deploy.errors import DatDeployError, ExportError, ImageError, ShapeError, VerificationError
 from dat_deploy.images import mistakes
@@ -124,12 +125,14 @@ def test_a_package_carries_it_in_its_passport(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(package_module, "compile_package", lambda _, path, **__: path.write_bytes(b"compiled"))
     content, passport, _ = package_module.package_and_passport(
         VARIANTS["demo"],
-        profiles=[Profile.parse("1")],
-        checkpoint=None,
-        precision="fp32",
-        device="cpu",
-        command=["dat-deploy", "build"],
-        progress=lambda _: None,
+        "fp32",
+        BuildRequest(
+            backend="aotinductor",
+            profiles=(Profile.parse("1"),),
+            variant="demo",
+            device="cpu",
+            command=("dat-deploy", "build"),
+        ),
     )
     write_engine(tmp_path / "demo.pt2", content, passport)
     recorded = module._metadata(str(tmp_path / "demo.pt2"))

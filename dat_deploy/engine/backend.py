@@ -21,21 +21,21 @@ class BuildRequest:
     """
 
     backend: str
-    source: Path | None
-    variant: str | Variant | None
-    checkpoint: Path | None
-    features: Sequence[int] | None
-    precision: str | None
-    device: str | None
-    lowering: str
-    plugin_form: str
-    architectures: Sequence[int]
-    timing_cache: Path | None
-    workspace_bytes: int | None
-    image_size: tuple[int, int] | None
     profiles: tuple[Profile, ...]
-    command: tuple[str, ...]
-    progress: Callable[[str], None]
+    source: Path | None = None
+    variant: str | Variant | None = None
+    checkpoint: Path | None = None
+    features: Sequence[int] | None = None
+    precision: str | None = None
+    device: str | None = None
+    lowering: str = "auto"
+    plugin_form: str = "auto"
+    architectures: Sequence[int] = ()
+    timing_cache: Path | None = None
+    workspace_bytes: int | None = None
+    image_size: tuple[int, int] | None = None
+    command: tuple[str, ...] = ()
+    progress: Callable[[str], None] = lambda _: None
 
 
 class BuiltEngine(NamedTuple):

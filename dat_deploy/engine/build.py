@@ -127,7 +127,7 @@ def build(
     if "source" in row.parameters and source is None:
         raise EngineBuildError(
             f"backend {backend} builds from an exported file. Make one with: "
-            f'`export(variant="{variant or "tiny"}", precision="fp16", output="{variant or "tiny"}.onnx")`'
+            f'`export(variant="{name}", precision="fp16", output="{name}.onnx")`'
         )
     if "source" not in row.parameters and (source is not None or variant is None):
         raise EngineBuildError(
@@ -154,7 +154,6 @@ def build(
         workspace_bytes=workspace_bytes,
         image_size=image_size,
         profiles=profiles,
-        command=(),
         progress=progress,
     )
     _check_parameters(row, request)

@@ -31,15 +31,7 @@ def _build(request: BuildRequest) -> BuiltEngine:
     check_checkpoint(request.checkpoint)
     from dat_deploy.engine.aotinductor.package import package_and_passport
 
-    return package_and_passport(
-        network,
-        profiles=request.profiles,
-        checkpoint=request.checkpoint,
-        precision=precision,
-        device=request.device,
-        command=request.command,
-        progress=request.progress,
-    )
+    return package_and_passport(network, precision, request)
 
 
 def _layers(path: Path, passport: Passport, content: bytes) -> Sequence[EngineLayer]:

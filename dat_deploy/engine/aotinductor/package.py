@@ -19,8 +19,8 @@ from torch._inductor.package.package import package_aoti
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from dat_deploy.engine.backend import BuiltEngine
-from dat_deploy.engine.passport import Passport, Profile, sha256, versions
+from dat_deploy.engine.backend import BuildRequest, BuiltEngine
+from dat_deploy.engine.passport import Passport, sha256, versions
 from dat_deploy.environment import cpu_flags, gpu_architecture, tool_version
 from dat_deploy.errors import DatDeployError, EngineBuildError, UnsupportedError
 from dat_deploy.images.labels import class_names
@@ -87,37 +87,28 @@ def compile_package(
             package_aoti(file, files)
 
 
-def package_and_passport(
-    network: Variant,
-    *,
-    profiles: Sequence[Profile],
-    checkpoint: Path | None,
-    precision: str,
-    device: str | None,
-    command: Sequence[str],
-    progress: Callable[[str], None],
-) -> BuiltEngine:
-    """Compile a network for one batch after the other; what can be wrong with the arguments was checked.
+def package_and_passport(network: Variant, precision: str, request: BuildRequest) -> BuiltEngine:
+    """Compile a network for one batch after the other, for a request that was checked.
 
     Raises:
         EngineBuildError: if the compiler fails.
         UnsupportedError: if there is no CUDA device, or no compiler.
     """
     architecture = gpu_architecture()
-    device = device or ("cpu" if architecture is None else "cuda")
+    device = request.device or ("cpu" if architecture is None else "cuda")
     _check_device(device)
-    progress("loading weights")
-    weights = load_weights(network, checkpoint)
+    request.progress("loading weights")
+    weights = load_weights(network, request.checkpoint)
     model = model_from_weights(weights, network, fused=device == "cuda")
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "package.pt2")
         compile_package(
             model,
             package,
-            batches=[profile.best for profile in profiles],
+            batches=[profile.best for profile in request.profiles],
             precision=precision,
             device=device,
-            progress=progress,
+            progress=request.progress,
         )
         content = package.read_bytes()
     preprocessing = Preprocessing.from_variant(network)
@@ -142,7 +133,7 @@ def package_and_passport(
         backend_version=str(torch.__version__),
         versions=versions(),
         architectures=(f"sm_{architecture}",) if device == "cuda" else ("cpu", platform.machine(), *cpu_flags()),
-        profiles=tuple(profiles),
+        profiles=request.profiles,
         outputs=tuple(model.output_names),
         layers={},
         kinds={},
@@ -152,7 +143,7 @@ def package_and_passport(
         metadata=metadata,
         source=None,
         source_sha256=None,
-        rebuild=tuple(command),
+        rebuild=request.command,
     )
     return BuiltEngine(content, passport, weights.notes)
 
