@@ -20,6 +20,7 @@ from rich.table import Table
 from dat_deploy.commands.stages import Stages
 from dat_deploy.errors import DatDeployError, OutputError
 from dat_deploy.networks.dat.variants import VARIANTS, Variant, get_variant
+from dat_deploy.networks.family import Network, find_network
 
 if TYPE_CHECKING:
     from dat_deploy.benchmark import Record
@@ -106,7 +107,7 @@ def convert(
     json_file: JsonOption = None,
 ) -> None:
     """Turn a checkpoint into a .safetensors file, which cannot hold code."""
-    from dat_deploy.networks import convert as library
+    from dat_deploy.networks.dat import convert as library
 
     _check_json(json_file, force=force)
     with err.status(f"reading {checkpoint.name}"):
@@ -171,7 +172,7 @@ def export(
         if config is not None and config.suffix not in (".yaml", ".yml"):
             raise DatDeployError(f"--config got '{config}'; it takes a .yaml file of LeapLabTHU/DAT or like it.")
         if variant:
-            get_variant(variant)  # before torch is loaded
+            _find(variant)  # before torch is loaded
         target = output or Path(f"{Path(name).stem if config else name}.onnx")
     else:
         new = (name, checkpoint, image_size, features, sampling_locations, batch != "dynamic", opset != 18)
@@ -310,7 +311,7 @@ def build(
     if variant and config:
         raise DatDeployError("build takes one of --variant NAME and --config FILE.yaml.")
     if variant:
-        get_variant(variant)  # before torch is loaded
+        _find(variant)  # before torch is loaded
     _check_json(json_file, force=force)
     with Stages("build", err) as shown:
         from dat_deploy.engine import build as library
@@ -903,7 +904,7 @@ def tune(
         from dat_deploy.benchmark.tune import tune as measure
 
         tuning = measure(
-            get_variant(variant),
+            _find(variant),
             batches=batches,
             image_size=pixels,
             precision=precision,
@@ -1325,17 +1326,27 @@ def _size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _is_released(network: Variant) -> bool:
+def _find(name: str) -> Network:
+    """What `--variant` names; a file is for `--config`."""
+    return get_variant(name) if name.endswith((".yaml", ".yml")) else find_network(name)
+
+
+def _is_released(network: Network) -> bool:
     """Whether `--variant` names it, its image size and features aside."""
     row = VARIANTS.get(network.name)
-    return row is not None and (row.family, row.stages, row.classes) == (
-        network.family,
-        network.stages,
-        network.classes,
+    return (
+        isinstance(network, Variant)
+        and row is not None
+        and (row.family, row.stages, row.classes)
+        == (
+            network.family,
+            network.stages,
+            network.classes,
+        )
     )
 
 
-def _features(network: Variant) -> tuple[str, ...]:
+def _features(network: Network) -> tuple[str, ...]:
     return ("--features", ",".join(map(str, network.features))) if network.features else ()
 
 

@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 
 from dat_deploy.errors import UnsupportedError
-from dat_deploy.networks.dat.checkpoint import load_model
-from dat_deploy.networks.dat.model import half_network
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration, Problem
 from dat_deploy.plugins.tuning import measured, store
@@ -45,7 +43,7 @@ class Tuning:
 
 
 def tune_network(
-    network: Variant, batches: Sequence[int], precision: str, progress: Callable[[int, int, str], None] | None
+    network: Network, batches: Sequence[int], precision: str, progress: Callable[[int, int, str], None] | None
 ) -> Tuning:
     """As `tune`, whose arguments were checked.
 
@@ -58,14 +56,15 @@ def tune_network(
             f"run this where one is."
         )
     dtype = DTYPES[precision]
-    model = load_model(network, fused=True)
+    family = family_of(network)
+    model = family.module(network, family.weights(network), fused=True)
     if dtype != torch.float32:
-        model = half_network(model, dtype)  # what ships: a table in float32 makes another problem of a launch
+        model = family.rounded(model, dtype)  # what ships: a table in float32 makes another problem of a launch
     model = model.to(DEVICE)
     jobs: dict[tuple[str, tuple[tuple[str, int], ...]], Job] = {}
     for batch in batches:
         with recorded_jobs() as launched, torch.inference_mode():
-            model(torch.randn(batch, 3, *model.variant.image_size, device=DEVICE))
+            model(torch.randn(batch, 3, *network.image_size, device=DEVICE))
         jobs |= {(job.operator, tuple(job.problem.items())): job for job in launched}
     tuned = []
     for done, job in enumerate(jobs.values()):

@@ -22,7 +22,8 @@ from torch.fx.node import map_arg
 from dat_deploy.engine.passport import Passport
 from dat_deploy.environment import cpu_flags, gpu_architecture
 from dat_deploy.errors import DatDeployError, EngineBuildError, UnsupportedError
-from dat_deploy.networks.dat.model import DAT, REFERENCE, half_network
+from dat_deploy.networks.family import Network, family_of
+from dat_deploy.networks.operators import FUSED, REFERENCE, with_operators
 from dat_deploy.plugins.neighborhood_attention.reference import neighborhood_index
 
 __all__ = ["PRECISIONS", "check_fits", "compile_package", "model_name"]
@@ -41,7 +42,8 @@ def model_name(batch: int) -> str:
 
 
 def compile_package(
-    model: DAT,
+    model: torch.nn.Module,
+    network: Network,
     output: Path,
     *,
     batches: Sequence[int],
@@ -51,14 +53,14 @@ def compile_package(
 ) -> None:
     """Compile a network for each of the batches, and write them as one package.
 
-    Each model takes `image` [B, 3, H, W] float32 at the network's image size, and gives `model.output_names` in order,
+    Each model takes `image` [B, 3, H, W] float32 at the network's image size, and gives `network.outputs` in order,
     float32. On CUDA the Triton kernels are compiled in. A package runs on the operating system and the kind of CPU or
     GPU that it was compiled on, and holds the weights once for each batch.
 
     Args:
-        model: in float32, fused or not.
+        model: what the family of `network` makes of it, in float32, fused or not.
         output: is overwritten.
-        precision: a key of PRECISIONS; half precision as in `half_network`.
+        precision: a key of PRECISIONS; half precision as in `Family.rounded`.
         device: `cpu` or `cuda`.
         progress: called with what is being done.
 
@@ -70,17 +72,17 @@ def compile_package(
         raise UnsupportedError(
             f"torch {torch.__version__} sees no CUDA device here; build this package on one, or with --device cpu."
         )
-    with _translated(model.variant.name, *batches):
+    with _translated(network.name, *batches):
         get_cpp_compiler()  # looked for now, and not when most of the work is done
-    network = _network(model, precision, device)
+    compiled = _on_device(model, network, precision, device)
     with tempfile.TemporaryDirectory(prefix="dat-deploy-") as folder:
         files = {}
         for batch in batches:
             progress(f"compiling batch {batch}")
-            with _translated(model.variant.name, batch), _quiet(), torch.no_grad():
-                files[model_name(batch)] = _compiled(network, batch, device, Path(folder, model_name(batch)))
+            with _translated(network.name, batch), _quiet(), torch.no_grad():
+                files[model_name(batch)] = _compiled(compiled, network, batch, device, Path(folder, model_name(batch)))
         progress("writing the package")
-        with _translated(model.variant.name, *batches), _quiet(), output.open("wb") as file:
+        with _translated(network.name, *batches), _quiet(), output.open("wb") as file:
             package_aoti(file, files)
 
 
@@ -111,25 +113,18 @@ def _release(version: str) -> str:
     return version.partition("+")[0]
 
 
-def _network(model: DAT, precision: str, device: str) -> DAT:
+def _on_device(model: torch.nn.Module, network: Network, precision: str, device: str) -> torch.nn.Module:
     """The same network on the device, of the operators that compile to the fastest code there."""
-    with torch.device("meta"):
-        network = DAT(model.variant, fused=device == "cuda", sampled_points=model.sampled_points)
-    network.load_state_dict(model.state_dict(), assign=True)
     if precision != "fp32":
-        network = half_network(network, PRECISIONS[precision])
-    if device == "cpu":
-        operators = REFERENCE._replace(neighborhood_attention=_gathered_neighborhood_attention)
-        for module in network.modules():
-            if hasattr(module, "operators"):
-                module.operators = operators  # type: ignore[assignment]  # torch knows modules and tensors alone
-    return network.to(device).eval().requires_grad_(False)
+        model = family_of(network).rounded(model, PRECISIONS[precision])
+    on_cpu = REFERENCE._replace(neighborhood_attention=_gathered_neighborhood_attention)
+    return with_operators(model, on_cpu if device == "cpu" else FUSED).to(device).eval().requires_grad_(False)
 
 
-def _compiled(network: DAT, batch: int, device: str, folder: Path) -> list[Any]:
+def _compiled(model: torch.nn.Module, network: Network, batch: int, device: str, folder: Path) -> list[Any]:
     """The files of one model."""
-    image = torch.zeros(batch, 3, *network.variant.image_size, device=device)
-    program = torch.export.export(network, (image,))
+    image = torch.zeros(batch, 3, *network.image_size, device=device)
+    program = torch.export.export(model, (image,))
     options = {"aot_inductor.package": True, "aot_inductor.output_path": str(folder)}
     if device == "cpu":
         options |= CPU_OPTIONS

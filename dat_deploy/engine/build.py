@@ -12,8 +12,7 @@ from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.export.options import LOWERINGS, PRECISIONS
 from dat_deploy.files import check_output
 from dat_deploy.networks.checkpoint_file import check_checkpoint
-from dat_deploy.networks.dat.configuration import find_variant
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, find_network
 
 __all__ = ["BACKENDS", "DEVICES", "PLUGIN_FORMS", "BuildReport", "build"]
 
@@ -50,7 +49,7 @@ def build(
     architectures: Sequence[int] = (),
     timing_cache: Path | None = None,
     workspace_bytes: int | None = None,
-    variant: str | Variant | None = None,
+    variant: str | Network | None = None,
     checkpoint: Path | None = None,
     image_size: tuple[int, int] | None = None,
     features: Sequence[int] | None = None,
@@ -146,7 +145,7 @@ def build(
     check_output(passport_path(target), force=force)
     if variant is not None and source is None:
         _check_package(profiles, precision or "fp32", device)
-        network = find_variant(variant, image_size=image_size, features=features)
+        network = find_network(variant, image_size=image_size, features=features)
         check_checkpoint(checkpoint)
         from dat_deploy.engine.package import package_and_passport
 
@@ -225,5 +224,5 @@ def _command(source: Path | None, options: dict[str, object]) -> tuple[str, ...]
     words = ["dat-deploy", "build"] + ([] if source is None else [str(source)])
     for name, value in options.items():
         if value and value != "auto":
-            words += [name, value.name if isinstance(value, Variant) else str(value)]
+            words += [name, value.name if isinstance(value, Network) else str(value)]
     return tuple(words)

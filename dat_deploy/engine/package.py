@@ -11,17 +11,15 @@ from dat_deploy.engine.aotinductor import compile_package
 from dat_deploy.engine.passport import Passport, Profile, sha256, versions
 from dat_deploy.environment import cpu_flags, gpu_architecture, tool_version
 from dat_deploy.errors import UnsupportedError
-from dat_deploy.images.labels import class_names
-from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of
 
 __all__ = ["package_and_passport"]
 
 
 def package_and_passport(
-    network: Variant,
+    network: Network,
     *,
     profiles: Sequence[Profile],
     checkpoint: Path | None,
@@ -45,12 +43,14 @@ def package_and_passport(
             f"torch {torch.__version__} sees no CUDA device here; build this package on one, or with --device cpu."
         )
     progress("loading weights")
-    weights = load_weights(network, checkpoint)
-    model = model_from_weights(weights, network, fused=device == "cuda")
+    family = family_of(network)
+    weights = family.weights(network, checkpoint)
+    model = family.module(network, weights, fused=device == "cuda")
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "package.pt2")
         compile_package(
             model,
+            network,
             package,
             batches=[profile.best for profile in profiles],
             precision=precision,
@@ -58,7 +58,7 @@ def package_and_passport(
             progress=progress,
         )
         content = package.read_bytes()
-    preprocessing = Preprocessing.from_variant(network)
+    preprocessing = network.preprocessing
     metadata = FileMetadata(
         network=network,
         batch=None,
@@ -67,11 +67,12 @@ def package_and_passport(
         precision=precision,
         opset_version=0,
         preprocessing=preprocessing,
-        class_names=class_names(network),
+        class_names=network.answer.class_names,
         weights_sha256=weights.sha256,
         weights_source=weights.source,
         version=tool_version(),
         golden_sha256=golden_sha256(preprocessing),
+        family=family.name,
     )
     passport = Passport(
         engine_sha256=sha256(content),
@@ -81,7 +82,7 @@ def package_and_passport(
         versions=versions(),
         architectures=(f"sm_{architecture}",) if device == "cuda" else ("cpu", platform.machine(), *cpu_flags()),
         profiles=tuple(profiles),
-        outputs=tuple(model.output_names),
+        outputs=network.output_names(),
         layers={},
         kinds={},
         engine_layers=None,

@@ -15,9 +15,9 @@ from dat_deploy.export.precision import asked_differently
 from dat_deploy.export.quantized_graph import quantized_differently
 from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.export.subgraph import operator_model
-from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import FileMetadata, load_onnx
-from dat_deploy.networks.dat.model import REFERENCE
+from dat_deploy.networks.operators import REFERENCE
 from dat_deploy.runners import parse_engine
 from dat_deploy.validate.accuracy import Accuracy, compare_on_data
 from dat_deploy.validate.comparison import (
@@ -28,7 +28,7 @@ from dat_deploy.validate.comparison import (
     precision_of,
     rounds_everything,
 )
-from dat_deploy.validate.drift import BlockDrift, block_drift, distances_px
+from dat_deploy.validate.drift import BlockDrift, block_drift
 from dat_deploy.validate.gates import Gates
 from dat_deploy.validate.kinds import FP32_TOLERANCE, OF_ENGINE, OF_SIZE
 from dat_deploy.validate.reference import Reference
@@ -51,7 +51,7 @@ INT8_DRIFT_PX = 1.0
 
 def check_preprocessing(comparison: Comparison) -> Iterator[Check]:
     """The file's own preprocessing against that of its network's training: both sides of every other check use it."""
-    own, trained = comparison.about.preprocessing, Preprocessing.from_variant(comparison.about.network)
+    own, trained = comparison.about.preprocessing, comparison.about.network.preprocessing
     changed = [
         f"{name} is {getattr(own, name)}, trained with {getattr(trained, name)}"
         for name in ("image_size", "resize_size", "interpolation", "crop", "mean", "std", "color")
@@ -226,7 +226,8 @@ def check_coordinates(comparison: Comparison) -> Iterator[Check]:
 
 def check_drift(comparison: Comparison) -> tuple[list[Check], tuple[BlockDrift, ...]]:
     """Where the blocks look, on the photographs."""
-    network, expected = comparison.about.network, comparison.locations
+    blocks = {block.name: block for block in comparison.about.network.sampled_blocks}
+    expected = comparison.locations
     if not expected:
         return [], ()
     got = comparison.engine_locations
@@ -241,10 +242,10 @@ def check_drift(comparison: Comparison) -> tuple[list[Check], tuple[BlockDrift, 
     if comparison.gates.drift_px is None and precision == "int8":
         allowed = dict.fromkeys(expected, INT8_DRIFT_PX)
     elif comparison.gates.drift_px is None and precision != "fp32":
-        for block, locations in comparison.rounded_locations.items():
-            allowed[block] += ROUNDED_DRIFTS * float(distances_px(locations, expected[block], network, block).max())
-    for block, locations in expected.items():
-        rows.append(block_drift(block, got[block], locations, network, allowed[block]))
+        for name, locations in comparison.rounded_locations.items():
+            allowed[name] += ROUNDED_DRIFTS * float(blocks[name].distances_px(locations, expected[name]).max())
+    for name, locations in expected.items():
+        rows.append(block_drift(blocks[name], got[name], locations, allowed[name]))
     worst = max(rows, key=lambda row: row.share)
     detail = f"{len(rows)} blocks, worst {worst.block}: median {worst.median:.1e}, p99 {worst.p99:.1e} px"
     check = Check("drift", "drift of sampling locations", None, worst.largest, worst.allowed, detail, "px")
@@ -360,20 +361,18 @@ def _filled(images: Images, batch: int) -> Iterable[tuple[Images, list[int]]]:
 
 
 def _operator_inputs(record: OperatorRecord, reference: Reference, kind: str, batch: int) -> dict[str, torch.Tensor]:
-    stage = int(record.name.split(".")[1])
-    config = reference.model.variant.stages[stage]
-    height, width = reference.model.variant.feature_map(stage)
-    sampled_map = config.sampled_map(height, width)
-    feature_map = (batch, height, width, config.channels)
-    sampled = (batch, math.prod(sampled_map), config.channels)
+    blocks = reference.description.network.sampled_blocks
+    block = next(block for block in blocks if block.name == record.name.partition("/")[0])
+    feature_map = (batch, *block.feature_map, block.channels)
+    sampled = (batch, math.prod(block.sampled_map), block.channels)
     generator = torch.Generator().manual_seed(0)
     inputs = {}
     for name in record.inputs:
         if name != "sampling_locations":
             is_map = name == "query" or record.operator == "deformable_sample"
             inputs[name] = torch.randn(feature_map if is_map else sampled, generator=generator)
-    locations = (batch, config.offset_groups, *sampled_map, 2)
-    inputs["sampling_locations"] = stress_locations(kind, locations, (height, width), seed=0)
+    locations = (batch, block.groups, *block.sampled_map, 2)
+    inputs["sampling_locations"] = stress_locations(kind, locations, block.feature_map, seed=0)
     return inputs
 
 

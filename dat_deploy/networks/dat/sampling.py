@@ -1,24 +1,79 @@
 """Sampling locations as places in the picture."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["pixels_from_locations"]
+__all__ = ["DeformableBlock", "reference_axis"]
 
 
-def pixels_from_locations(
-    locations: NDArray[np.float64], feature_map: tuple[int, int], image_size: tuple[int, int]
-) -> NDArray[np.float64]:
-    """Where on the picture a location on a feature map is.
+def reference_axis(indices: Any, size: int, *, half_pixel: bool) -> Any:
+    """Where the points of the sampled grid are along one of its axes, before any offset.
 
     Args:
-        locations: [..., 2], (y, x), -1 and 1 the centres of the map's first and last pixel.
-        feature_map, image_size: (height, width).
-
-    Returns:
-        [..., 2] in pixels of the picture, (y, x), 0 the centre of the first pixel: -1 is the centre of the square of
-        pixels under the map's first one, (stride - 1) / 2.
+        indices: 0 to size - 1, an array or a tensor.
+        half_pixel: True for DAT, the centres of the grid, `(i + 0.5) / Hk · 2 - 1`; False for DAT+ and DAT++,
+            `(i + 0.5) / (Hk - 1) · 2 - 1`, of which the last runs past +1. Both were trained so.
     """
-    sides = np.array(feature_map)
-    strides = np.array(image_size) / sides
-    return np.asarray(((locations + 1) / 2 * (sides - 1) + 0.5) * strides - 0.5)
+    return (indices + 0.5) / (size if half_pixel else size - 1) * 2 - 1
+
+
+@dataclass(frozen=True)
+class DeformableBlock:
+    """See `networks.family.SampledBlock`; in a location, -1 and 1 are the centres of the map's first and last pixel.
+
+    Attributes:
+        half_pixel: see `reference_axis`.
+        is_clamped: the sum of reference points and offsets is, to [-1, 1].
+    """
+
+    stage: int
+    block: int
+    channels: int
+    groups: int
+    feature_map: tuple[int, int]
+    sampled_map: tuple[int, int]
+    image_size: tuple[int, int]
+    half_pixel: bool
+    is_clamped: bool
+
+    @property
+    def name(self) -> str:
+        return f"stages.{self.stage}.attns.{self.block}"
+
+    @property
+    def locations(self) -> str:
+        return f"sampling_locations_{self.stage}_{self.block}"
+
+    @property
+    def attention(self) -> str:
+        return f"attention_{self.stage}_{self.block}"
+
+    @property
+    def borders(self) -> NDArray[np.float64]:
+        return self.pixels(np.array([[-1, -1], [1, 1]]))
+
+    def reference_points(self) -> NDArray[np.float32]:
+        y, x = (
+            reference_axis(np.arange(side, dtype=np.float32), side, half_pixel=self.half_pixel)
+            for side in self.sampled_map
+        )
+        return np.stack(np.meshgrid(y, x, indexing="ij"), axis=-1)
+
+    def unmoved(self) -> NDArray[np.float64]:
+        points = self.reference_points().astype(np.float64)
+        return points.clip(-1, 1) if self.is_clamped else points  # as the network does with the sum
+
+    def pixels(self, locations: NDArray[Any]) -> NDArray[np.float64]:
+        """-1 is the centre of the square of the picture's pixels under the map's first one, (stride - 1) / 2."""
+        sides = np.array(self.feature_map)
+        strides = np.array(self.image_size) / sides
+        return np.asarray(((locations.astype(np.float64) + 1) / 2 * (sides - 1) + 0.5) * strides - 0.5)
+
+    def distances_px(self, first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
+        """Corners are aligned, so -1 to 1 are H - 1 pixels."""
+        height, width = self.feature_map
+        steps = (first.astype(np.float64) - second) * np.array([(height - 1) / 2, (width - 1) / 2])
+        return np.asarray(np.hypot(steps[..., 0], steps[..., 1]))
