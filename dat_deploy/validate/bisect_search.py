@@ -92,8 +92,12 @@ class _Search:
         self.runner, self.reference, self.progress = runner, reference, progress
         self.about = runner.description
         self.network_blocks = list(family_of(self.about.network).blocks(self.about.network))
+        if not self.network_blocks:
+            raise DatDeployError(
+                f"a network of {self.about.network.family} cannot be cut into blocks, so none is found."
+            )
         self.blocks = sum(any(step.operator != "" for step in block.steps) for block in self.network_blocks)
-        self.limit = int(2 * math.log2(self.blocks) + 4)
+        self.limit = int(2 * math.log2(self.blocks or len(self.network_blocks)) + 4)
         self.runs: list[Run] = []
         self.part: str | None = None
         self.hint = ""

@@ -191,6 +191,8 @@ def check_repeats(comparison: Comparison) -> Iterator[Check]:
 def check_coordinates(comparison: Comparison) -> Iterator[Check]:
     """Each deformable operator of the file alone, at locations that a trained network seldom visits."""
     model, about = comparison.onnx_model, comparison.about
+    if not about.network.sampled_blocks:
+        return
     if model is None:
         detail = "only an ONNX file can be cut into operators"
         yield Check("coordinates", "coordinates", None, None, FP32_TOLERANCE, detail)
