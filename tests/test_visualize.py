@@ -19,8 +19,8 @@ from dat_deploy.errors import DatDeployError, ImageError, OutputError, ShapeErro
 from dat_deploy.export import export
 from dat_deploy.images.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dat_deploy.networks.dat.model import reference_points
-from dat_deploy.networks.dat.sampling import DeformableBlock
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
+from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners import EngineDescription, Runner
 from dat_deploy.visualize import Visualization, plotting, visualize
 
@@ -133,8 +133,10 @@ def lines(axes: Axes) -> list[NDArray[np.float64]]:
 # geometry
 
 
-def block_of(feature_map: tuple[int, int], image_size: tuple[int, int]) -> DeformableBlock:
-    return DeformableBlock(3, 1, 96, 3, feature_map, feature_map, image_size, half_pixel=True, is_clamped=False)
+def block_of(feature_map: tuple[int, int], image_size: tuple[int, int]) -> SampledBlock:
+    return SampledBlock(
+        "stages.3.attns.1", 3, 1, 96, 3, feature_map, feature_map, image_size, half_pixel=True, is_clamped=False
+    )
 
 
 @pytest.mark.parametrize("sides", [(7, 7), (14, 28), (2, 3), (56, 1)])

@@ -12,16 +12,15 @@ import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from dat_deploy.errors import ExportError, ShapeError, UnsupportedError, VariantError
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
     from dat_deploy.images.preprocess import Preprocessing
+    from dat_deploy.networks.sampling import SampledBlock
 
 __all__ = [
     "FAMILIES",
@@ -30,7 +29,6 @@ __all__ = [
     "Family",
     "Network",
     "Output",
-    "SampledBlock",
     "Step",
     "Weights",
     "family_called",
@@ -72,53 +70,6 @@ class Output:
     stride: int = 1
 
 
-class SampledBlock(Protocol):
-    """A block that reads a feature map at points of its own, and the outputs that tell which.
-
-    Attributes:
-        name: of its module, `stages.2.attns.1`; stage, block: its place, for reports.
-        locations: name of the output [B, groups, Hk, Wk, 2], (y, x) in the operator's coordinates; attention: of the
-            output [B, groups, Hk, Wk], the share that each point receives. Given on request.
-        feature_map: its (H, W); sampled_map: (Hk, Wk); channels: of the map.
-        borders: (top, left), (bottom, right) in pixels of the image; sampling beyond mixes in zeros.
-    """
-
-    # fmt: off
-    @property
-    def name(self) -> str: ...
-    @property
-    def stage(self) -> int: ...
-    @property
-    def block(self) -> int: ...
-    @property
-    def locations(self) -> str: ...
-    @property
-    def attention(self) -> str: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def groups(self) -> int: ...
-    @property
-    def feature_map(self) -> tuple[int, int]: ...
-    @property
-    def sampled_map(self) -> tuple[int, int]: ...
-    @property
-    def borders(self) -> "NDArray[np.float64]": ...
-    # fmt: on
-
-    def reference_points(self) -> "NDArray[np.float32]":
-        """[Hk, Wk, 2], what offsets are added to."""
-
-    def unmoved(self) -> "NDArray[np.float64]":
-        """[Hk, Wk, 2], the locations where every offset is 0."""
-
-    def pixels(self, locations: "NDArray[Any]") -> "NDArray[np.float64]":
-        """[..., 2] locations -> [..., 2] in pixels of the image, (y, x), 0 the centre of the first."""
-
-    def distances_px(self, first: "NDArray[Any]", second: "NDArray[Any]") -> "NDArray[np.float64]":
-        """[..., 2] locations twice -> [...], in pixels of the feature map."""
-
-
 class Network(abc.ABC):
     """A network as data: subclasses are frozen dataclasses, whose fields an exported file carries in JSON.
 
@@ -153,7 +104,7 @@ class Network(abc.ABC):
         """In order; with `sampled_points`, the locations of all `sampled_blocks` and then their attention follow."""
 
     @property
-    def sampled_blocks(self) -> Sequence[SampledBlock]:
+    def sampled_blocks(self) -> Sequence["SampledBlock"]:
         return ()
 
     @property

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from dat_deploy.export.records import operator_records
 from dat_deploy.export.subgraph import model_up_to
-from dat_deploy.networks.family import Network, SampledBlock, family_of
+from dat_deploy.networks.family import Network, family_of
+from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners import Runner
 
 __all__ = ["BlockDrift", "Locations", "block_drift", "engine_locations", "network_locations"]

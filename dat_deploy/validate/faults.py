@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 
 from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.networks.family import Network, SampledBlock
+from dat_deploy.networks.family import Network
+from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.runners.base import Graph, Images
 from dat_deploy.validate import ValidationReport, validate

@@ -12,7 +12,7 @@ from dat_deploy.benchmark.plotting import check_plot
 from dat_deploy.errors import DatDeployError, ShapeError, VerificationError
 from dat_deploy.files import check_output
 from dat_deploy.images.preprocess import check_images, preprocess, read_image
-from dat_deploy.networks.family import SampledBlock
+from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
 from dat_deploy.visualize.plotting import BlockPoints, block_points, distances_px, plot_points
 

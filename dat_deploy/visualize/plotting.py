@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dat_deploy.files import atomic_output
-from dat_deploy.networks.family import SampledBlock
+from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners.base import EngineDescription
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dat_deploy.networks.dat.sampling import reference_axis
 from dat_deploy.networks.dat.variants import PATCH_SIZE, StageConfig, Variant
 from dat_deploy.networks.operators import FUSED, REFERENCE, Operators
+from dat_deploy.networks.sampling import reference_axis
 
 __all__ = ["DAT", "SampledPoints", "half_network", "reference_points"]
 

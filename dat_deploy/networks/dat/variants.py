@@ -15,7 +15,7 @@ from dat_deploy.networks.family import Answer, Network, Output, no_network
 
 if TYPE_CHECKING:
     from dat_deploy.images.preprocess import Preprocessing
-    from dat_deploy.networks.dat.sampling import DeformableBlock
+    from dat_deploy.networks.sampling import SampledBlock
 
 __all__ = ["RELEASED", "VARIANTS", "StageConfig", "Variant", "get_variant", "stride"]
 
@@ -208,11 +208,12 @@ class Variant(Network):
             )
 
     @property
-    def sampled_blocks(self) -> list["DeformableBlock"]:
-        from dat_deploy.networks.dat.sampling import DeformableBlock
+    def sampled_blocks(self) -> list["SampledBlock"]:
+        from dat_deploy.networks.sampling import SampledBlock
 
         return [
-            DeformableBlock(
+            SampledBlock(
+                name=f"stages.{i}.attns.{j}",
                 stage=i,
                 block=j,
                 channels=stage.channels,

@@ -21,7 +21,7 @@ from dat_deploy.engine.passport import sha256
 from dat_deploy.errors import EngineRunError, ImageError, PassportError, ShapeError, VerificationError
 from dat_deploy.images.labels import top_k
 from dat_deploy.images.preprocess import image_from_bytes, preprocess
-from dat_deploy.networks.family import SampledBlock
+from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners import EngineDescription, open_runner, parse_engine
 from dat_deploy.serving.engine_file import read_engine_file
 from dat_deploy.serving.own.batcher import Batcher, Job
