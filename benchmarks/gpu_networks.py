@@ -20,9 +20,10 @@ from gpu_timing import Call
 from torch import Tensor
 
 from dat_deploy.benchmark.tune import tune as tune_network
-from dat_deploy.networks.dat.checkpoint import Weights, load_weights, model_from_weights
+from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
 from dat_deploy.networks.dat.model import half_network
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
+from dat_deploy.networks.family import Weights
 from dat_deploy.plugins.dispatch import recorded_jobs
 from dat_deploy.precision import PRECISIONS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dat_deploy.images.labels import check_top_k, class_names, top_k
+from dat_deploy.images.labels import check_top_k, top_k
 from dat_deploy.images.preprocess import check_images, preprocess_files
 from dat_deploy.runners import EngineDescription, Runner, check_engine, open_runner
 
@@ -48,7 +48,7 @@ def classify(images: Sequence[Path], engine: str, *, checkpoint: Path | None = N
     check_images(images)
     with open_runner(engine, checkpoint=checkpoint) as runner:
         inputs = preprocess_files(images, runner.description.preprocessing)
-        best = top_k(logits_of(runner, inputs), class_names(runner.description.network), top)
+        best = top_k(logits_of(runner, inputs), runner.description.network.answer.class_names, top)
         predictions = tuple(tuple(Prediction(*entry) for entry in entries) for entries in best)
         return Classification(runner.description, tuple(images), predictions)
 

@@ -33,16 +33,23 @@ from dat_deploy.images import mistakes
 from dat_deploy.images import preprocess as preprocess_module
 from dat_deploy.images.labels import imagenet_class_names
 from dat_deploy.images.photographs import photographs
-from dat_deploy.images.preprocess import Preprocessing, golden_picture, golden_sha256, preprocess
+from dat_deploy.images.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    golden_picture,
+    golden_sha256,
+    preprocess,
+)
 from dat_deploy.metadata import FileMetadata, read_metadata
-from dat_deploy.networks.dat.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
+from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.runners import Runner
 from dat_deploy.runners.base import Images, describe
 from dat_deploy.validate import preprocessing as module
 from dat_deploy.validate.preprocessing import GOLDEN, PreprocessingReport, check_preprocessing
 
 Array = NDArray[Any]
-TINY = Preprocessing.from_variant(VARIANTS["tiny"])
+TINY = VARIANTS["tiny"].preprocessing
 MEAN, STD = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
 GOLDEN_SHA256 = {
     "tiny": "480aec5470133761c6e077b969d17c731de615e8c85b2e73afa218cd04576454",
@@ -57,7 +64,7 @@ GOLDEN_SHA256 = {
 
 @pytest.mark.parametrize(("name", "sha256"), GOLDEN_SHA256.items(), ids=list(GOLDEN_SHA256))
 def test_the_golden_picture_gives_the_committed_hash(name: str, sha256: str) -> None:
-    assert golden_sha256(Preprocessing.from_variant(VARIANTS[name])) == sha256
+    assert golden_sha256(VARIANTS[name].preprocessing) == sha256
 
 
 STEPS_CHANGED = {
@@ -122,7 +129,7 @@ def test_an_exported_file_carries_the_hash_of_its_own_preprocessing(demo_onnx: P
 
 
 def test_a_package_carries_it_in_its_passport(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(package_module, "compile_package", lambda _, path, **__: path.write_bytes(b"compiled"))
+    monkeypatch.setattr(package_module, "compile_package", lambda _, __, path, **___: path.write_bytes(b"compiled"))
     content, passport, _ = package_module.package_and_passport(
         VARIANTS["demo"],
         "fp32",
@@ -153,7 +160,7 @@ class Fake(Runner):
             lowering="function",
             precision="fp32",
             opset_version=18,
-            preprocessing=Preprocessing.from_variant(network),
+            preprocessing=network.preprocessing,
             class_names=(),
             weights_sha256="",
             weights_source="a test",

@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 
 from dat_deploy.errors import UnsupportedError
-from dat_deploy.networks.dat.checkpoint import load_model
-from dat_deploy.networks.dat.model import half_network
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration, Problem
 from dat_deploy.plugins.tuning import measured, store
@@ -44,7 +42,7 @@ class Tuning:
 
 
 def tune_network(
-    network: Variant, batches: Sequence[int], precision: str, progress: Callable[[int, int, str], None] | None
+    network: Network, batches: Sequence[int], precision: str, progress: Callable[[int, int, str], None] | None
 ) -> Tuning:
     """As `tune`, whose arguments were checked.
 
@@ -56,15 +54,15 @@ def tune_network(
             f"torch {torch.__version__} sees no CUDA device here, and kernels are measured on one; "
             f"run this where one is."
         )
-    row = PRECISIONS[precision]
-    model = load_model(network, fused=True)
+    row, family = PRECISIONS[precision], family_of(network)
+    model = family.module(network, family.weights(network), fused=True)
     if row.is_half:
-        model = half_network(model, row.dtype)  # what ships: a table in float32 makes another problem of a launch
+        model = family.rounded(model, row.dtype)  # what ships: a table in float32 makes another problem of a launch
     model = model.to(DEVICE)
     jobs: dict[tuple[str, tuple[tuple[str, int], ...]], Job] = {}
     for batch in batches:
         with recorded_jobs() as launched, torch.inference_mode():
-            model(torch.randn(batch, 3, *model.variant.image_size, device=DEVICE))
+            model(torch.randn(batch, 3, *network.image_size, device=DEVICE))
         jobs |= {(job.operator, tuple(job.problem.items())): job for job in launched}
     tuned = []
     for done, job in enumerate(jobs.values()):

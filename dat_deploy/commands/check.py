@@ -19,7 +19,6 @@ from dat_deploy.commands.output import (
     check_json,
     err,
     features_option,
-    is_released,
     option,
     out,
     print_next,
@@ -30,7 +29,7 @@ from dat_deploy.commands.output import (
 from dat_deploy.commands.stages import Stages
 from dat_deploy.commands.wording import in_shell
 from dat_deploy.errors import DatDeployError
-from dat_deploy.networks.dat.variants import VARIANTS
+from dat_deploy.networks.family import find_network
 
 if TYPE_CHECKING:
     from dat_deploy.validate.accuracy import Accuracy
@@ -154,14 +153,14 @@ def validate(
     out.print(report.verdict)
     network = report.engine.network
     again = ["--engine", engine, *option("--checkpoint", checkpoint)]
-    if not is_released(network):
+    if not network.is_released:
         print_next("bench", "--engine", engine)
     elif len(report.engine.outputs) > max(1, len(network.features)):  # the points, which PyTorch does not give there
         print_next("visualize", "PHOTOGRAPH.jpg", "--engine", f"pytorch:{network.name}", *again)
     else:
         size = (
             ()
-            if network.image_size == VARIANTS[network.name].image_size
+            if network.image_size == find_network(network.name).image_size
             else ("--image-size", size_text(network.image_size))
         )
         print_next("bench", "--engine", f"pytorch:{network.name}", *again, *features_option(network), *size)

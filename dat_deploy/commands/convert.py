@@ -14,6 +14,7 @@ from dat_deploy.commands.options import (
     ForceOption,
     JsonOption,
     VariantOption,
+    find_named,
     parse_features,
     parse_image_size,
     parse_number,
@@ -37,7 +38,7 @@ from dat_deploy.commands.output import (
 )
 from dat_deploy.commands.stages import Stages
 from dat_deploy.errors import DatDeployError
-from dat_deploy.networks.dat.variants import VARIANTS, get_variant
+from dat_deploy.networks.family import find_network, network_names
 
 __all__ = ["build", "convert", "export", "inspect", "package", "quantize", "variants"]
 
@@ -49,19 +50,20 @@ def variants(json_file: JsonOption = None, force: ForceOption = False) -> None:
     for heading in ("params", "GMACs", "top-1"):
         table.add_column(heading, justify="right")
     table.add_column("checked on")
-    for variant in VARIANTS.values():
+    networks = [find_network(name) for name in network_names()]
+    for network in networks:
         table.add_row(
-            variant.name,
-            variant.family,
-            size_text(variant.image_size),
-            "" if variant.parameters is None else f"{variant.parameters / 1e6:.1f}M",
-            "" if variant.gmacs is None else f"{variant.gmacs:.1f}",
-            "" if variant.published_top1 is None else f"{variant.published_top1:.1f}%",
-            " ".join(variant.runtimes_checked),
+            network.name,
+            network.family,
+            size_text(network.image_size),
+            "" if network.parameters is None else f"{network.parameters / 1e6:.1f}M",
+            "" if network.gmacs is None else f"{network.gmacs:.1f}",
+            "" if network.published_top1 is None else f"{network.published_top1:.1f}%",
+            " ".join(network.runtimes_checked),
         )
     out.print(table)
     out.print("top-1: ImageNet-1K, as its authors report it. checked on: every lowering agreed with PyTorch there.")
-    write_json([asdict(variant) for variant in VARIANTS.values()], json_file, force=force)
+    write_json([asdict(network) for network in networks], json_file, force=force)
     print_next("export", "--variant", "tiny")
 
 
@@ -72,7 +74,7 @@ def convert(
     json_file: JsonOption = None,
 ) -> None:
     """Turn a checkpoint into a .safetensors file, which cannot hold code."""
-    from dat_deploy.networks import convert as library
+    from dat_deploy.networks.dat import convert as library
 
     check_json(json_file, force=force)
     with err.status(f"reading {checkpoint.name}"):
@@ -131,12 +133,12 @@ def export(
         if not name or (variant and config):
             raise DatDeployError(
                 f"export takes one of --variant NAME, --config FILE.yaml and --from FILE. "
-                f"Variants: {', '.join(VARIANTS)}."
+                f"Variants: {', '.join(network_names())}."
             )
         if config is not None and config.suffix not in (".yaml", ".yml"):
             raise DatDeployError(f"--config got '{config}'; it takes a .yaml file of LeapLabTHU/DAT or like it.")
         if variant:
-            get_variant(variant)  # before torch is loaded
+            find_named(variant)  # before torch is loaded
         target = output or Path(f"{Path(name).stem if config else name}.onnx")
     else:
         new = (name, checkpoint, image_size, features, sampling_locations, batch != "dynamic", opset != 18)
@@ -275,7 +277,7 @@ def build(
     if variant and config:
         raise DatDeployError("build takes one of --variant NAME and --config FILE.yaml.")
     if variant:
-        get_variant(variant)  # before torch is loaded
+        find_named(variant)  # before torch is loaded
     check_json(json_file, force=force)
     with Stages("build", err) as stages:
         from dat_deploy.engine import build as library

@@ -14,13 +14,13 @@ from dat_deploy.commands.options import (
     JsonOption,
     VariantOption,
     check_pytorch_options,
+    find_named,
     parse_features,
     parse_image_size,
     parse_numbers,
 )
 from dat_deploy.commands.output import check_json, err, out, print_next, write_json
 from dat_deploy.commands.stages import Stages
-from dat_deploy.networks.dat.variants import get_variant
 
 if TYPE_CHECKING:
     from dat_deploy.benchmark import Record
@@ -171,7 +171,7 @@ def tune(
         from dat_deploy.benchmark.tune import tune as measure
 
         tuning = measure(
-            get_variant(variant),
+            find_named(variant),
             batches=batches,
             image_size=pixels,
             precision=precision,

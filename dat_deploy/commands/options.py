@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dat_deploy.errors import DatDeployError
-from dat_deploy.networks.dat.variants import VARIANTS
+from dat_deploy.networks.family import Network, find_network, network_names, no_network
 
 __all__ = [
     "BatchOption",
@@ -18,13 +18,14 @@ __all__ = [
     "JsonOption",
     "VariantOption",
     "check_pytorch_options",
+    "find_named",
     "parse_features",
     "parse_image_size",
     "parse_number",
     "parse_numbers",
 ]
 
-VariantOption = Annotated[str, typer.Option("--variant", help=f"One of: {', '.join(VARIANTS)}.")]
+VariantOption = Annotated[str, typer.Option("--variant", help=f"One of: {', '.join(network_names())}.")]
 FeaturesOption = Annotated[
     str | None,
     typer.Option("--features", help="Stages, such as 0,1,2,3: their maps instead of logits, for use as a backbone."),
@@ -46,6 +47,13 @@ ImagesArgument = Annotated[list[Path], typer.Argument(help="Image files.")]
 BatchOption = Annotated[str, typer.Option("--batch", help="Batch sizes, such as 1,8,32.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace output files that exist.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
+
+
+def find_named(name: str) -> Network:
+    """What `--variant` names; a file is for `--config`."""
+    if name.endswith((".yaml", ".yml")):
+        raise no_network(name, network_names())
+    return find_network(name)
 
 
 def parse_features(text: str | None) -> list[int] | None:

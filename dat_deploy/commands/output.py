@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dat_deploy.commands.wording import in_shell
-from dat_deploy.networks.dat.variants import VARIANTS, Variant
+from dat_deploy.networks.family import Network
 
 if TYPE_CHECKING:
     from dat_deploy.engine.inspector import OnnxFile
@@ -25,7 +25,6 @@ __all__ = [
     "counts_text",
     "err",
     "features_option",
-    "is_released",
     "option",
     "out",
     "print_file",
@@ -184,17 +183,7 @@ def _needs_no_checkpoint(weights_source: str) -> bool:
     return any(words in weights_source for words in ("random weights", "ship with dat-deploy"))
 
 
-def is_released(network: Variant) -> bool:
-    """Whether `--variant` names it, its image size and features aside."""
-    row = VARIANTS.get(network.name)
-    return row is not None and (row.family, row.stages, row.classes) == (
-        network.family,
-        network.stages,
-        network.classes,
-    )
-
-
-def features_option(network: Variant) -> tuple[str, ...]:
+def features_option(network: Network) -> tuple[str, ...]:
     return ("--features", ",".join(map(str, network.features))) if network.features else ()
 
 

@@ -22,7 +22,7 @@ from dat_deploy.commands.options import (
     check_pytorch_options,
     parse_image_size,
 )
-from dat_deploy.commands.output import check_json, err, is_released, option, out, print_next, write_json
+from dat_deploy.commands.output import check_json, err, option, out, print_next, write_json
 from dat_deploy.commands.stages import Stages
 from dat_deploy.commands.wording import in_shell
 from dat_deploy.errors import OutputError
@@ -130,7 +130,7 @@ def visualize(
     write_json(drawing, json_file, force=force)
     if len(engine) == 2:
         print_next("validate", "--engine", engine[1], *option("--checkpoint", checkpoint))
-    elif engine[0].startswith("pytorch") and is_released(drawing.engines[0].network):
+    elif engine[0].startswith("pytorch") and drawing.engines[0].network.is_released:
         name = drawing.engines[0].variant
         size = () if image_size is None else ("--image-size", image_size)
         print_next("export", "--variant", name, "--sampling-locations", *option("--checkpoint", checkpoint), *size)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dat_deploy.engine.passport import Passport, Profile
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network
 
 __all__ = ["Backend", "BuildRequest", "BuiltEngine", "EngineLayer"]
 
@@ -23,7 +23,7 @@ class BuildRequest:
     backend: str
     profiles: tuple[Profile, ...]
     source: Path | None = None
-    variant: str | Variant | None = None
+    variant: str | Network | None = None
     checkpoint: Path | None = None
     features: Sequence[int] | None = None
     precision: str | None = None

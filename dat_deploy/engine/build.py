@@ -12,7 +12,7 @@ from dat_deploy.engine.backend import Backend, BuildRequest
 from dat_deploy.engine.passport import Passport, Profile, passport_path, write_engine
 from dat_deploy.errors import EngineBuildError, ShapeError
 from dat_deploy.files import check_output
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network
 
 __all__ = ["BuildReport", "backend_names", "build", "find_backend"]
 
@@ -87,7 +87,7 @@ def build(
     architectures: Sequence[int] = (),
     timing_cache: Path | None = None,
     workspace_bytes: int | None = None,
-    variant: str | Variant | None = None,
+    variant: str | Network | None = None,
     checkpoint: Path | None = None,
     image_size: tuple[int, int] | None = None,
     features: Sequence[int] | None = None,
@@ -123,7 +123,7 @@ def build(
     profiles = tuple(dict.fromkeys(Profile.parse(str(batch)) for batch in batches))
     if not profiles:
         raise ShapeError("no batch to build for; give at least one, such as `batches=[1]`.")
-    name = variant.name if isinstance(variant, Variant) else variant or "tiny"
+    name = variant.name if isinstance(variant, Network) else variant or "tiny"
     if "source" in row.parameters and source is None:
         raise EngineBuildError(
             f"backend {backend} builds from an exported file. Make one with: "
@@ -205,5 +205,5 @@ def _command(request: BuildRequest, target: Path, batches: Sequence[str | int]) 
     words = ["dat-deploy", "build"] + ([] if request.source is None else [str(request.source)])
     for option, value in options.items():
         if value and value != "auto":
-            words += [option, value.name if isinstance(value, Variant) else str(value)]
+            words += [option, value.name if isinstance(value, Network) else str(value)]
     return tuple(words)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from dat_deploy.environment import tool_version
-from dat_deploy.errors import ExportError, ShapeError
+from dat_deploy.errors import ExportError
 from dat_deploy.export.census import PrecisionCensus, precision_census
 from dat_deploy.export.options import (
     LOWERINGS,
@@ -23,12 +23,10 @@ from dat_deploy.export.options import (
     check_precision,
 )
 from dat_deploy.files import atomic_output, check_output
-from dat_deploy.images.labels import class_names
-from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import DOMAIN_NAME, FileMetadata, load_onnx, read_metadata
 from dat_deploy.networks.checkpoint_file import check_checkpoint
-from dat_deploy.networks.dat.configuration import find_variant
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of, find_network
 from dat_deploy.precision import FULL
 
 if TYPE_CHECKING:
@@ -84,7 +82,7 @@ def _uncollected() -> Iterator[None]:
 
 @_uncollected()
 def export(
-    variant: str | Variant,
+    variant: str | Network,
     output: Path,
     *,
     checkpoint: Path | None = None,
@@ -104,7 +102,7 @@ def export(
     """Write a network with the weights of `checkpoint` as one self-contained ONNX file.
 
     Args:
-        variant: the name of one, an official configuration file (`dat.yaml`), or a `Variant`.
+        variant: see `find_network`.
         output: written whole or not at all.
         checkpoint: an official .pth or .safetensors file; without one the weights are random, from a fixed seed.
         lowering: one of LOWERINGS.
@@ -131,20 +129,25 @@ def export(
     check_precision(precision, fp32, no_fp32)
     if batch is not None and batch < 1:
         raise ExportError(f"batch {batch} is not possible; give a number from 1, or 'dynamic'.")
-    network = find_variant(variant, image_size=image_size, features=features)
+    network = find_network(variant, image_size=image_size, features=features)
     if dynamic_image_size:
-        _check_dynamic_image_size(network, sampling_locations=sampling_locations)
+        network.check_any_size()
+        if sampling_locations:
+            raise ExportError(
+                "--sampling-locations needs a fixed image size, since the number of points follows from it. "
+                "Give --image-size HEIGHTxWIDTH."
+            )
     check_checkpoint(checkpoint)
     from dat_deploy.export.lowering import lower
     from dat_deploy.export.onnx_model import onnx_from_model
     from dat_deploy.export.precision import cast_graph
-    from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
     from dat_deploy.plugins.onnx_domain import operator_nodes
 
     progress("loading weights")
-    weights = load_weights(network, checkpoint)
-    module = model_from_weights(weights, network, fused=True, sampled_points=sampling_locations)
-    preprocessing = Preprocessing.from_variant(network)
+    family = family_of(network)
+    weights = family.weights(network, checkpoint)
+    module = family.module(network, weights, fused=True, sampled_points=sampling_locations)
+    preprocessing = network.preprocessing
     metadata = FileMetadata(
         network=network,
         batch=batch,
@@ -155,14 +158,17 @@ def export(
         fp32_removed=tuple(no_fp32),
         opset_version=opset_version,
         preprocessing=preprocessing,
-        class_names=class_names(network),
+        class_names=network.answer.class_names,
         weights_sha256=weights.sha256,
         weights_source=weights.source,
         version=tool_version(),
         golden_sha256=golden_sha256(preprocessing),
+        family=family.name,
     )
     model = onnx_from_model(
         module,
+        network,
+        sampled_points=sampling_locations,
         batch=batch,
         dynamic_image_size=dynamic_image_size,
         opset_version=opset_version,
@@ -183,7 +189,7 @@ def export(
         nodes=len(model.graph),
         operators=operators,
         census=precision_census(proto),
-        outputs=tuple(module.output_names),
+        outputs=network.output_names(sampled_points=sampling_locations),
         seconds=time.monotonic() - started,
         notes=weights.notes,
     )
@@ -230,26 +236,13 @@ def relower(
     )
 
 
-def _check_dynamic_image_size(network: Variant, *, sampling_locations: bool) -> None:
-    if not network.takes_any_size:
-        raise ShapeError(
-            f"variant '{network.name}' cannot have a dynamic image size: its windows and bias tables are made for one. "
-            f"Export it once for each with `image_size=(height, width)`."
-        )
-    if sampling_locations:
-        raise ExportError(
-            "`sampling_locations` needs a fixed image size, since the number of points follows from it. "
-            "Give `image_size=(height, width)`."
-        )
-
-
 def _saved(model: "ir.Model", metadata: FileMetadata, output: Path, *, force: bool) -> onnx.ModelProto:
     """What was written."""
     import onnx_ir as ir
 
     model.producer_name = "dat-deploy"
     model.producer_version = metadata.version
-    model.graph.name = "dat_" + re.sub(r"\W", "_", metadata.network.name)
+    model.graph.name = f"{metadata.family}_" + re.sub(r"\W", "_", metadata.network.name)
     model.metadata_props.update(metadata.to_properties())
     proto = ir.to_proto(model)
     with atomic_output(output, force=force) as temporary:

@@ -66,7 +66,7 @@ def lower(model: ir.Model, lowering: str) -> ir.Model:
     """
     check_lowering(lowering)
     nodes = operator_nodes(model)
-    if not nodes:
+    if not nodes and PROPERTY in model.metadata_props:  # else it was traced now, and has none
         raise already_inlined()
     boundaries = [_Boundary.of(node) for node in nodes]
     model.functions.clear()

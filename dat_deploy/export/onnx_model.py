@@ -18,11 +18,10 @@ from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 
 from dat_deploy.errors import ExportError
+from dat_deploy.export.boundaries import record_boundaries
 from dat_deploy.export.cleanup import constant_reshape_shapes, name_results
 from dat_deploy.export.options import check_opset
-from dat_deploy.networks.dat.boundaries import record_boundaries
-from dat_deploy.networks.dat.model import DAT
-from dat_deploy.networks.dat.variants import stride
+from dat_deploy.networks.family import Network, family_of
 from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION
 from dat_deploy.plugins.operator import OPERATORS, Operator
 from dat_deploy.plugins.specification import PLUGIN_ATTRIBUTES, Kind, Role, Specification
@@ -36,8 +35,10 @@ _Value = ir.Value
 
 
 def onnx_from_model(
-    model: DAT,
+    model: torch.nn.Module,
+    network: Network,
     *,
+    sampled_points: bool = False,
     batch: int | None = None,
     dynamic_image_size: bool = False,
     opset_version: int = 18,
@@ -46,26 +47,26 @@ def onnx_from_model(
     """Capture `model` with torch.export; every operator is one node that carries all its attributes.
 
     Args:
-        model: made with `fused=True`, in eval mode.
+        model: what the family of `network` makes of it with `fused=True`, and with these `sampled_points`.
         batch: the fixed batch, or None for a dynamic one.
         dynamic_image_size: height and width are free, in the multiples that the network takes.
         opset_version: 17, 18 or 19.
         progress: called with what is being done.
 
     Returns:
-        A graph with input `image` [batch, 3, H, W] and outputs as `model.output_names` says, all float32. A node's
+        A graph with input `image` [batch, 3, H, W] and outputs as `network.outputs` says, all float32. A node's
         name starts with the module that made it: `stages.2.attns.1/deformable_attention`. Its metadata lists the
-        tensors between the blocks (see `boundaries`).
+        tensors between the blocks (see `export.boundaries`).
 
     Raises:
         ExportError: for another opset; TensorRT reads opset 20's GridSample wrongly, so none above 19 is made.
     """
     check_opset(opset_version)
-    height, width = model.variant.image_size
+    height, width = network.image_size
     example = torch.zeros(batch or 2, 3, height, width)
     dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch")}
     if dynamic_image_size:
-        step, least = model.variant.side_multiple, model.variant.min_side
+        step, least = network.side_multiple, network.min_side
         for axis, name in ((2, "height"), (3, "width")):
             dims[axis] = step * torch.export.Dim(f"{name}_{step}", min=least // step)
     progress("tracing")
@@ -78,7 +79,7 @@ def onnx_from_model(
             verbose=False,
             opset_version=18,
             input_names=["image"],
-            output_names=model.output_names,
+            output_names=list(network.output_names(sampled_points=sampled_points)),
             dynamic_shapes=(dims,) if dims else None,
             custom_translation_table=_translations(),
         )
@@ -94,9 +95,9 @@ def onnx_from_model(
     onnxscript.optimizer.remove_unused_nodes(graph_model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
     name_results(graph_model)
-    record_boundaries(graph_model, model.variant)
+    record_boundaries(graph_model, family_of(network).blocks(network))
     if dynamic_image_size:
-        _name_sides(graph_model, model)
+        _name_sides(graph_model, network)
     return graph_model
 
 
@@ -200,15 +201,18 @@ def _name_after_modules(model: ir.Model) -> None:
         node.metadata_props.clear()  # torch's stack traces hold paths of this machine
 
 
-def _name_sides(graph_model: ir.Model, model: DAT) -> None:
+def _name_sides(graph_model: ir.Model, network: Network) -> None:
     """`height` and `width` where torch writes `32*height_32`, and `height/4` for `8*s87`."""
     graph = graph_model.graph
-    strides = {f"feature_map_{i}": stride(i) for i in model.variant.features}
-    for value in (*graph.inputs, *graph.outputs):
-        shape = value.shape
-        if shape is not None and len(shape) == 4:
-            suffix = f"/{strides[str(value.name)]}" if value.name in strides else ""
-            value.shape = ir.Shape([shape[0], shape[1], f"height{suffix}", f"width{suffix}"])
+    named: list[tuple[ir.Value, tuple[int, ...], int]] = [(graph.inputs[0], (2, 3), 1)]
+    for value, output in zip(graph.outputs, network.outputs(), strict=True):
+        named += [(value, tuple(axis + 1 for axis in output.sides), output.stride)] if output.sides else []
+    for value, axes, stride in named:
+        assert value.shape is not None
+        dims = list(value.shape)
+        for axis, side in zip(axes, ("height", "width"), strict=True):
+            dims[axis] = ir.SymbolicDim(f"{side}/{stride}" if stride > 1 else side)
+        value.shape = ir.Shape(dims)
 
 
 @contextlib.contextmanager

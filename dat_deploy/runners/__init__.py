@@ -9,10 +9,9 @@ from pathlib import Path
 from dat_deploy.engine.passport import Profile, check_backend, open_engine, read_passport
 from dat_deploy.engine.tensorrt.library import MODULES, check_installed
 from dat_deploy.errors import DatDeployError, PassportError, UnsupportedError
-from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.metadata import FileMetadata, load_onnx
 from dat_deploy.networks.checkpoint_file import check_checkpoint
-from dat_deploy.networks.dat.configuration import find_variant
+from dat_deploy.networks.family import find_network
 from dat_deploy.runners.base import EngineDescription, EngineOutline, Runner, no_plugin_here
 
 __all__ = [
@@ -115,9 +114,9 @@ def check_engine(
     path = Path(target)
     check_checkpoint(checkpoint)
     if runtime.target == "VARIANT":
-        network = find_variant(target, image_size=image_size, features=features)
+        network = find_network(target, image_size=image_size, features=features)
         is_dynamic = network.takes_any_size and runtime.name == "pytorch"
-        outline = EngineOutline(engine, network, None, None, is_dynamic, Preprocessing.from_variant(network))
+        outline = EngineOutline(engine, network, None, None, is_dynamic, network.preprocessing)
     elif runtime.target == "FILE.onnx":
         model = load_onnx(path)
         metadata = FileMetadata.from_properties({entry.key: entry.value for entry in model.metadata_props}, path)
@@ -207,7 +206,7 @@ def open_runner(
     runtime, target = parse_engine(engine)
     if runtime.target == "VARIANT":  # what is wrong with the words is told before a runtime is loaded
         check_checkpoint(checkpoint)
-        find_variant(target, image_size=image_size, features=features)
+        find_network(target, image_size=image_size, features=features)
     elif not Path(target).is_file():
         open_engine(Path(target)) if runtime.target != "FILE.onnx" else load_onnx(Path(target))
     if runtime.name in ("tensorrt", "tensorrt-rtx"):  # the engine first: what is wrong with it is wrong everywhere

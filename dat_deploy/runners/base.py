@@ -13,7 +13,7 @@ from dat_deploy.engine.passport import Profile
 from dat_deploy.errors import DatDeployError, EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network
 
 __all__ = [
     "EngineDescription",
@@ -33,7 +33,7 @@ class _Takes:
     """What an engine takes, by fields that `EngineOutline` and `EngineDescription` have."""
 
     name: str
-    network: Variant
+    network: Network
     batch: int | None
     dynamic_image_size: bool
     profiles: tuple[Profile, ...]
@@ -62,7 +62,7 @@ class _Takes:
             return any(profile.least <= batch <= profile.most for profile in self.profiles)
         return self.batch in (None, batch)
 
-    def network_at(self, height: int, width: int) -> Variant:
+    def network_at(self, height: int, width: int) -> Network:
         """Its network for images of that size.
 
         Raises:
@@ -87,7 +87,7 @@ class EngineOutline(_Takes):
     """
 
     name: str
-    network: Variant
+    network: Network
     outputs: tuple[str, ...] | None
     batch: int | None
     dynamic_image_size: bool
@@ -118,7 +118,7 @@ class EngineDescription(_Takes):
     runtime_version: str
     device: str
     precision: str
-    network: Variant
+    network: Network
     outputs: tuple[str, ...]
     batch: int | None
     dynamic_image_size: bool
@@ -134,7 +134,7 @@ class EngineDescription(_Takes):
         network = self.network_at(height, width)
         if network == self.network:
             return self
-        return replace(self, network=network, preprocessing=Preprocessing.from_variant(network))
+        return replace(self, network=network, preprocessing=network.preprocessing)
 
 
 class Runner(abc.ABC):

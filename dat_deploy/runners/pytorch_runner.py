@@ -7,10 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dat_deploy.images.preprocess import Preprocessing
-from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
-from dat_deploy.networks.dat.configuration import find_variant
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of, find_network
 from dat_deploy.runners.base import EngineDescription, Images, Runner
 from dat_deploy.runners.torch_threads import torch_threads
 
@@ -21,14 +18,14 @@ class PytorchRunner(Runner):
     """A variant in PyTorch on the CPU, float32.
 
     Args:
-        variant: see `find_variant`.
-        sampled_points: see `DAT`.
+        variant: see `find_network`.
+        sampled_points: see `Family.module`.
         compiled: through torch.compile; the first call at each batch then takes a minute or so.
     """
 
     def __init__(
         self,
-        variant: str | Variant,
+        variant: str | Network,
         name: str,
         *,
         checkpoint: Path | None = None,
@@ -38,9 +35,10 @@ class PytorchRunner(Runner):
         threads: int | None = None,
         compiled: bool = False,
     ) -> None:
-        network = find_variant(variant, image_size=image_size, features=features)
-        weights = load_weights(network, checkpoint)
-        self.model = model_from_weights(weights, network, sampled_points=sampled_points)
+        network = find_network(variant, image_size=image_size, features=features)
+        family = family_of(network)
+        weights = family.weights(network, checkpoint)
+        self.model = family.module(network, weights, sampled_points=sampled_points)
         self._threads = threads
         self._forward = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.description = EngineDescription(
@@ -50,14 +48,14 @@ class PytorchRunner(Runner):
             device="cpu",
             precision="fp32",
             network=network,
-            outputs=tuple(self.model.output_names),
+            outputs=network.output_names(sampled_points=sampled_points),
             batch=None,
             dynamic_image_size=network.takes_any_size and not compiled,
             lowering=None,
             threads=threads or torch.get_num_threads(),
             weights_sha256=weights.sha256,
             weights_source=weights.source,
-            preprocessing=Preprocessing.from_variant(network),
+            preprocessing=network.preprocessing,
         )
 
     @torch.inference_mode()

@@ -15,9 +15,10 @@ from dat_deploy.export.precision import nodes_in_another_precision
 from dat_deploy.export.quantized_graph import quantized_differently
 from dat_deploy.export.records import operator_records
 from dat_deploy.export.subgraph import operator_model
-from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import FileMetadata, load_onnx
-from dat_deploy.networks.dat.boundaries import operator_sizes, operator_weights
+from dat_deploy.networks.family import family_of
+from dat_deploy.networks.operators import operator_weights
 from dat_deploy.plugins.eager import LOCATIONS, eager_output, stress_inputs
 from dat_deploy.plugins.operator import specification
 from dat_deploy.runners import parse_engine
@@ -30,7 +31,7 @@ from dat_deploy.validate.comparison import (
     precision_of,
     rounds_everything,
 )
-from dat_deploy.validate.drift import BlockDrift, block_drift, distances_px
+from dat_deploy.validate.drift import BlockDrift, block_drift
 from dat_deploy.validate.gates import Gates
 from dat_deploy.validate.kinds import FP32_TOLERANCE, OF_ENGINE, OF_SIZE
 from dat_deploy.validate.report import Check
@@ -51,7 +52,7 @@ INT8_DRIFT_PX = 1.0
 
 def check_preprocessing(comparison: Comparison) -> Iterator[Check]:
     """The file's own preprocessing against that of its network's training: both sides of every other check use it."""
-    own, trained = comparison.about.preprocessing, Preprocessing.from_variant(comparison.about.network)
+    own, trained = comparison.about.preprocessing, comparison.about.network.preprocessing
     changed = [
         f"{name} is {getattr(own, name)}, trained with {getattr(trained, name)}"
         for name in ("image_size", "resize_size", "interpolation", "crop", "mean", "std", "color")
@@ -191,6 +192,8 @@ def check_repeats(comparison: Comparison) -> Iterator[Check]:
 def check_coordinates(comparison: Comparison) -> Iterator[Check]:
     """Each deformable operator of the file alone, at locations that a trained network seldom visits."""
     model, about = comparison.onnx_model, comparison.about
+    if not about.network.sampled_blocks:
+        return
     if model is None:
         detail = "only an ONNX file can be cut into operators"
         yield Check("coordinates", "coordinates", None, None, FP32_TOLERANCE, detail)
@@ -202,14 +205,17 @@ def check_coordinates(comparison: Comparison) -> Iterator[Check]:
         detail = "the file's metadata no longer lists its operators"
         yield Check("coordinates", "coordinates", None, None, FP32_TOLERANCE, detail)
         return
+    sampled = {block.name: block for block in about.network.sampled_blocks}
+    blocks = family_of(about.network).blocks(about.network)
+    steps = {(block.name, step.operator): (block, step) for block in blocks for step in block.steps if step.operator}
     dtype = DTYPES.get(precision_of(about))  # eight bits leave the operators alone
     worst: dict[str, Check] = {}
     for record in records:
         comparison.progress(f"coordinates: {record.name}")
         run = comparison.runner.open_graph(operator_model(model, record))
         module = record.name.partition("/")[0]
-        sizes = operator_sizes(comparison.reference.model.variant, module, about.batch or 2)
-        weights = operator_weights(comparison.reference.model.get_submodule(module), record.operator)
+        sizes = sampled[module].sizes(about.batch or 2)
+        weights = operator_weights(comparison.reference.model, *steps[module, record.operator])
         for kind in LOCATIONS:
             inputs = stress_inputs(specification(record.operator), record.inputs, sizes, kind)
             exact = eager_output(record.operator, weights | inputs, record.attributes)
@@ -229,7 +235,8 @@ def check_coordinates(comparison: Comparison) -> Iterator[Check]:
 
 def check_drift(comparison: Comparison) -> tuple[list[Check], tuple[BlockDrift, ...]]:
     """Where the blocks look, on the photographs."""
-    network, expected = comparison.about.network, comparison.locations
+    blocks = {block.name: block for block in comparison.about.network.sampled_blocks}
+    expected = comparison.locations
     if not expected:
         return [], ()
     got = comparison.engine_locations
@@ -244,10 +251,10 @@ def check_drift(comparison: Comparison) -> tuple[list[Check], tuple[BlockDrift, 
     if comparison.gates.drift_px is None and precision == "int8":
         allowed = dict.fromkeys(expected, INT8_DRIFT_PX)
     elif comparison.gates.drift_px is None and precision != "fp32":
-        for block, locations in comparison.rounded_locations.items():
-            allowed[block] += ROUNDED_DRIFTS * float(distances_px(locations, expected[block], network, block).max())
-    for block, locations in expected.items():
-        rows.append(block_drift(block, got[block], locations, network, allowed[block]))
+        for name, locations in comparison.rounded_locations.items():
+            allowed[name] += ROUNDED_DRIFTS * float(blocks[name].distances_px(locations, expected[name]).max())
+    for name, locations in expected.items():
+        rows.append(block_drift(blocks[name], got[name], locations, allowed[name]))
     worst = max(rows, key=lambda row: row.share)
     detail = f"{len(rows)} blocks, worst {worst.block}: median {worst.median:.1e}, p99 {worst.p99:.1e} px"
     check = Check("drift", "drift of sampling locations", None, worst.largest, worst.allowed, detail, "px")

@@ -20,7 +20,6 @@ from dat_deploy.engine.passport import read_passport
 from dat_deploy.errors import ExportError, ImageError, ShapeError, UnsupportedError, VerificationError
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.images.arrays import describe_array, read_npy
-from dat_deploy.images.labels import class_names
 from dat_deploy.images.mistakes import diagnose
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import (
@@ -34,7 +33,7 @@ from dat_deploy.images.preprocess import (
     read_image,
 )
 from dat_deploy.metadata import FileMetadata, read_metadata
-from dat_deploy.networks.dat.configuration import find_variant
+from dat_deploy.networks.family import find_network
 from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
 
 __all__ = [
@@ -124,7 +123,7 @@ class PreprocessingReport:
 
     @property
     def passed(self) -> bool:
-        trained = Preprocessing.from_variant(self.engine.network)
+        trained = self.engine.network.preprocessing
         return (
             self.golden_passed
             and self.engine.preprocessing == trained
@@ -135,7 +134,7 @@ class PreprocessingReport:
     def verdict(self) -> str:
         """The outcome in one sentence."""
         name = self.engine.name
-        if self.engine.preprocessing != Preprocessing.from_variant(self.engine.network):
+        if self.engine.preprocessing != self.engine.network.preprocessing:
             return (
                 f"{name} says another preprocessing than its network was trained with: {self.engine.preprocessing}. "
                 f"Export it again."
@@ -248,10 +247,8 @@ def preprocess_for_engine(
     if output is not None:
         check_output(output, force=force)
     metadata = _metadata(engine)
-    network = find_variant(parse_engine(engine)[1]) if metadata is None else metadata.network
-    batch = preprocess_files(
-        images, Preprocessing.from_variant(network) if metadata is None else metadata.preprocessing
-    )
+    network = find_network(parse_engine(engine)[1]) if metadata is None else metadata.network
+    batch = preprocess_files(images, network.preprocessing if metadata is None else metadata.preprocessing)
     if output is not None:
         with atomic_output(output, force=force) as temporary, temporary.open("wb") as file:
             np.save(file, batch, allow_pickle=False)
@@ -365,7 +362,7 @@ class _Judge:
     """
 
     def __init__(self, runner: Runner, sources: list[Source], elsewhere: list[Source], tolerance_units: float) -> None:
-        self.names = class_names(runner.description.network)
+        self.names = runner.description.network.answer.class_names
         self.preprocessing = runner.description.preprocessing
         self.runner, self.sources, self.elsewhere = runner, sources, elsewhere
         self.tolerance_units = tolerance_units

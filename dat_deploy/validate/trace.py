@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dat_deploy.export.boundaries import block_boundaries
 from dat_deploy.export.subgraph import model_up_to
-from dat_deploy.networks.dat.boundaries import block_boundaries, network_blocks
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of
 from dat_deploy.validate.comparison import Comparison, precision_of
 from dat_deploy.validate.drift import Locations
 from dat_deploy.validate.hooks import captured
@@ -41,7 +41,7 @@ class Trace:
         errors: in the order of the network; none if the engine cannot be cut.
     """
 
-    network: Variant
+    network: Network
     images: NDArray[np.float32]
     locations: dict[str, Locations]
     engine_locations: dict[str, Locations] | None
@@ -61,14 +61,15 @@ def _errors(comparison: Comparison) -> list[BlockError]:
     if model is None or not names:
         return []
     image = comparison.photos[:1]
-    ends = {block.name: block.steps[-1] for block in network_blocks(comparison.about.network)}
+    network = comparison.about.network
+    ends = {block.name: block.steps[-1] for block in family_of(network).blocks(network)}
     sources = [(step.module, step.side) for step in ends.values()]
     exact = captured(comparison.reference.model, sources, image)
     precision = precision_of(comparison.about)
     rounded = None
     if precision in ("fp16", "bf16"):
-        network, takes = comparison.reference.rounded(*comparison.lowered)
-        rounded = captured(network, sources, image, takes)
+        half, takes = comparison.reference.rounded(*comparison.lowered)
+        rounded = captured(half, sources, image, takes)
     feeds = {"image": np.repeat(image, comparison.about.batch or 1, axis=0)}
     found = []
     for block, step in ends.items():

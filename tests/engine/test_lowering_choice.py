@@ -15,7 +15,6 @@ from dat_deploy.engine.tensorrt.lowering_choice import (
     Choice,
     LoweringVerdict,
     choose_lowering,
-    small_network,
     try_lowerings,
 )
 from dat_deploy.errors import EngineBuildError, VerificationError
@@ -40,7 +39,7 @@ def faulty(lowering: str, model: onnx.ModelProto, images: np.ndarray) -> tuple[d
 
 
 def test_the_network_tried_has_one_block_of_each_kind() -> None:
-    small = small_network(VARIANTS["pp-base"])
+    small = VARIANTS["pp-base"].small()
     assert [stage.blocks for stage in small.stages] == ["ND", "ND", "ND", "D"]
     assert small.image_size == VARIANTS["pp-base"].image_size
 

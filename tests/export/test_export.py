@@ -19,7 +19,7 @@ from dat_deploy.export import LOWERINGS, OPSET_VERSIONS, export, onnx_model, rel
 from dat_deploy.export.lowering import lower
 from dat_deploy.images.labels import imagenet_class_names
 from dat_deploy.images.photographs import photographs
-from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.networks.dat.checkpoint import load_model, save_checkpoint
 from dat_deploy.networks.dat.model import DAT
@@ -66,7 +66,7 @@ def test_metadata_says_what_the_file_is(mini, mini_onnx):
         lowering="hat",
         precision="fp32",
         opset_version=18,
-        preprocessing=Preprocessing.from_variant(mini),
+        preprocessing=mini.preprocessing,
         class_names=imagenet_class_names(),
         weights_sha256=metadata.weights_sha256,
         weights_source="seeded random weights (seed 0)",
@@ -78,7 +78,7 @@ def test_metadata_says_what_the_file_is(mini, mini_onnx):
 
 def test_a_file_of_dynamic_size_has_the_golden_hash_of_its_default_size(mini_pp, mini_pp_dynamic):
     metadata = read_metadata(mini_pp_dynamic["function"])
-    assert metadata.preprocessing == Preprocessing.from_variant(mini_pp)
+    assert metadata.preprocessing == mini_pp.preprocessing
     assert metadata.golden_sha256 == golden_sha256(metadata.preprocessing)
 
 

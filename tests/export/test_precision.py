@@ -24,7 +24,6 @@ from dat_deploy.export.precision import cast_graph
 from dat_deploy.export.records import operator_records
 from dat_deploy.export.subgraph import operator_model
 from dat_deploy.images.photographs import photographs
-from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.networks.dat.checkpoint import load_model
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.runners import open_runner
@@ -175,7 +174,7 @@ def test_fp16_agrees_with_pytorch_on_104_views_of_photographs(mini, mini_fp16):
         for left, top in ((0, 0), (width - side, 0), (0, height - side), (width - side, height - side)):
             crop = photo.resize((224, 224), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
             views += [np.asarray(crop), np.asarray(crop)[:, ::-1]]
-    about = Preprocessing.from_variant(mini)
+    about = mini.preprocessing
     images = ((np.stack(views) / 255 - about.mean) / about.std).transpose(0, 3, 1, 2).astype(np.float32)
     assert len(images) == 104
     expected = pytorch_logits(load_model(mini), images)

@@ -22,7 +22,7 @@ from dat_deploy.export import export, read_metadata, relower
 from dat_deploy.export.quantize import METHODS, QuantizeReport, quantize
 from dat_deploy.export.records import operator_records
 from dat_deploy.images.photographs import photographs
-from dat_deploy.images.preprocess import Preprocessing, preprocess, read_image
+from dat_deploy.images.preprocess import preprocess, read_image
 from dat_deploy.metadata import Calibration
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.runners import open_runner
@@ -250,7 +250,7 @@ def test_range_of_the_image_is_what_the_method_says(method, files, pictures, tmp
 
 
 def preprocessed(path: Path) -> np.ndarray:
-    return preprocess(read_image(path), Preprocessing.from_variant(MINI))
+    return preprocess(read_image(path), MINI.preprocessing)
 
 
 def test_logits_stay_close_on_onnx_runtime_and_openvino(files, reports, pictures):

@@ -7,7 +7,7 @@ from dat_deploy.engine.backend import Backend, BuildRequest, BuiltEngine, Engine
 from dat_deploy.engine.passport import Passport
 from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.networks.checkpoint_file import check_checkpoint
-from dat_deploy.networks.dat.configuration import find_variant
+from dat_deploy.networks.family import find_network
 from dat_deploy.precision import EXPORTED, FULL
 
 __all__ = ["BACKENDS", "DEVICES"]
@@ -27,7 +27,7 @@ def _build(request: BuildRequest) -> BuiltEngine:
     if request.device not in (None, *DEVICES):
         raise EngineBuildError(f"no device '{request.device}'. Devices: {', '.join(DEVICES)}.")
     assert request.variant is not None
-    network = find_variant(request.variant, image_size=request.image_size, features=request.features)
+    network = find_network(request.variant, image_size=request.image_size, features=request.features)
     check_checkpoint(request.checkpoint)
     from dat_deploy.engine.aotinductor.package import package_and_passport
 

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,12 +24,10 @@ from dat_deploy.engine.backend import BuildRequest, BuiltEngine
 from dat_deploy.engine.passport import Passport, sha256, versions
 from dat_deploy.environment import cpu_flags, gpu_architecture, tool_version
 from dat_deploy.errors import DatDeployError, EngineBuildError, UnsupportedError
-from dat_deploy.images.labels import class_names
-from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
-from dat_deploy.networks.dat.model import DAT, REFERENCE, half_network
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of
+from dat_deploy.networks.operators import FUSED, REFERENCE, with_operators
 from dat_deploy.plugins.neighborhood_attention.reference import neighborhood_index
 from dat_deploy.precision import PRECISIONS
 
@@ -47,7 +46,8 @@ def model_name(batch: int) -> str:
 
 
 def compile_package(
-    model: DAT,
+    model: torch.nn.Module,
+    network: Network,
     output: Path,
     *,
     batches: Sequence[int],
@@ -57,14 +57,14 @@ def compile_package(
 ) -> None:
     """Compile a network for each of the batches, and write them as one package.
 
-    Each model takes `image` [B, 3, H, W] float32 at the network's image size, and gives `model.output_names` in order,
+    Each model takes `image` [B, 3, H, W] float32 at the network's image size, and gives `network.outputs` in order,
     float32. On CUDA the Triton kernels are compiled in. A package runs on the operating system and the kind of CPU or
     GPU that it was compiled on, and holds the weights once for each batch.
 
     Args:
-        model: in float32, fused or not.
+        model: what the family of `network` makes of it, in float32, fused or not.
         output: is overwritten.
-        precision: one of `precision.EXPORTED`; half precision as in `half_network`.
+        precision: one of `precision.EXPORTED`; half precision as in `Family.rounded`.
         device: `cpu` or `cuda`.
         progress: called with what is being done.
 
@@ -73,21 +73,21 @@ def compile_package(
         UnsupportedError: if there is no C++ compiler, or no CUDA device.
     """
     _check_device(device)
-    with _translated(model.variant.name, *batches):
+    with _translated(network.name, *batches):
         get_cpp_compiler()  # looked for now, and not when most of the work is done
-    network = _network(model, precision, device)
+    compiled = _on_device(model, network, precision, device)
     with tempfile.TemporaryDirectory(prefix="dat-deploy-") as folder:
         files = {}
         for batch in batches:
             progress(f"compiling batch {batch}")
-            with _translated(model.variant.name, batch), _quiet(), torch.no_grad():
-                files[model_name(batch)] = _compiled(network, batch, device, Path(folder, model_name(batch)))
+            with _translated(network.name, batch), _quiet(), torch.no_grad():
+                files[model_name(batch)] = _compiled(compiled, network, batch, device, Path(folder, model_name(batch)))
         progress("writing the package")
-        with _translated(model.variant.name, *batches), _quiet(), output.open("wb") as file:
+        with _translated(network.name, *batches), _quiet(), output.open("wb") as file:
             package_aoti(file, files)
 
 
-def package_and_passport(network: Variant, precision: str, request: BuildRequest) -> BuiltEngine:
+def package_and_passport(network: Network, precision: str, request: BuildRequest) -> BuiltEngine:
     """Compile a network for one batch after the other, for a request that was checked.
 
     Raises:
@@ -98,12 +98,14 @@ def package_and_passport(network: Variant, precision: str, request: BuildRequest
     device = request.device or ("cpu" if architecture is None else "cuda")
     _check_device(device)
     request.progress("loading weights")
-    weights = load_weights(network, request.checkpoint)
-    model = model_from_weights(weights, network, fused=device == "cuda")
+    family = family_of(network)
+    weights = family.weights(network, request.checkpoint)
+    model = family.module(network, weights, fused=device == "cuda")
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "package.pt2")
         compile_package(
             model,
+            network,
             package,
             batches=[profile.best for profile in request.profiles],
             precision=precision,
@@ -111,7 +113,7 @@ def package_and_passport(network: Variant, precision: str, request: BuildRequest
             progress=request.progress,
         )
         content = package.read_bytes()
-    preprocessing = Preprocessing.from_variant(network)
+    preprocessing = network.preprocessing
     metadata = FileMetadata(
         network=network,
         batch=None,
@@ -120,7 +122,7 @@ def package_and_passport(network: Variant, precision: str, request: BuildRequest
         precision=precision,
         opset_version=0,
         preprocessing=preprocessing,
-        class_names=class_names(network),
+        class_names=network.answer.class_names,
         weights_sha256=weights.sha256,
         weights_source=weights.source,
         version=tool_version(),
@@ -134,7 +136,7 @@ def package_and_passport(network: Variant, precision: str, request: BuildRequest
         versions=versions(),
         architectures=(f"sm_{architecture}",) if device == "cuda" else ("cpu", platform.machine(), *cpu_flags()),
         profiles=request.profiles,
-        outputs=tuple(model.output_names),
+        outputs=network.output_names(),
         layers={},
         kinds={},
         engine_layers=None,
@@ -182,25 +184,18 @@ def _release(version: str) -> str:
     return version.partition("+")[0]
 
 
-def _network(model: DAT, precision: str, device: str) -> DAT:
+def _on_device(model: torch.nn.Module, network: Network, precision: str, device: str) -> torch.nn.Module:
     """The same network on the device, of the operators that compile to the fastest code there."""
-    with torch.device("meta"):
-        network = DAT(model.variant, fused=device == "cuda", sampled_points=model.sampled_points)
-    network.load_state_dict(model.state_dict(), assign=True)
     if PRECISIONS[precision].is_half:
-        network = half_network(network, PRECISIONS[precision].dtype)
-    if device == "cpu":
-        operators = REFERENCE._replace(neighborhood_attention=_gathered_neighborhood_attention)
-        for module in network.modules():
-            if hasattr(module, "operators"):
-                module.operators = operators  # type: ignore[assignment]  # torch knows modules and tensors alone
-    return network.to(device).eval().requires_grad_(False)
+        model = family_of(network).rounded(model, PRECISIONS[precision].dtype)
+    on_cpu = SimpleNamespace(**{**vars(REFERENCE), "neighborhood_attention": _gathered_neighborhood_attention})
+    return with_operators(model, on_cpu if device == "cpu" else FUSED).to(device).eval().requires_grad_(False)
 
 
-def _compiled(network: DAT, batch: int, device: str, folder: Path) -> list[Any]:
+def _compiled(model: torch.nn.Module, network: Network, batch: int, device: str, folder: Path) -> list[Any]:
     """The files of one model."""
-    image = torch.zeros(batch, 3, *network.variant.image_size, device=device)
-    program = torch.export.export(network, (image,))
+    image = torch.zeros(batch, 3, *network.image_size, device=device)
+    program = torch.export.export(model, (image,))
     options = {"aot_inductor.package": True, "aot_inductor.output_path": str(folder)}
     if device == "cpu":
         options |= CPU_OPTIONS

@@ -18,7 +18,7 @@ from dat_deploy.engine.tensorrt.session import check_fits
 from dat_deploy.environment import driver_cuda_version, gpu_architecture
 from dat_deploy.errors import EngineRunError, UnsupportedError
 from dat_deploy.export.lowering import lower
-from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.plugins.tensorrt import registry
 
@@ -147,7 +147,7 @@ def _of_engine(metadata: FileMetadata, lowering: str, size: tuple[int, int]) -> 
     if not metadata.dynamic_image_size:
         return metadata
     network = metadata.network.with_image_size(*size)
-    preprocessing = Preprocessing.from_variant(network)
+    preprocessing = network.preprocessing
     golden = golden_sha256(preprocessing) if metadata.golden_sha256 else ""
     return dataclasses.replace(
         metadata, network=network, preprocessing=preprocessing, golden_sha256=golden, dynamic_image_size=False

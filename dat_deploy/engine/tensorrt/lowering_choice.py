@@ -29,15 +29,13 @@ from dat_deploy.errors import DatDeployError, OutputError, VerificationError
 from dat_deploy.export import export, relower
 from dat_deploy.files import atomic_output
 from dat_deploy.metadata import FileMetadata, load_onnx
-from dat_deploy.networks.dat.checkpoint import load_model
-from dat_deploy.networks.dat.model import half_network
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of
 from dat_deploy.plugins.tensorrt import registry
 from dat_deploy.plugins.tuning import configurations_path
 from dat_deploy.precision import FULL, PRECISIONS
 from dat_deploy.typed_json import typed
 
-__all__ = ["Choice", "LoweringVerdict", "choose_lowering", "small_network", "stored_verdicts", "try_lowerings"]
+__all__ = ["Choice", "LoweringVerdict", "choose_lowering", "stored_verdicts", "try_lowerings"]
 
 CANDIDATES = ("plugin", "gather", "function", "hat", "gridsample")
 Outputs = dict[str, NDArray[np.float32]]
@@ -133,31 +131,29 @@ def choose_lowering(
     return Choice(best.lowering, f"took {best.lowering}, the fastest that is right with {where}: {listed}.", verdicts)
 
 
-def _digest(network: Variant) -> str:
+def _digest(network: Network) -> str:
     """Of what else decides how the lowerings do: the blocks, and the versions that made the kernels and the files."""
     made_by = [tool_version(), *(installed_version(package) for package in ("torch", "triton", "onnxscript"))]
-    return sha256(json.dumps([dataclasses.asdict(small_network(network)), made_by]).encode())[:8]
-
-
-def small_network(network: Variant) -> Variant:
-    """A backbone with one block of each kind that a stage of `network` has, at its sizes."""
-    stages = tuple(dataclasses.replace(stage, blocks="".join(dict.fromkeys(stage.blocks))) for stage in network.stages)
-    return dataclasses.replace(network, name=f"{network.name}-blocks", stages=stages, features=(0, 1, 2, 3))
+    return sha256(json.dumps([dataclasses.asdict(network.small()), made_by]).encode())[:8]
 
 
 def try_lowerings(
-    network: Variant, precision: str, batch: int, execute: Execute, *, progress: Progress = lambda _: None
+    network: Network, precision: str, batch: int, execute: Execute, *, progress: Progress = lambda _: None
 ) -> tuple[LoweringVerdict, ...]:
-    """Build and run each lowering of `small_network(network)` on a batch of different images, against float64.
+    """Build and run each lowering of `network.small()` on a batch of different images, against float64.
 
     Args:
         execute: (lowering, model, images) -> outputs by name, and milliseconds of a call; what it raises is a verdict.
     """
-    small = small_network(network)
-    model = load_model(small)
+    small = network.small()
+    family = family_of(small)
+    weights = family.weights(small)
     images = np.random.default_rng(0).standard_normal((batch, 3, *small.image_size)).astype(np.float32)
-    exact = _eager(model.double(), images)
-    tolerances = _tolerances(small, precision, images, exact)
+    exact = _eager(family.module(small, weights).double(), small, images)
+    eager = family.module(small, weights)
+    if precision != "fp32":
+        eager = family.rounded(eager, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+    tolerances = _tolerances(precision, _eager(eager, small, images), exact)
     verdicts = []
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder, "function.onnx")
@@ -199,26 +195,26 @@ def _verdict(
 
 
 @torch.inference_mode()
-def _eager(model: torch.nn.Module, images: NDArray[np.float32]) -> Outputs:
+def _eager(model: torch.nn.Module, network: Network, images: NDArray[np.float32]) -> Outputs:
     """One image at a time, so that no slot can disturb another."""
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
-    maps: dict[str, list[Any]] = {}
+    outputs: dict[str, list[Any]] = {}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for image in torch.from_numpy(images):
-            for i, result in enumerate(model(image[None].to(device, dtype))):
-                maps.setdefault(f"feature_map_{i}", []).append(result.double().cpu().numpy())
-    return {name: np.concatenate(results) for name, results in maps.items()}
+            results = model(image[None].to(device, dtype))
+            results = results if isinstance(results, tuple) else (results,)
+            for name, result in zip(network.output_names(), results, strict=True):
+                outputs.setdefault(name, []).append(result.double().cpu().numpy())
+    return {name: np.concatenate(results) for name, results in outputs.items()}
 
 
-def _tolerances(small: Variant, precision: str, images: NDArray[np.float32], exact: Outputs) -> dict[str, float]:
+def _tolerances(precision: str, rounded: Outputs, exact: Outputs) -> dict[str, float]:
     """Twice the error of eager PyTorch in that precision, on the same images."""
-    model, row = load_model(small), PRECISIONS[precision]
-    if row.is_half:
-        model = half_network(model, row.dtype)
-    rounded = _eager(model, images)
-    least = 0.0 if row.is_half else 1e-4  # two orders of summation differ by more than one does from exact
+    least = (
+        0.0 if PRECISIONS[precision].is_half else 1e-4
+    )  # two orders of summation differ by more than one does from exact
     return {name: max(least, 2 * float(np.abs(rounded[name] - exact[name]).max())) for name in exact}
 
 

@@ -15,12 +15,12 @@ import numpy as np
 import onnx
 import surface
 import torch
+from dat_deploy.checkpoint import model_from_weights, save_checkpoint, seeded_weights
+from dat_deploy.configuration import variant_from_config
 from PIL import Image
 
 from dat_deploy import api
 from dat_deploy.benchmark import Record
-from dat_deploy.checkpoint import model_from_weights, save_checkpoint, seeded_weights
-from dat_deploy.configuration import variant_from_config
 from dat_deploy.engine import lowering_choice
 from dat_deploy.engine.passport import Verdict, read_passport, record_verdict, sha256, write_engine
 from dat_deploy.plugins import tuning

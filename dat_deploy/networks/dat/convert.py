@@ -1,21 +1,18 @@
 """An official checkpoint -> .safetensors, which cannot hold code."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dat_deploy.files import check_output
 from dat_deploy.networks.checkpoint_file import check_checkpoint
 from dat_deploy.networks.dat.variants import Variant
-
-if TYPE_CHECKING:
-    from dat_deploy.networks.dat.checkpoint import Weights
+from dat_deploy.networks.family import Weights
 
 # What loads torch is imported after the checks, so that a misspelt path is told at once.
 
 __all__ = ["convert"]
 
 
-def convert(checkpoint: Path, output: Path, *, force: bool = False) -> tuple[Variant, "Weights"]:
+def convert(checkpoint: Path, output: Path, *, force: bool = False) -> tuple[Variant, Weights]:
     """Rewrite a checkpoint; see `checkpoint.convert_checkpoint`.
 
     Args:
