@@ -159,15 +159,15 @@ def with_expressions(trt: Any, job: Callable[[Any, Any], None]) -> None:
 class Planned:
     """One node in the hands of TensorRT's layer: what a build does with it up to the kernel, step by step."""
 
-    def __init__(self, trt: Any, builder: Any, operator: str, attributes: dict[str, int]) -> None:
+    def __init__(self, trt: Any, builder: Any, operator: str, attributes: dict[str, Any]) -> None:
         import numpy as np
 
         self.trt, self.builder = trt, builder
         creator = trt.get_plugin_registry().get_creator(operator, "1", "dat_deploy")
-        fields = [
-            trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
-            for name, value in attributes.items()
-        ]
+        fields = []
+        for name, value in attributes.items():
+            array = np.array(value, np.float32 if isinstance(value, (float, list)) else np.int32).reshape(-1)
+            fields.append(trt.PluginField(name, array, getattr(trt.PluginFieldType, array.dtype.name.upper())))
         request = trt.QuickPluginCreationRequest.STRICT_AOT
         collection = trt.PluginFieldCollection(fields)
         self.plugin = creator.create_plugin(operator, "dat_deploy", collection, trt.TensorRTPhase.BUILD, request)

@@ -142,13 +142,16 @@ def _translation(specified: Specification) -> Callable[..., _Value]:
     )
     operator = onnxscript.values.Op(DOMAIN, specified.name, schema)
 
-    def add_node(*tensors: _Value, **attributes: Any) -> _Value:
-        values = {name: _attribute(kind, attributes[name]) for name, kind in specified.attributes.items()}
-        return operator(*tensors, **values, **PLUGIN_ATTRIBUTES)  # type: ignore[no-any-return]  # untyped library
+    names = (*specified.inputs, *specified.attributes)
+
+    def add_node(*arguments: Any, **named: Any) -> _Value:
+        values = {**dict(zip(names, arguments, strict=False)), **named}
+        attributes = {name: _attribute(kind, values[name]) for name, kind in specified.attributes.items()}
+        tensors = [values[name] for name in specified.inputs]
+        return operator(*tensors, **attributes, **PLUGIN_ATTRIBUTES)  # type: ignore[no-any-return]  # untyped library
 
     annotations = {name: _annotation(kind) for name, kind in specified.attributes.items()}
     either = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = (*specified.inputs, *specified.attributes)
     add_node.__signature__ = inspect.Signature([inspect.Parameter(name, either) for name in names])  # type: ignore[attr-defined]  # see inspect.signature
     add_node.__annotations__ = annotations
     return add_node
