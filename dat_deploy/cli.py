@@ -558,7 +558,7 @@ def validate(
             write_page(report, html, force=force)
         out.print(f"page: {html}")
     _notes(report.notes)
-    if report.differs and engine.endswith(".onnx"):
+    if report.differs and report.engine.file_kind == "exported":
         tolerated = ("--tolerance", "0.1") if report.engine.precision == "int8" else ()
         _next("bisect", "--engine", engine, *_option("--checkpoint", checkpoint), *tolerated)
     report.raise_if_failed()
@@ -651,7 +651,6 @@ def bisect(
     """Name the first block and operator where an ONNX file differs from PyTorch; exit code 2 if there is one."""
     _check_json(json_file, force=force)
     with Stages("bisect", err) as shown:
-        from dat_deploy.runners import parse_engine
         from dat_deploy.validate import bisect as library
 
         report = library.bisect(engine, checkpoint=checkpoint, images=image, tolerance=tolerance, progress=shown.begin)
@@ -670,8 +669,8 @@ def bisect(
     if report.agrees:
         _next("validate", "--engine", engine, *again)
     else:  # is it the file, or what runs it?
-        runtime, target = parse_engine(engine)
-        other = f"openvino:{target}" if runtime.package != "openvino" else target
+        path = str(report.engine.path)
+        other = path if report.engine.runtime == "openvino" else f"openvino:{path}"
         _next("bisect", "--engine", other, *again)
     report.raise_if_found()
 
@@ -979,7 +978,7 @@ def visualize(
     _write_json(asdict(found), json_file, force=force)
     if len(engine) == 2:
         _next("validate", "--engine", engine[1], *_option("--checkpoint", checkpoint))
-    elif engine[0].startswith("pytorch") and _is_released(found.engines[0].network):
+    elif found.engines[0].path is None and _is_released(found.engines[0].network):
         name = found.engines[0].variant
         size = () if image_size is None else ("--image-size", image_size)
         _next("export", "--variant", name, "--sampling-locations", *_option("--checkpoint", checkpoint), *size)
@@ -1262,9 +1261,9 @@ def _backend_option() -> tuple[str, ...]:
 
 def _after(engine: Path, passport: "Passport", elsewhere: str) -> tuple[object, ...]:
     """The next command: to validate the engine, where it can run."""
-    from dat_deploy.runners import RUNTIMES, reasons_against
+    from dat_deploy.runners import RUNTIMES
 
-    if reasons_against(RUNTIMES[passport.backend]):
+    if RUNTIMES[passport.backend].reasons():
         return (elsewhere, engine) if elsewhere == "inspect" else (elsewhere,)
     if passport.verdict is not None:
         return ("bench", "--engine", engine)
@@ -1344,10 +1343,10 @@ def _option(name: str, value: Path | None) -> tuple[str, ...]:
 
 
 def _check_pytorch_options(engines: list[str], checkpoint: Path | None, features: str | None) -> None:
-    from dat_deploy.runners import parse_engine
+    from dat_deploy.runners import engine_path
 
     for option, value in (("--checkpoint", checkpoint), ("--features", features)):
-        if value is not None and not any(parse_engine(engine)[0].name.startswith("pytorch") for engine in engines):
+        if value is not None and all(engine_path(engine) for engine in engines):
             raise DatDeployError(
                 f"{option} is for pytorch:VARIANT, but {', '.join(engines)} holds its own; leave the option out."
             )

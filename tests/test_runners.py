@@ -10,7 +10,7 @@ from dat_deploy.errors import DatDeployError, EngineBuildError, ShapeError, Unsu
 from dat_deploy.export import LOWERINGS, export, relower
 from dat_deploy.networks.dat.checkpoint import load_model
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
-from dat_deploy.runners import RUNTIMES, open_runner, parse_engine, reasons_against
+from dat_deploy.runners import RUNTIMES, open_runner, parse_engine
 
 ONNX_RUNTIMES = [name for name, runtime in RUNTIMES.items() if runtime.target == "FILE.onnx"]
 
@@ -53,7 +53,7 @@ def test_openvino_agrees_with_pytorch(lowering, files, noise, expected):
 
 
 def test_openvino_in_bfloat16_computes_in_bfloat16(files, noise, expected):
-    reasons = reasons_against(RUNTIMES["openvino-bf16"])
+    reasons = RUNTIMES["openvino-bf16"].reasons()
     if reasons:
         pytest.skip("; ".join(reasons))
     with open_runner(f"openvino-bf16:{files['function']}") as runner:
@@ -166,7 +166,7 @@ def test_plugin_file_is_refused_where_no_plugin_runs(runtime, files):
 
 
 def test_cuda_is_refused_where_there_is_none(files):
-    if not reasons_against(RUNTIMES["onnxruntime-cuda"]):
+    if not RUNTIMES["onnxruntime-cuda"].reasons():
         pytest.skip("this ONNX Runtime has CUDA")
     with pytest.raises(UnsupportedError) as error:
         open_runner(f"onnxruntime-cuda:{files['function']}")

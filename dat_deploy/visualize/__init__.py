@@ -14,7 +14,7 @@ from dat_deploy.files import check_output
 from dat_deploy.images.preprocess import check_images, preprocess, read_image
 from dat_deploy.networks.dat.sampling import pixels_from_locations
 from dat_deploy.networks.dat.variants import Variant
-from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
+from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner
 from dat_deploy.visualize.plotting import BlockPoints, distances_px, plot_points
 
 # What loads torch is imported after the checks, so that a wrong argument is told at once.
@@ -91,7 +91,10 @@ def visualize(
         _check_has_points(check_engine(engine, checkpoint=checkpoint, image_size=image_size))
     picture = read_image(image)
     with contextlib.ExitStack() as stack:
-        runners = [stack.enter_context(_open(engine, checkpoint, image_size)) for engine in engines]
+        runners = [
+            stack.enter_context(open_runner(engine, checkpoint=checkpoint, image_size=image_size, sampled_points=True))
+            for engine in engines
+        ]
         described = tuple(runner.description for runner in runners)
         _check_same_network(described)
         preprocessing = described[0].preprocessing
@@ -101,18 +104,6 @@ def visualize(
     plot_points(photograph.clip(0, 1), image.name, described, points, output, force=force)
     blocks = tuple(_summary(described[0].network, versions) for versions in zip(*points, strict=True))
     return Visualization(output, image, described, blocks)
-
-
-def _open(engine: str, checkpoint: Path | None, image_size: tuple[int, int] | None) -> Runner:
-    runtime, target = parse_engine(engine)
-    if runtime.package != "torch":  # an exported file gives its points or does not
-        return open_runner(engine, checkpoint=checkpoint, image_size=image_size)
-    from dat_deploy.runners.pytorch_runner import PytorchRunner
-
-    compiled = runtime.name == "pytorch-compile"
-    return PytorchRunner(
-        target, engine, checkpoint=checkpoint, image_size=image_size, sampled_points=True, compiled=compiled
-    )
 
 
 def _check_has_points(about: EngineOutline) -> None:
@@ -153,7 +144,7 @@ def _sampled_points(runner: Runner, image_nchw: NDArray[np.float32]) -> list[Blo
 
     about = runner.description
     network = about.network
-    outputs = runner.outputs(np.repeat(image_nchw, about.least_batch, axis=0))
+    outputs = runner.in_batches(image_nchw)
     points = []
     for i, j in network.deformable_blocks:
         locations = _finite(about, f"sampling_locations_{i}_{j}", outputs)  # G, Hk, Wk, 2
