@@ -23,11 +23,11 @@ from gpu_cases import Case  # noqa: E402
 from gpu_operators import dtypes_of  # noqa: E402
 from gpu_plan import launches_of  # noqa: E402
 
-from dat_deploy.benchmark.tune_network import DTYPES  # noqa: E402
 from dat_deploy.benchmark.worker import end_with_parent  # noqa: E402
 from dat_deploy.errors import DatDeployError, OutputError, UnsupportedError  # noqa: E402
 from dat_deploy.plugins import trt_plugin  # noqa: E402
 from dat_deploy.plugins.precompiled import Entry, Needed, key, precompile, write_index  # noqa: E402
+from dat_deploy.precision import PRECISIONS  # noqa: E402
 
 __all__ = ["launches", "needed"]
 
@@ -37,7 +37,7 @@ PACKAGES = ("onnx-ir", "nvidia-ml-py")  # newer than that machine's; what torch 
 
 def launches(case: Case, precision: str, what: str) -> Iterator[Needed]:
     """Those of a case; `what` as in `gpu_operators.check`."""
-    dtypes = dtypes_of(case, DTYPES[precision])
+    dtypes = dtypes_of(case, PRECISIONS[precision].dtype)
     node = trt_plugin.Node(case.operator, tuple(int(value) for value in case.attributes.values()))
     problem = node.problem(tuple(case.inputs.values()), tuple(dtypes.values())[:-1])
     kernel = node.specification.kernel

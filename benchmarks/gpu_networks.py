@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_operators import DTYPES, SLACK, tuned_share
+from gpu_operators import SLACK, tuned_share
 from gpu_record import Found
 from gpu_timing import Call
 from torch import Tensor
@@ -24,6 +24,7 @@ from dat_deploy.networks.dat.checkpoint import Weights, load_weights, model_from
 from dat_deploy.networks.dat.model import half_network
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.plugins.dispatch import recorded_jobs
+from dat_deploy.precision import PRECISIONS
 
 __all__ = ["check", "engine", "measure", "ncu", "profile", "tests", "tune"]
 
@@ -72,7 +73,7 @@ def judged(variant: Variant, logits: Tensor, precision: str) -> tuple[dict[str, 
     exact, eager = answers(variant, len(logits), logits.device, precision)
     largest, error = exact.abs().max().item(), (logits.double() - exact).abs().amax(dim=1)
     own = (eager - exact).abs().max().item()
-    allowed = 2 * own + SLACK[DTYPES[precision]] * largest
+    allowed = 2 * own + SLACK[PRECISIONS[precision].dtype] * largest
     wrong = int((~(error <= allowed)).sum())  # a NaN is wrong, too
     numbers = {"max_logit_error": error.max().item(), "allowed_error": allowed}
     sentence = f"wrong in {wrong} of {len(logits)} slots: a logit is off by {numbers['max_logit_error']:.3g}"

@@ -16,7 +16,6 @@ from gpu_cases import FLOAT32_INPUTS, Case
 from gpu_record import Found
 from torch import Tensor
 
-from dat_deploy.benchmark.tune_network import DTYPES
 from dat_deploy.networks.dat.model import FUSED, REFERENCE, reference_points
 from dat_deploy.plugins import tuning
 from dat_deploy.plugins.deformable_attention.reference import interpolated_bias
@@ -28,8 +27,9 @@ from dat_deploy.plugins.window_attention.reference import (
     window_merge,
     window_partition,
 )
+from dat_deploy.precision import PRECISIONS
 
-__all__ = ["DTYPES", "SLACK", "ceilings", "check", "dtypes_of", "make_inputs", "measure", "tuned_share"]
+__all__ = ["SLACK", "ceilings", "check", "dtypes_of", "make_inputs", "measure", "tuned_share"]
 
 # Half a unit in the last place, for results are rounded; in float32 the exponentials, approximate to 2 units, and sums.
 SLACK = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 1e-6}
@@ -102,7 +102,7 @@ def check(case: Case, what: str, gpu: Any, *, dtype: str = "fp16") -> Found:
         what: default, as the operator launches it; configurations, in each; unaligned, on views that begin anywhere;
             graph, replayed from a CUDA graph on other inputs.
     """
-    operator, kind = functools.partial(getattr(FUSED, case.operator), **case.attributes), DTYPES[dtype]
+    operator, kind = functools.partial(getattr(FUSED, case.operator), **case.attributes), PRECISIONS[dtype].dtype
     inputs = make_inputs(case, 1, gpu.device, kind, stress=True)
     if what == "unaligned":  # one element into a buffer
         buffers = {name: x.new_empty(x.numel() + 1)[1:] for name, x in inputs.items()}

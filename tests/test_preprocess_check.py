@@ -28,13 +28,14 @@ from dat_deploy import api, cli
 from dat_deploy.engine import package as package_module
 from dat_deploy.engine.passport import Profile, write_engine
 from dat_deploy.errors import DatDeployError, ExportError, ImageError, ShapeError, VerificationError
+from dat_deploy.images import mistakes
 from dat_deploy.images import preprocess as preprocess_module
 from dat_deploy.images.labels import imagenet_class_names
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import Preprocessing, golden_picture, golden_sha256, preprocess
 from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.networks.dat.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
-from dat_deploy.runners import Runner
+from dat_deploy.runners import Runner, engine_metadata
 from dat_deploy.runners.base import Images, describe
 from dat_deploy.validate import preprocessing as module
 from dat_deploy.validate.preprocessing import GOLDEN, PreprocessingReport, check_preprocessing
@@ -131,7 +132,7 @@ def test_a_package_carries_it_in_its_passport(monkeypatch: pytest.MonkeyPatch, t
         progress=lambda _: None,
     )
     write_engine(tmp_path / "demo.pt2", content, passport)
-    recorded = module._recorded(str(tmp_path / "demo.pt2"))
+    recorded = engine_metadata(str(tmp_path / "demo.pt2"))
     assert recorded is not None
     assert recorded.golden_sha256 == GOLDEN_SHA256["demo"]
 
@@ -435,15 +436,15 @@ def test_an_antialiased_resize_that_is_half_a_pixel_off_is_named(pixels: float, 
 
 @pytest.mark.parametrize(
     "row",
-    [(0, i) for i in range(1, len(module.RESAMPLINGS))] + [(1, i) for i in range(1, len(module.FRAMES))],
-    ids=lambda row: (module.RESAMPLINGS, module.FRAMES)[row[0]][row[1]][0],
+    [(0, i) for i in range(1, len(mistakes.RESAMPLINGS))] + [(1, i) for i in range(1, len(mistakes.FRAMES))],
+    ids=lambda row: (mistakes.RESAMPLINGS, mistakes.FRAMES)[row[0]][row[1]][0],
 )
 @pytest.mark.usefixtures("fake")
 def test_every_row_of_the_tables_is_told_from_every_other(row: tuple[int, int], tmp_path: Path) -> None:
     table, i = row
-    resample = module.RESAMPLINGS[i if table == 0 else 0]
-    frame = module.FRAMES[i if table == 1 else 0]
-    pipeline = module._Pipeline((), resample[1], frame[1], 1 / (255 * STD), -MEAN / STD, False, False)
+    resample = mistakes.RESAMPLINGS[i if table == 0 else 0]
+    frame = mistakes.FRAMES[i if table == 1 else 0]
+    pipeline = mistakes.Pipeline((), resample[1], frame[1], 1 / (255 * STD), -MEAN / STD, False, False)
     report = check(pipeline(golden_picture(), TINY).astype(np.float32), tmp_path)
     assert report.comparisons[1].mistakes == ((resample if table == 0 else frame)[0],)
 

@@ -13,12 +13,12 @@ from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration, Problem
 from dat_deploy.plugins.tuning import measured, store
+from dat_deploy.precision import PRECISIONS
 
-__all__ = ["DTYPES", "TunedLaunch", "Tuning", "tune_network"]
+__all__ = ["TunedLaunch", "Tuning", "tune_network"]
 
 DEVICE = "cuda"
 ALIKE = {torch.float16: 2**-8, torch.bfloat16: 2**-5, torch.float32: 1e-4}  # of the largest output
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def tune_network(
             f"torch {torch.__version__} sees no CUDA device here, and kernels are measured on one; "
             f"run this where one is."
         )
-    dtype = DTYPES[precision]
+    dtype = PRECISIONS[precision].dtype
     model = load_model(network, fused=True)
     if dtype != torch.float32:
         model = half_network(model, dtype)  # what ships: a table in float32 makes another problem of a launch

@@ -24,6 +24,7 @@ __all__ = [
     "Outputs",
     "Runner",
     "describe",
+    "graph_in_batches",
     "in_batches",
     "no_plugin_here",
 ]
@@ -312,6 +313,11 @@ def in_batches(
             results.setdefault(name, np.empty((count, *values.shape[1:]), values.dtype))[slots] = values
         first += size
     return results
+
+
+def graph_in_batches(about: EngineOutline, graph: Graph, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """What a part of an engine's file gives for N images, see `in_batches`."""
+    return in_batches(about, feeds, lambda batch: {"": graph(batch)})[""]
 
 
 def describe(

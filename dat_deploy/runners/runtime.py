@@ -53,6 +53,11 @@ class Runtime:
         """Whether its target is a network in PyTorch, which takes a checkpoint and features, and no file."""
         return self.target == "VARIANT"
 
+    @property
+    def takes_exported(self) -> bool:
+        """Whether its target is an ONNX file of `export`."""
+        return self.target == "FILE.onnx"
+
     def reasons(self) -> list[str]:
         """Why it cannot run here; empty if it can."""
         return self._missing() or self.own_reasons()
@@ -78,7 +83,7 @@ class Runtime:
         """What the target's file says of itself, read alone; None if it is no file of this package."""
         if self.has_passport:
             return read_passport(Path(target)).metadata
-        return read_metadata(Path(target)) if self.target == "FILE.onnx" else None
+        return read_metadata(Path(target)) if self.takes_exported else None
 
     def outline(
         self, target: str, name: str, *, image_size: tuple[int, int] | None, features: Sequence[int] | None
@@ -102,7 +107,7 @@ class Runtime:
             passport, _ = open_engine(path)
             check_backend(path, passport, self.name)
             metadata, outputs, profiles = passport.metadata, passport.outputs, passport.profiles
-        elif self.target == "FILE.onnx":
+        elif self.takes_exported:
             model = load_onnx(path)
             metadata = FileMetadata.from_properties({entry.key: entry.value for entry in model.metadata_props}, path)
             if metadata.lowering == "plugin":

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from dat_deploy.export.subgraph import model_up_to, operator_model
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import preprocess_files
 from dat_deploy.networks.dat.boundaries import Block, Step, block_boundaries, network_blocks
-from dat_deploy.networks.dat.model import DAT, REFERENCE
-from dat_deploy.plugins.deformable_attention.reference import attention_with_bias, interpolated_bias
-from dat_deploy.runners import Runner, open_runner, parse_engine
-from dat_deploy.runners.base import Graph
+from dat_deploy.networks.dat.model import DAT
+from dat_deploy.precision import PRECISIONS
+from dat_deploy.runners import Runner, open_runner
+from dat_deploy.runners.base import Graph, graph_in_batches
 from dat_deploy.validate.bisect_report import PHOTOGRAPHS, BisectReport, Progress, Run
-from dat_deploy.validate.comparison import DTYPES, precision_of, rounds_everything
+from dat_deploy.validate.defaults import FP32_TOLERANCE
 from dat_deploy.validate.hooks import captured
-from dat_deploy.validate.kinds import FP32_TOLERANCE
+from dat_deploy.validate.operator_alone import mistakes, operator_output
 from dat_deploy.validate.reference import Reference, open_reference
 from dat_deploy.validate.stress import stress_images
 
@@ -95,8 +95,8 @@ class _Search:
         self.runs: list[Run] = []
         self.part: str | None = None
         self.hint = ""
-        _, target = parse_engine(self.about.name)
-        self.model = ir.load(target)
+        assert self.about.path is not None  # `bisect` has refused what is no exported file
+        self.model = ir.load(self.about.path)
         self.boundaries = block_boundaries(self.model.metadata_props)
         # the first of its module: `--sampling-locations` calls the attention again, with values that are constant
         records = reversed(operator_records(self.model.metadata_props))
@@ -110,14 +110,14 @@ class _Search:
         self.images = preprocess_files(paths, self.about.preprocessing)
         if not images:
             self.images = np.concatenate([self.images, *stress_images(self.about.image_size).values()])
-        precision = precision_of(self.about)
-        if tolerance is None and precision != "fp32" and precision not in DTYPES:
+        precision = PRECISIONS[self.about.answer_precision]
+        if tolerance is None and not precision.is_exported:
             raise DatDeployError(
-                f"{self.about.name} is in {precision}, in which PyTorch's own error is not known. "
+                f"{self.about.name} is in {precision.name}, in which PyTorch's own error is not known. "
                 f"Say what is allowed: --tolerance 0.01"
             )
         self.scale = FP32_TOLERANCE if tolerance is None else tolerance
-        self.dtype = DTYPES[precision] if tolerance is None and precision != "fp32" else None
+        self.dtype = precision.dtype if tolerance is None and precision.is_half else None
         self.exact: dict[tuple[str, str], Array] = {}
         self.allowed: dict[tuple[str, str], float] = {}
 
@@ -143,7 +143,7 @@ class _Search:
         self.progress("the whole engine")
         expected: dict[str, list[Array]] = {name: [] for name in self.about.outputs}
         rounded: dict[str, float] = dict.fromkeys(expected, 0.0)
-        networks, lowered = self.networks(), (self.dtype, rounds_everything(self.about))
+        networks, lowered = self.networks(), (self.dtype, self.about.rounds_locations)
 
         def answers(image: Array) -> list[list[Array]]:
             return [_outputs(network, image, dtype) for network, dtype in networks]
@@ -157,7 +157,7 @@ class _Search:
         joined = {name: np.concatenate(values) for name, values in expected.items()}
         for name, value in joined.items():
             self.check_finite(name, value, rounded[name])
-        got = self.batched(self.runner.outputs, len(self.images), lambda slots: self.images[slots])
+        got = self.runner.in_batches(self.images)
         # an output may err as `validate` lets it
         found = [
             Run(name, name, _error(got[name], value), max(self.scale, 2 * rounded[name]))
@@ -236,7 +236,7 @@ class _Search:
             ) from error
         run = self.runner.open_graph(part)
         source = (step.module, step.side)
-        got = self.batched(_as_outputs(run), len(self.images), lambda slots: {"image": self.images[slots]})["output"]
+        got = graph_in_batches(self.about, run, {"image": self.images})
         found = Run(name, tensor, _error(got, self.exact[source]), self.allowed[source])
         self.runs.append(found)
         if step.side == "locations" and not found.passed:
@@ -253,11 +253,11 @@ class _Search:
         graph = self.runner.open_graph(operator_model(self.model, record))
         inputs = {name: torch.from_numpy(value) for name, value in self.operator_inputs(block, record).items()}
         module = self.reference.model.get_submodule(block.name)
-        exact = _operator(module, record, inputs)
+        exact = operator_output(module, record, inputs)
         allowed = self.scale * max(1.0, float(np.abs(exact).max()))
         if self.dtype is not None:
-            of_locations = self.dtype if rounds_everything(self.about) else torch.float32
-            rounded = _operator(module, record, inputs, self.dtype, of_locations)
+            of_locations = self.dtype if self.about.rounds_locations else torch.float32
+            rounded = operator_output(module, record, inputs, self.dtype, of_locations)
             allowed = max(allowed, 2 * float(np.abs(rounded - exact).max()))
         got = self.fed(graph, inputs)
         found = Run(f"{block.name}: {step.name} alone", record.output, _error(got, exact), allowed)
@@ -266,9 +266,9 @@ class _Search:
             if step.name == "deformable_attention":
                 # Without the bias, which far points do not have, is it right?
                 far = {**inputs, "sampling_locations": torch.full_like(inputs["sampling_locations"], FAR_AWAY)}
-                if _error(self.fed(graph, far), _operator(module, record, far)) <= allowed:
+                if _error(self.fed(graph, far), operator_output(module, record, far)) <= allowed:
                     self.part = "bias"
-            for label, output in _mistakes(module, record, inputs):
+            for label, output in mistakes(module, record, inputs):
                 if _error(got, output) <= allowed:
                     self.hint = f"it behaves as if {label}"
                     break
@@ -279,12 +279,7 @@ class _Search:
             raise _LimitReachedError
 
     def fed(self, graph: Graph, inputs: Mapping[str, torch.Tensor]) -> Array:
-        arrays = {name: value.numpy() for name, value in inputs.items()}
-
-        def slots_of(slots: list[int]) -> dict[str, Array]:
-            return {name: value[slots] for name, value in arrays.items()}
-
-        return self.batched(_as_outputs(graph), len(self.images), slots_of)["output"]
+        return graph_in_batches(self.about, graph, {name: value.numpy() for name, value in inputs.items()})
 
     def operator_inputs(self, block: Block, record: OperatorRecord) -> dict[str, Array]:
         steps = {step.name: step for step in block.steps}
@@ -319,7 +314,7 @@ class _Search:
         exact = (self.reference.model, torch.float32)
         if self.dtype is None:
             return [exact]
-        return [exact, self.reference.rounded(self.dtype, rounds_everything(self.about))]
+        return [exact, self.reference.rounded(self.dtype, self.about.rounds_locations)]
 
     def compare(self, sources: Sequence[tuple[str, str]]) -> None:
         """Let PyTorch make the tensors `sources`, and with them what each is allowed.
@@ -331,7 +326,7 @@ class _Search:
             return
         rounded = dict.fromkeys(sources, 0.0)
         found: dict[tuple[str, str], list[Array]] = {source: [] for source in sources}
-        networks, lowered = self.networks(), (self.dtype, rounds_everything(self.about))
+        networks, lowered = self.networks(), (self.dtype, self.about.rounds_locations)
 
         def inside(image: Array) -> list[dict[tuple[str, str], Array]]:
             return [captured(network, sources, image[None], dtype) for network, dtype in networks]
@@ -357,25 +352,9 @@ class _Search:
             )
         if not math.isfinite(rounded):
             raise DatDeployError(
-                f"eager PyTorch in {precision_of(self.about)} overflows at {name}, so its error is no measure. "
+                f"eager PyTorch in {self.about.answer_precision} overflows at {name}, so its error is no measure. "
                 f"Say what is allowed: --tolerance {FP32_TOLERANCE:g}"
             )
-
-    def batched(
-        self, run: Callable[[Any], Mapping[str, Array]], count: int, feeds: Callable[[list[int]], Any]
-    ) -> dict[str, Array]:
-        """All images at once, or in batches of the size that the file has."""
-        got: dict[str, list[Array]] = {}
-        batch = self.about.batch or count
-        for first in range(0, count, batch):
-            slots = [(first + slot) % count for slot in range(batch)]
-            for name, values in run(feeds(slots)).items():
-                got.setdefault(name, []).append(values)
-        return {name: np.concatenate(values)[:count] for name, values in got.items()}
-
-
-def _as_outputs(graph: Graph) -> Callable[[Any], Mapping[str, Array]]:
-    return lambda feeds: {"output": graph(feeds)}
 
 
 def _error(got: Array, exact: Array) -> float:
@@ -425,74 +404,3 @@ def _image(image: Array, dtype: torch.dtype) -> torch.Tensor:
 def _outputs(network: DAT, image: Array, dtype: torch.dtype) -> list[Array]:
     results = network(_image(image, dtype))
     return [result.float().numpy() for result in (results if isinstance(results, tuple) else (results,))]
-
-
-def _parameters(module: torch.nn.Module, record: OperatorRecord) -> dict[str, torch.Tensor]:
-    """Of the operator, those that are weights."""
-    found = {}
-    if record.operator != "deformable_sample":
-        found["relative_position_bias_table"] = module.get_parameter("relative_position_bias_table").data
-    if record.operator == "neighborhood_attention":
-        found["padding_qkv"] = module.get_parameter("proj_qkv.bias").data
-    return found
-
-
-@torch.inference_mode()
-def _operator(
-    module: torch.nn.Module,
-    record: OperatorRecord,
-    inputs: Mapping[str, torch.Tensor],
-    dtype: torch.dtype = torch.float64,
-    of_locations: torch.dtype | None = None,
-) -> Array:
-    """One of our operators in eager PyTorch, with the weights of its module."""
-    values = {
-        name: value.to(of_locations or dtype if name == "sampling_locations" else dtype)
-        for name, value in {**_parameters(module, record), **inputs}.items()
-    }
-    output = getattr(REFERENCE, record.operator)(**values, **record.attributes)
-    return output.double().numpy()  # type: ignore[no-any-return]  # found by name
-
-
-def _mistakes(
-    module: torch.nn.Module, record: OperatorRecord, inputs: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, Array]]:
-    """What an operator would give if it were wrong in one of the ways that exports and runtimes often are."""
-    attributes = record.attributes
-    weights = _parameters(module, record)
-
-    def changed(**values: torch.Tensor) -> Array:
-        return _operator(module, record, {**inputs, **values})
-
-    if "sampling_locations" in inputs:
-        locations = inputs["sampling_locations"].double()
-        yield "x and y of the locations were swapped", changed(sampling_locations=locations.flip(-1))
-    if record.operator == "deformable_sample":
-        sides = torch.tensor(inputs["value"].shape[1:3]).double()
-        moved = ((locations + 1) * sides - 1) / (sides - 1).clamp(min=1) - 1
-        yield "it read with align_corners=False", changed(sampling_locations=moved)
-        index = ((locations + 1) / 2 * (sides - 1)).round()
-        yield "it read the nearest pixel", changed(sampling_locations=index / (sides - 1).clamp(min=1) * 2 - 1)
-        yield "it read the border outside the map", changed(sampling_locations=locations.clamp(-1, 1))
-    if record.operator == "window_attention" and attributes["shift_size"]:
-        unshifted = replace(record, attributes={**attributes, "shift_size": 0})
-        yield "its windows were not shifted", _operator(module, unshifted, inputs)
-    table = weights.get("relative_position_bias_table")
-    if table is None:
-        return
-    yield "the bias table were zero", changed(relative_position_bias_table=torch.zeros_like(table))
-    if record.operator == "window_attention":
-        side = 2 * attributes["window_size"] - 1
-        transposed = table.reshape(side, side, -1).transpose(0, 1).reshape(table.shape)
-    else:
-        transposed = table.transpose(1, 2)
-    yield "the bias table were transposed", changed(relative_position_bias_table=transposed)
-    if record.operator == "deformable_attention":
-        query, half_pixel = inputs["query"].double(), bool(attributes["half_pixel_queries"])
-        keys = (query, inputs["key"].double(), inputs["value"].double())
-        for label, flag, aligned in (
-            ("its table were read with align_corners=False", half_pixel, False),
-            (f"half_pixel_queries were {int(not half_pixel)}", not half_pixel, True),
-        ):
-            bias = interpolated_bias(table, locations, query.shape[1], query.shape[2], flag, align_corners=aligned)
-            yield label, attention_with_bias(*keys, bias, attributes["num_heads"]).numpy()

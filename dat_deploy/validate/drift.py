@@ -14,10 +14,10 @@ from dat_deploy.export.subgraph import model_up_to
 from dat_deploy.networks.dat.model import DAT
 from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.runners import Runner
+from dat_deploy.runners.base import Images
 
 __all__ = ["BlockDrift", "Locations", "block_drift", "distances_px", "engine_locations", "network_locations"]
 
-Images = NDArray[np.float32]
 Locations = NDArray[np.float32]  # B, G, Hk, Wk, 2, last axis (y, x)
 
 

@@ -2,11 +2,10 @@
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+
+from dat_deploy.runners.base import Images
 
 __all__ = ["LOCATIONS", "stress_images", "stress_locations"]
-
-Images = NDArray[np.float32]
 
 
 def stress_images(size: tuple[int, int]) -> dict[str, Images]:
