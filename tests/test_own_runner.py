@@ -179,5 +179,5 @@ def test_an_entry_point_that_is_broken_says_so_and_breaks_nothing_else(
     with pytest.raises(UnsupportedError) as error:
         check_engine(f"broken:{file}")
     assert str(error.value) == f"broken cannot run here: its entry point {value} {reason}"
-    with pytest.raises(UnsupportedError, match="^broken cannot run here: its entry point"):
+    with pytest.raises(UnsupportedError, match=r"^broken cannot run here: its entry point"):
         open_runner(f"broken:{file}")

@@ -1,4 +1,4 @@
-"""A runtime of one's own: exported files in ONNX's reference evaluator, which is NumPy alone. Slow, and easy to read."""
+"""A runtime of one's own: exported files in ONNX's reference evaluator, which is NumPy alone, and slow."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ Array = NDArray[np.float32]
 
 
 class NumpyRunner(Runner):
-    """Everything that validate, bench, classify and bisect need: a description, `_run`, `close`; `open_graph` if it can."""
+    """What validate, bench, classify and bisect need: a description, `_run`, `close`; and `open_graph` if it can."""
 
     def __init__(
         self, path: Path, name: str, *, image_size: tuple[int, int] | None = None, threads: int | None = None
