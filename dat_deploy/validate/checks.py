@@ -87,6 +87,12 @@ def _largest_error(got: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.abs(got.astype(np.float64) - expected).max())
 
 
+def _is_full(comparison: "Comparison") -> bool:
+    """Whether nothing is rounded to less than float32."""
+    precision = PRECISIONS[comparison.about.answer_precision]
+    return precision.is_exported and not precision.is_half
+
+
 class PreprocessingCheck(CheckKind):
     """The file's own preprocessing against that of its network's training: both sides of every other check use it."""
 
@@ -191,9 +197,9 @@ class SlotsCheck(CheckKind):
         detail = f"one image in every slot of batch {tried}: {'the same bits' if bits else 'not the same bits'}"
         allowed = comparison.gates.batch_spread
         if allowed is None:
-            is_fp32 = comparison.about.answer_precision == "fp32"
-            largest = max(tolerances.values())
-            allowed = min(FP32_SPREAD, largest) if is_fp32 and comparison.asked_tolerance is None else largest
+            allowed = max(tolerances.values())
+            if comparison.asked_tolerance is None and _is_full(comparison):
+                allowed = min(FP32_SPREAD, allowed)
         yield self.row("batch invariance", spread, allowed, detail)
 
 
@@ -352,9 +358,8 @@ class DataCheck(CheckKind):
     name = "data"
 
     def run(self, comparison: "Comparison") -> Sequence[Check]:
-        precision = comparison.about.answer_precision
         if comparison.data is None:
-            if precision != "int8" or "logits" not in comparison.about.outputs:
+            if PRECISIONS[comparison.about.answer_precision].is_exported or "logits" not in comparison.about.outputs:
                 return []
             detail = "what eight bits cost shows on images alone: give --data"
             return [self.row("top-1", None, comparison.gates.top1_drop, detail, "points")]
@@ -367,7 +372,7 @@ class DataCheck(CheckKind):
             progress=comparison.data_progress,
         )
         # of the logits: thousands of images find rarer inputs than the photographs that it was derived from
-        factor = 1 if comparison.asked_tolerance is not None or precision == "fp32" else 4
+        factor = 1 if comparison.asked_tolerance is not None or _is_full(comparison) else 4
         return accuracy_rows(comparison.accuracy, comparison.gates, factor * comparison.tolerances["logits"])
 
 

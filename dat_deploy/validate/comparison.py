@@ -84,17 +84,17 @@ class Comparison:
         if self.asked_tolerance is not None:
             return dict.fromkeys(self.about.outputs, self.asked_tolerance)
         expected = _joined([self.expected, *self.stress_expected.values()])
-        precision = self.about.answer_precision
-        if precision == "fp32":
-            return dict.fromkeys(expected, FP32_TOLERANCE)
-        if precision == "int8":
+        precision = PRECISIONS[self.about.answer_precision]
+        if not precision.is_exported:
             return {name: INT8_SHARE_OF_SPREAD * float(values.std()) for name, values in self.expected.items()}
+        if not precision.is_half:
+            return dict.fromkeys(expected, FP32_TOLERANCE)
         images = np.concatenate([self.photos, *self.stress.values()])
         errors = self.reference.remembered(("errors", *self.lowered), images, lambda: self._errors(images, expected))
         for name, error in errors.items():
             if not math.isfinite(error):
                 raise DatDeployError(
-                    f"eager PyTorch in {precision} overflows at {name}, so its error is no measure. "
+                    f"eager PyTorch in {precision.name} overflows at {name}, so its error is no measure. "
                     f"Say what is allowed: --tolerance {FP32_TOLERANCE:g}"
                 )
         return {name: 2 * error for name, error in errors.items()}
