@@ -81,7 +81,8 @@ def parse_engine(engine: str) -> tuple[Runtime, str]:
         if not rows:
             files = ", ".join(dict.fromkeys(f"FILE{row.opens}" for row in table.values() if row.opens))
             raise DatDeployError(
-                f"cannot tell what runs '{engine}'; an engine is {files} or RUNTIME:TARGET, such as pytorch:tiny or openvino:tiny.onnx. Runtimes: {', '.join(table)}."
+                f"cannot tell what runs '{engine}'; an engine is {files} or RUNTIME:TARGET, such as pytorch:tiny or "
+                f"openvino:tiny.onnx. Runtimes: {', '.join(table)}."
             )
         return rows[0] if len(rows) == 1 else _built_for(Path(engine), rows), engine
     if name not in table:
