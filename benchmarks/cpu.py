@@ -18,7 +18,7 @@ from rich.console import Console
 from dat_deploy.benchmark import Record, benchmark, plot
 from dat_deploy.export import LOWERINGS, export, relower
 from dat_deploy.networks.dat.variants import VARIANTS
-from dat_deploy.runners import RUNTIMES, reasons_against
+from dat_deploy.runners import RUNTIMES
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 
@@ -66,7 +66,7 @@ def _file(variant: str, form: str) -> str:
 
 
 def _runs(runtime: str) -> bool:
-    return not reasons_against(RUNTIMES[runtime])
+    return not RUNTIMES[runtime].reasons()
 
 
 def _markdown(record: Record, variants: list[str]) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dat_deploy.engine.tensorrt.lowering_choice import LoweringVerdict, stored_verdicts
 from dat_deploy.environment import Hardware, commit, hardware, installed_version, versions
-from dat_deploy.runners import RUNTIMES, reasons_against
+from dat_deploy.runners import runtimes
 
 __all__ = ["Diagnosis", "doctor"]
 
@@ -44,5 +44,5 @@ class Diagnosis:
 def doctor() -> Diagnosis:
     """Look at this environment; nothing is changed."""
     packages = {name: installed_version(name) for name in PACKAGES}
-    runtimes = {name: reasons_against(runtime) for name, runtime in RUNTIMES.items()}
-    return Diagnosis(hardware(), versions(), packages, runtimes, stored_verdicts(), commit())
+    reasons = {name: runtime.reasons() for name, runtime in runtimes().items()}
+    return Diagnosis(hardware(), versions(), packages, reasons, stored_verdicts(), commit())

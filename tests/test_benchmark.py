@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dat_deploy import errors
 from dat_deploy.benchmark import Record, benchmark, compare, environment, plot
 from dat_deploy.benchmark.measure import row_from_rounds
-from dat_deploy.benchmark.record import EngineSettings, Settings
+from dat_deploy.benchmark.record import EngineSettings, RunSettings
 from dat_deploy.benchmark.worker import Timings
 from dat_deploy.environment import Hardware
 from dat_deploy.errors import DatDeployError, OutputError, RecordError, ShapeError, UnsupportedError
@@ -137,7 +137,7 @@ def timings(*turns_ms: list[float]) -> list[Timings]:
 ENGINE = EngineSettings(
     "onnxruntime", "cpu", "fp32", "tiny", (224, 224), False, ("logits",), "function", 2, "ab" * 32, "dat_tiny.pth"
 )
-SETTINGS = Settings(
+SETTINGS = RunSettings(
     engines={"tiny.onnx": ENGINE, "openvino:tiny.onnx": replace(ENGINE, runtime="openvino")},
     baseline="tiny.onnx",
     batches=(1,),

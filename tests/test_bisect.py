@@ -27,7 +27,7 @@ from dat_deploy.export.records import operator_records
 from dat_deploy.networks.dat.boundaries import network_blocks
 from dat_deploy.networks.dat.checkpoint import load_model, official_state_dict_shapes
 from dat_deploy.networks.dat.variants import VARIANTS, StageConfig, Variant
-from dat_deploy.runners import Runner, onnxruntime_runner, open_runner, openvino_runner
+from dat_deploy.runners import EngineDescription, Runner, onnxruntime_runner, open_runner, openvino_runner
 from dat_deploy.validate.bisect import bisect
 from dat_deploy.validate.reference import Reference, open_reference
 
@@ -491,7 +491,7 @@ def test_other_weights_are_an_error(files):
 
 
 def test_precision_that_pytorch_lacks_needs_a_tolerance(find, files, monkeypatch):
-    monkeypatch.setattr(library, "precision_of", lambda about: "int8")
+    monkeypatch.setattr(EngineDescription, "answer_precision", "int8")
     path = files["fp32", "function"]
     with pytest.raises(DatDeployError) as error:
         find(str(path))

@@ -59,11 +59,11 @@ def test_a_fault_slips_through_without_the_checks_that_catch_it_and_not_without_
     """A check says the same whether others ran before it or not; so the kinds that caught each fault say it for all."""
     fault = next(fault for fault in FAULTS if fault.name == name)
     caught_by = tried[name].caught_by
-    blind = faulty_report(fault, "onnxruntime", demo_onnx, tmp_path, demo_reference, skip=caught_by)
+    blind = faulty_report(fault, str(demo_onnx), tmp_path, demo_reference, skip=caught_by)
     assert blind.passed, blind.verdict
     assert blind.verdict.endswith(f"left out on request: {', '.join(k for k in CHECKS if k in caught_by)}.")
     others = [kind for kind in CHECKS if kind not in MEANT_FOR[name]]
-    assert not faulty_report(fault, "onnxruntime", demo_onnx, tmp_path, demo_reference, skip=others).passed
+    assert not faulty_report(fault, str(demo_onnx), tmp_path, demo_reference, skip=others).passed
 
 
 def test_a_missed_fault_fails_the_self_test(tried: dict[str, Tried], demo_onnx: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 from dat_deploy.errors import DatDeployError
 from dat_deploy.images.data_set import DataSet
 from dat_deploy.validate import Check, ValidationReport
-from dat_deploy.validate.accuracy import Accuracy, Flip, Share, Side
-from dat_deploy.validate.checks import accuracy_rows
+from dat_deploy.validate.accuracy import Accuracy, Flip, Share, Side, accuracy_rows
 from dat_deploy.validate.gates import Gates, default_gates
 
 

@@ -43,7 +43,7 @@ from dat_deploy.images.preprocess import (
 )
 from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.networks.dat.variants import VARIANTS
-from dat_deploy.runners import Runner
+from dat_deploy.runners import Runner, engine_metadata
 from dat_deploy.runners.base import Images, describe
 from dat_deploy.validate import preprocessing as module
 from dat_deploy.validate.preprocessing import GOLDEN, PreprocessingReport, check_preprocessing
@@ -142,7 +142,7 @@ def test_a_package_carries_it_in_its_passport(monkeypatch: pytest.MonkeyPatch, t
         ),
     )
     write_engine(tmp_path / "demo.pt2", content, passport)
-    recorded = module._metadata(str(tmp_path / "demo.pt2"))
+    recorded = engine_metadata(str(tmp_path / "demo.pt2"))
     assert recorded is not None
     assert recorded.golden_sha256 == GOLDEN_SHA256["demo"]
 

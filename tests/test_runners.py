@@ -1,16 +1,21 @@
 """Every runtime behind the same interface gives PyTorch's logits, or says in one sentence why it cannot run."""
 
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dat_deploy.engine.passport import Profile
 from dat_deploy.errors import DatDeployError, EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.export import LOWERINGS, export, relower
+from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.networks.dat.checkpoint import load_model
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
-from dat_deploy.runners import RUNTIMES, open_runner, parse_engine, reasons_against
+from dat_deploy.runners import RUNTIMES, EngineDescription, Outputs, Runner, open_runner, parse_engine
 
 ONNX_RUNTIMES = [name for name, runtime in RUNTIMES.items() if runtime.target == "FILE.onnx"]
 
@@ -53,7 +58,7 @@ def test_openvino_agrees_with_pytorch(lowering, files, noise, expected):
 
 
 def test_openvino_in_bfloat16_computes_in_bfloat16(files, noise, expected):
-    reasons = reasons_against(RUNTIMES["openvino-bf16"])
+    reasons = RUNTIMES["openvino-bf16"].reasons()
     if reasons:
         pytest.skip("; ".join(reasons))
     with open_runner(f"openvino-bf16:{files['function']}") as runner:
@@ -166,7 +171,7 @@ def test_plugin_file_is_refused_where_no_plugin_runs(runtime, files):
 
 
 def test_cuda_is_refused_where_there_is_none(files):
-    if not reasons_against(RUNTIMES["onnxruntime-cuda"]):
+    if not RUNTIMES["onnxruntime-cuda"].reasons():
         pytest.skip("this ONNX Runtime has CUDA")
     with pytest.raises(UnsupportedError) as error:
         open_runner(f"onnxruntime-cuda:{files['function']}")
@@ -198,3 +203,88 @@ def test_engine_that_names_nothing_is_refused(engine, sentence):
     with pytest.raises(DatDeployError) as error:
         parse_engine(engine)
     assert str(error.value) == sentence
+
+
+class Counts(Runner):
+    """Gives each image the sum of its samples, and keeps the sizes of its batches."""
+
+    def __init__(self, network: Variant, batch: int | None, profiles: tuple[str, ...]) -> None:
+        self.sizes: list[int] = []
+        self.description = EngineDescription(
+            name="counts",
+            runtime="counts",
+            runtime_version="1",
+            network=network,
+            outputs=("logits",),
+            preprocessing=Preprocessing.from_variant(network),
+            batch=batch,
+            profiles=tuple(map(Profile.parse, profiles)),
+            weights_sha256="",
+            weights_source="none",
+        )
+
+    def _run(self, images_nchw: np.ndarray) -> Outputs:
+        self.sizes.append(len(images_nchw))
+        return {"logits": images_nchw.sum(axis=(2, 3))}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("batch", "profiles", "images", "sizes"),
+    [
+        (None, (), 1, [1]),
+        (None, (), 5, [5]),
+        (None, (), 8, [8]),
+        (None, (), 19, [8, 8, 8]),  # one shape for all calls
+        (4, (), 1, [4]),
+        (4, (), 9, [4, 4, 4]),
+        (None, ("1-8-32",), 3, [3]),
+        (None, ("1-8-32",), 32, [32]),
+        (None, ("1-8-32",), 70, [32, 32, 6]),
+        (None, ("1", "8"), 1, [1]),
+        (None, ("1", "8"), 3, [8]),
+        (None, ("1", "8"), 17, [8, 8, 1]),
+        (None, ("4-8",), 2, [4]),
+    ],
+)
+def test_images_go_in_the_largest_batches_that_the_engine_takes(batch, profiles, images, sizes, mini_dat):
+    runner = Counts(mini_dat, batch, profiles)
+    numbers = np.random.default_rng(0).standard_normal((images, 3, 64, 64)).astype(np.float32)
+    outputs = runner.in_batches(numbers)
+    np.testing.assert_array_equal(outputs["logits"], numbers.sum(axis=(2, 3)))
+    assert runner.sizes == sizes
+    np.testing.assert_array_equal(runner.logits(numbers), outputs["logits"])
+
+
+def test_images_go_in_batches_of_a_size_that_is_named(mini_dat):
+    runner = Counts(mini_dat, None, ("1-8-32",))
+    numbers = np.arange(5 * 3 * 64 * 64, dtype=np.float32).reshape(5, 3, 64, 64)
+    np.testing.assert_array_equal(runner.in_batches(numbers, 2)["logits"], numbers.sum(axis=(2, 3)))
+    assert runner.sizes == [2, 2, 2]
+
+
+def test_no_images_at_all_are_refused(mini_dat):
+    with pytest.raises(ShapeError, match=r"has shape \[0, 3, 64, 64\]"):
+        Counts(mini_dat, 4, ()).in_batches(np.empty((0, 3, 64, 64), np.float32))
+
+
+def test_a_description_says_which_file_and_what_rounds(files):
+    with open_runner(f"openvino:{files['hat']}") as runner:
+        about = runner.description
+    assert (about.path, about.file_kind, about.file_precision) == (files["hat"], "exported", "fp32")
+    assert (about.answer_precision, about.rounds_locations, about.family) == ("fp32", False, "dat")
+    of_int8 = replace(about, precision="int8", file_precision="int8")
+    of_fp16 = replace(about, file_precision="fp16")
+    on_bf16 = replace(of_fp16, precision="bf16")
+    assert [each.answer_precision for each in (of_int8, of_fp16, on_bf16)] == ["int8", "fp16", "bf16"]
+
+
+def test_the_table_of_runtimes_loads_none_of_them():
+    code = (
+        "import sys, dat_deploy.runners\n"
+        "print(sorted({'torch', 'onnx_ir', 'onnxruntime', 'openvino', 'tensorrt'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603  # fixed
+    assert done.stdout.strip() == "[]"

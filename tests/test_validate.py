@@ -1,6 +1,8 @@
 """validate passes what is right and fails what is wrong, at the check that is meant for the fault."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from dat_deploy.images.photographs import photographs
 from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.validate import FP32_TOLERANCE, validate
+from dat_deploy.validate.checks import CHECKS, CheckKind
 from dat_deploy.validate.reference import Reference, open_reference
 
 INSIDE = ("coordinates", "drift")  # checks that cut a file into parts, of which OpenVINO compiles each
@@ -279,6 +282,32 @@ def test_a_tolerance_that_nothing_can_meet_is_refused(value, demo_onnx):
     with pytest.raises(DatDeployError) as error:
         validate(str(demo_onnx), tolerance=value)
     assert str(error.value) == f"tolerance got {value}; it takes a number above 0, such as 1e-4."
+
+
+class _ToyCheck(CheckKind):
+    """A check is one class: it is run, can be left out, and its failure is in the numbers."""
+
+    name = "toy"
+    in_numbers = True
+
+    def run(self, comparison):
+        yield self.row("toy", float(len(comparison.photos)), 1.0, "photographs")
+
+
+def test_a_check_is_one_class(demo_onnx, demo_reference, monkeypatch):
+    monkeypatch.setitem(CHECKS, "toy", _ToyCheck())
+    others = [name for name in CHECKS if name != "toy"]
+    report = validate(str(demo_onnx), images=photographs(2), skip=others, reference=demo_reference)
+    assert [(row.kind, row.error, row.passed) for row in report.checks] == [("toy", 2.0, False)]
+    assert report.differs
+    skipped = validate(str(demo_onnx), images=photographs(2), skip=[*others[1:], "toy"], reference=demo_reference)
+    assert skipped.skipped == (*others[1:], "toy")
+
+
+def test_the_list_of_checks_is_light():
+    code = "import sys, dat_deploy.validate.checks; print({'torch', 'onnx_ir', 'onnxscript'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603  # fixed
+    assert done.stdout.strip() == "set()"
 
 
 def test_an_unknown_check_cannot_be_skipped(demo_onnx):

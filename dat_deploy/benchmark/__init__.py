@@ -4,23 +4,23 @@ from dat_deploy.benchmark.measure import benchmark
 from dat_deploy.benchmark.plotting import check_plot, plot
 from dat_deploy.benchmark.record import (
     Change,
-    Comparison,
     EngineSettings,
     LatencyRatio,
     Record,
+    RecordComparison,
     Row,
-    Settings,
+    RunSettings,
     compare,
 )
 
 __all__ = [
     "Change",
-    "Comparison",
     "EngineSettings",
     "LatencyRatio",
     "Record",
+    "RecordComparison",
     "Row",
-    "Settings",
+    "RunSettings",
     "benchmark",
     "check_plot",
     "compare",

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from dat_deploy import environment
-from dat_deploy.benchmark.record import EngineSettings, LatencyRatio, Record, Row, Settings
+from dat_deploy.benchmark.record import EngineSettings, LatencyRatio, Record, Row, RunSettings
 from dat_deploy.benchmark.worker import SEED, EngineProcess, Opened, Opening, Timings, Turn, named
 from dat_deploy.errors import DatDeployError, ShapeError, UnsupportedError
-from dat_deploy.runners import EngineDescription, EngineOutline, check_engine, parse_engine
+from dat_deploy.runners import EngineDescription, EngineOutline, check_engine, engine_path, short_name
 
 __all__ = ["benchmark", "row_from_rounds"]
 
@@ -51,7 +51,7 @@ def benchmark(
         engines: as `open_runner` takes them; their variants and image sizes may differ. An engine named twice is
             measured twice, which shows how much of a ratio is noise.
         batches: each is measured for all engines before the next; ascending, whatever the order here.
-        rounds, seconds, calls, warmup_calls: see `Settings`.
+        rounds, seconds, calls, warmup_calls: see `RunSettings`.
         threads, checkpoint, image_size, features: see `open_runner`.
         baseline: one of `engines`; by default the first.
         timeout_seconds: that an engine may take to open, to warm up at a batch, or for a turn.
@@ -70,7 +70,7 @@ def benchmark(
     if _opener == OPENER:
         named_engines = zip(labels, engines, strict=True)
         # files last, which take time to read: what is wrong with another engine's name is told at once
-        for label, engine in sorted(named_engines, key=lambda each: Path(each[1].split(":")[-1]).is_file()):
+        for label, engine in sorted(named_engines, key=lambda each: (engine_path(each[1]) or Path()).is_file()):
             try:
                 outline = check_engine(engine, checkpoint=checkpoint, image_size=image_size, features=features)
             except DatDeployError as error:
@@ -121,7 +121,7 @@ def benchmark(
     step("done")
 
     descriptions = {label: opened[label].description for label in labels}
-    settings = Settings(
+    settings = RunSettings(
         engines={label: _engine_settings(description) for label, description in descriptions.items()},
         baseline=reference,
         batches=tuple(batches),
@@ -187,14 +187,9 @@ def _labels(engines: Sequence[str]) -> list[str]:
     """Names for rows and messages: as given, but of an absolute path only the file name; a repeated one is numbered."""
     if not engines:
         raise DatDeployError("no engine to measure; name at least one, such as --engine tiny.onnx or pytorch:tiny.")
-    names = []
-    for engine in engines:
-        _, target = parse_engine(engine)
-        prefix = engine.removesuffix(target)
-        names.append(prefix + (Path(target).name if Path(target).is_absolute() else target))
     seen: Counter[str] = Counter()
     labels = []
-    for name in names:
+    for name in map(short_name, engines):
         seen[name] += 1
         labels.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
     return labels
@@ -221,7 +216,7 @@ def _check_counts(batches: Sequence[int], *, threads: int | None, seconds: float
         raise DatDeployError(f"seconds is {seconds:g}; it must be a finite number from 0.")
 
 
-def _check_batches(label: str, description: EngineOutline | EngineDescription, batches: Sequence[int]) -> None:
+def _check_batches(label: str, description: EngineOutline, batches: Sequence[int]) -> None:
     others = [str(batch) for batch in batches if not description.takes_batch(batch)]
     if others and description.profiles:
         raise ShapeError(

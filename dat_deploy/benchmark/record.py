@@ -15,12 +15,12 @@ from dat_deploy.typed_json import typed
 __all__ = [
     "SCHEMA_VERSION",
     "Change",
-    "Comparison",
     "EngineSettings",
     "LatencyRatio",
     "Record",
+    "RecordComparison",
     "Row",
-    "Settings",
+    "RunSettings",
     "compare",
 ]
 
@@ -45,7 +45,7 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """All that must be equal for two records to be compared.
 
     Attributes:
@@ -129,7 +129,7 @@ class Record:
     schema_version: int = SCHEMA_VERSION
     date: str
     commit: str | None
-    settings: Settings
+    settings: RunSettings
     hardware: Hardware
     versions: dict[str, str]
     rows: tuple[Row, ...]
@@ -189,7 +189,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RecordComparison:
     """Attributes:
     versions: that differ, the commit among them: name -> (first, second).
     """
@@ -198,7 +198,7 @@ class Comparison:
     versions: dict[str, tuple[str | None, str | None]]
 
 
-def compare(first: Record, second: Record) -> Comparison:
+def compare(first: Record, second: Record) -> RecordComparison:
     """How the same engines changed between two records of the same settings and hardware.
 
     Raises:
@@ -217,7 +217,7 @@ def compare(first: Record, second: Record) -> Comparison:
         highest = max(b.round_p50_ms) / min(a.round_p50_ms)
         rows.append(Change(a.engine, a.batch, a.p50_ms, b.p50_ms, LatencyRatio(b.p50_ms / a.p50_ms, lowest, highest)))
     versions: list[dict[str, Any]] = [r.versions | {"commit": r.commit} for r in (first, second)]
-    return Comparison(rows, {name: (a, b) for name, a, b in _differences("", *versions)})
+    return RecordComparison(rows, {name: (a, b) for name, a, b in _differences("", *versions)})
 
 
 def _differences(prefix: str, a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

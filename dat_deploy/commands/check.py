@@ -146,7 +146,7 @@ def validate(
             write_page(report, html, force=force)
         out.print(f"page: {html}")
     print_notes(report.notes)
-    if report.differs and engine.endswith(".onnx"):
+    if report.differs and report.engine.file_kind == "exported":
         tolerated = ("--tolerance", "0.1") if report.engine.precision == "int8" else ()
         print_next("bisect", "--engine", engine, *option("--checkpoint", checkpoint), *tolerated)
     report.raise_if_failed()
@@ -238,7 +238,6 @@ def bisect(
     """Name the first block and operator where an ONNX file differs from PyTorch; exit code 2 if there is one."""
     check_json(json_file, force=force)
     with Stages("bisect", err) as stages:
-        from dat_deploy.runners import parse_engine
         from dat_deploy.validate import bisect as library
 
         report = library.bisect(engine, checkpoint=checkpoint, images=image, tolerance=tolerance, progress=stages.begin)
@@ -257,8 +256,8 @@ def bisect(
     if report.agrees:
         print_next("validate", "--engine", engine, *again)
     else:  # is it the file, or what runs it?
-        runtime, target = parse_engine(engine)
-        other = f"openvino:{target}" if runtime.package != "openvino" else target
+        path = str(report.engine.path)
+        other = path if report.engine.runtime == "openvino" else f"openvino:{path}"
         print_next("bisect", "--engine", other, *again)
     report.raise_if_found()
 

@@ -83,10 +83,10 @@ def parse_image_size(text: str) -> tuple[int, int]:
 
 def check_pytorch_options(engines: list[str], checkpoint: Path | None, features: str | None = None) -> None:
     """Refuses what only an engine of PyTorch takes where there is none."""
-    from dat_deploy.runners import parse_engine
+    from dat_deploy.runners import engine_path
 
     for option, value in (("--checkpoint", checkpoint), ("--features", features)):
-        if value is not None and not any(parse_engine(engine)[0].name.startswith("pytorch") for engine in engines):
+        if value is not None and all(engine_path(engine) for engine in engines):
             raise DatDeployError(
                 f"{option} is for pytorch:VARIANT, but {', '.join(engines)} holds its own; leave the option out."
             )

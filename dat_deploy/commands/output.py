@@ -169,9 +169,9 @@ def backend_option() -> tuple[str, ...]:
 
 def words_after(engine: Path, passport: "Passport", elsewhere: str) -> tuple[object, ...]:
     """The next command: to validate the engine, where it can run."""
-    from dat_deploy.runners import RUNTIMES, reasons_against
+    from dat_deploy.runners import RUNTIMES
 
-    if reasons_against(RUNTIMES[passport.backend]):
+    if RUNTIMES[passport.backend].reasons():
         return (elsewhere, engine) if elsewhere == "inspect" else (elsewhere,)
     if passport.verdict is not None:
         return ("bench", "--engine", engine)

@@ -130,7 +130,7 @@ def visualize(
     write_json(drawing, json_file, force=force)
     if len(engine) == 2:
         print_next("validate", "--engine", engine[1], *option("--checkpoint", checkpoint))
-    elif engine[0].startswith("pytorch") and drawing.engines[0].network.is_released:
+    elif drawing.engines[0].path is None and drawing.engines[0].network.is_released:
         name = drawing.engines[0].variant
         size = () if image_size is None else ("--image-size", image_size)
         print_next("export", "--variant", name, "--sampling-locations", *option("--checkpoint", checkpoint), *size)

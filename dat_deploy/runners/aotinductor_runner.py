@@ -3,20 +3,19 @@
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from dat_deploy.engine.aotinductor.package import check_fits, model_name
 from dat_deploy.engine.passport import check_backend, open_engine
 from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError
-from dat_deploy.runners.base import Images, Runner, describe
-from dat_deploy.runners.torch_threads import torch_threads
+from dat_deploy.runners.base import Images, Outputs, Runner, describe
+from dat_deploy.runners.runtime import Runtime
 
-__all__ = ["AotinductorRunner"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# torch is imported where a package is opened, so that the table of runtimes is light.
+
+__all__ = ["RUNTIMES", "AotinductorRunner"]
 
 
 class AotinductorRunner(Runner):
@@ -36,6 +35,10 @@ class AotinductorRunner(Runner):
     ) -> None:
         passport, content = open_engine(path)
         check_backend(path, passport, "aotinductor")
+        import torch
+
+        from dat_deploy.engine.aotinductor.package import check_fits
+
         check_fits(passport, name)
         device = "cpu" if passport.architectures[0] == "cpu" else "cuda"
         self.description = describe(
@@ -49,6 +52,8 @@ class AotinductorRunner(Runner):
             precision=passport.metadata.precision,
             threads=(threads or torch.get_num_threads()) if device == "cpu" else 1,
             profiles=passport.profiles,
+            path=path,
+            file_kind="engine",
         )
         self._threads = threads
         self._lock = threading.Lock()
@@ -61,6 +66,10 @@ class AotinductorRunner(Runner):
                 self._models[profile.best] = self._open(package, profile.best)
 
     def _open(self, package: Path, batch: int) -> Any:
+        import torch
+
+        from dat_deploy.engine.aotinductor.package import model_name
+
         # Not torch's aoti_load_package: that would open all the models for each one, and look for a C++ compiler.
         try:
             # single-threaded: else each call queries an event, which a CUDA graph cannot capture; there is a lock here
@@ -69,7 +78,9 @@ class AotinductorRunner(Runner):
             text = " ".join(str(error).split())
             raise EngineBuildError(f"torch cannot open {self.description.name} for batch {batch}: {text}") from error
 
-    def _run(self, images_nchw: Images) -> dict[str, NDArray[np.float32]]:
+    def _run(self, images_nchw: Images) -> Outputs:
+        import torch
+
         with self._lock:
             image = torch.from_numpy(images_nchw)
             if self.description.device == "cpu":
@@ -78,19 +89,23 @@ class AotinductorRunner(Runner):
                 results = [result.cpu() for result in self._call(self._on_device(image))]
         return {name: result.numpy() for name, result in zip(self.description.outputs, results, strict=True)}
 
-    def _on_device(self, image: Tensor) -> Tensor:
+    def _on_device(self, image: "Tensor") -> "Tensor":
         """By way of page-locked memory, which is kept: the GPU copies from there without the CPU."""
+        import torch
+
         batch = image.shape[0]
         if batch not in self._pinned:
             self._pinned[batch] = torch.empty(image.shape, pin_memory=True)
         return self._pinned[batch].copy_(image).to("cuda", non_blocking=True)
 
-    def outputs_on_device(self, images_nchw: Tensor) -> dict[str, Tensor]:
+    def outputs_on_device(self, images_nchw: "Tensor") -> "dict[str, Tensor]":
         """As `outputs`, for a tensor on the engine's device; nothing passes through host memory.
 
         Raises:
             ShapeError: if there is no model for that shape.
         """
+        import torch
+
         about = self.description
         shape = tuple(images_nchw.shape)
         if shape[1:] != (3, *about.image_size) or not about.takes_batch(shape[0]):
@@ -102,13 +117,17 @@ class AotinductorRunner(Runner):
             image = images_nchw.to(about.device, torch.float32).contiguous()
             return dict(zip(about.outputs, self._call(image), strict=True))
 
-    @torch.inference_mode()
-    def _call(self, image: Tensor) -> list[Tensor]:
+    def _call(self, image: "Tensor") -> "list[Tensor]":
+        import torch
+
+        from dat_deploy.runners.torch_threads import torch_threads
+
         if not self._models:
             raise EngineRunError(f"{self.description.name} is closed; open it again.")
         threads = torch_threads(self._threads if self.description.device == "cpu" else None)
+        in_fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # convolutions of fp32
         try:
-            with threads, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions of fp32 in fp32
+            with torch.inference_mode(), threads, in_fp32:
                 return self._models[image.shape[0]].boxed_run([image])  # type: ignore[no-any-return]  # untyped call
         except Exception as error:  # whatever the compiled code raises
             text = " ".join(str(error).split())
@@ -118,3 +137,17 @@ class AotinductorRunner(Runner):
         with self._lock:
             self._models.clear()
             self._pinned.clear()
+
+
+RUNTIMES = (
+    Runtime(
+        "aotinductor",
+        "FILE.pt2",
+        "torch",
+        "",
+        "AOTInductor, a package of dat-deploy build",
+        AotinductorRunner,
+        opens=".pt2",
+        has_passport=True,
+    ),
+)

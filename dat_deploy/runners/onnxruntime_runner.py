@@ -1,18 +1,25 @@
 """ONNX Runtime, on the CPU or on CUDA."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from dat_deploy.environment import available_cores
 from dat_deploy.errors import EngineBuildError, EngineRunError, UnsupportedError
 from dat_deploy.metadata import FileMetadata, read_metadata
-from dat_deploy.runners.base import Graph, Images, Runner, describe, no_plugin_here
+from dat_deploy.runners.base import Graph, Images, Outputs, Runner, describe, no_plugin_here
+from dat_deploy.runners.runtime import Runtime
 
-__all__ = ["OnnxruntimeRunner"]
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+# ONNX Runtime is imported where a file is opened, so that the table of runtimes is light.
+
+__all__ = ["RUNTIMES", "OnnxruntimeRunner"]
 
 
 class OnnxruntimeRunner(Runner):
@@ -27,6 +34,8 @@ class OnnxruntimeRunner(Runner):
         threads: int | None = None,
         cuda: bool = False,
     ) -> None:
+        import onnxruntime as ort
+
         self._providers = ["CPUExecutionProvider"]
         if cuda:
             if "CUDAExecutionProvider" not in ort.get_available_providers():
@@ -54,9 +63,12 @@ class OnnxruntimeRunner(Runner):
             device="cuda" if cuda else "cpu",
             precision=metadata.precision,
             threads=self._threads,
+            path=path,
         )
 
-    def _open(self, model: Path | bytes, name: str) -> ort.InferenceSession:
+    def _open(self, model: Path | bytes, name: str) -> "ort.InferenceSession":
+        import onnxruntime as ort
+
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
@@ -77,7 +89,7 @@ class OnnxruntimeRunner(Runner):
                 ) from error
             raise EngineBuildError(f"ONNX Runtime cannot open {name}: {text}") from error
 
-    def _run(self, images_nchw: Images) -> dict[str, NDArray[np.float32]]:
+    def _run(self, images_nchw: Images) -> Outputs:
         results = self._call(self._session, {"image": images_nchw})
         return dict(zip(self.description.outputs, results, strict=True))
 
@@ -86,7 +98,7 @@ class OnnxruntimeRunner(Runner):
         return lambda feeds: self._call(session, feeds)[0]
 
     def _call(
-        self, session: ort.InferenceSession, feeds: Mapping[str, NDArray[np.float32]]
+        self, session: "ort.InferenceSession", feeds: Mapping[str, NDArray[np.float32]]
     ) -> list[NDArray[np.float32]]:
         try:
             return session.run(None, dict(feeds))  # type: ignore[no-any-return]  # untyped call
@@ -96,3 +108,34 @@ class OnnxruntimeRunner(Runner):
 
     def close(self) -> None:
         del self._session
+
+
+def _reasons_against_cuda() -> list[str]:
+    import onnxruntime as ort
+
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        return []
+    return ["the installed onnxruntime has no CUDA: pip install 'dat-deploy[onnxruntime-gpu]'"]
+
+
+RUNTIMES = (
+    Runtime(
+        "onnxruntime",
+        "FILE.onnx",
+        "onnxruntime",
+        "onnxruntime",
+        "ONNX Runtime on the CPU, fp32",
+        OnnxruntimeRunner,
+        opens=".onnx",
+    ),
+    Runtime(
+        "onnxruntime-cuda",
+        "FILE.onnx",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "ONNX Runtime on CUDA, fp32",
+        functools.partial(OnnxruntimeRunner, cuda=True),
+        _reasons_against_cuda,
+        device="cuda",
+    ),
+)

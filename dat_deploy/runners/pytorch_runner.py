@@ -1,17 +1,16 @@
 """PyTorch, eager or compiled: the reference that everything else is compared with."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from dat_deploy.networks.family import Network, family_of, find_network
-from dat_deploy.runners.base import EngineDescription, Images, Runner
-from dat_deploy.runners.torch_threads import torch_threads
+from dat_deploy.runners.base import EngineDescription, Images, Outputs, Runner
+from dat_deploy.runners.runtime import Runtime
 
-__all__ = ["PytorchRunner"]
+# torch is imported where a network is opened, so that the table of runtimes is light.
+
+__all__ = ["RUNTIMES", "PytorchRunner"]
 
 
 class PytorchRunner(Runner):
@@ -35,6 +34,8 @@ class PytorchRunner(Runner):
         threads: int | None = None,
         compiled: bool = False,
     ) -> None:
+        import torch
+
         network = find_network(variant, image_size=image_size, features=features)
         family = family_of(network)
         weights = family.weights(network, checkpoint)
@@ -45,25 +46,38 @@ class PytorchRunner(Runner):
             name=name,
             runtime="pytorch-compile" if compiled else "pytorch",
             runtime_version=str(torch.__version__),  # TorchVersion would import torch where it is unpickled
-            device="cpu",
-            precision="fp32",
             network=network,
             outputs=network.output_names(sampled_points=sampled_points),
-            batch=None,
             dynamic_image_size=network.takes_any_size and not compiled,
-            lowering=None,
             threads=threads or torch.get_num_threads(),
             weights_sha256=weights.sha256,
             weights_source=weights.source,
             preprocessing=network.preprocessing,
         )
 
-    @torch.inference_mode()
-    def _run(self, images_nchw: Images) -> dict[str, NDArray[np.float32]]:
-        with torch_threads(self._threads):
+    def _run(self, images_nchw: Images) -> Outputs:
+        import torch
+
+        from dat_deploy.runners.torch_threads import torch_threads
+
+        with torch.inference_mode(), torch_threads(self._threads):
             results = self._forward(torch.from_numpy(images_nchw))
         results = results if isinstance(results, tuple) else (results,)
         return {name: result.numpy() for name, result in zip(self.description.outputs, results, strict=True)}
 
     def close(self) -> None:
         del self.model, self._forward
+
+
+RUNTIMES = (
+    Runtime("pytorch", "VARIANT", "torch", "", "PyTorch, eager, fp32", PytorchRunner),
+    Runtime(
+        "pytorch-compile",
+        "VARIANT",
+        "torch",
+        "",
+        "PyTorch, torch.compile, fp32",
+        functools.partial(PytorchRunner, compiled=True),
+        any_size=False,
+    ),
+)

@@ -8,28 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dat_deploy.engine.build import backend_names
 from dat_deploy.engine.passport import Verdict, read_passport, record_verdict
 from dat_deploy.environment import tool_version
 from dat_deploy.errors import DatDeployError, OutputError, PassportError, ShapeError
 from dat_deploy.images.data_set import DataSet, open_data_set
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import check_images
-from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
+from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner
+from dat_deploy.validate.checks import CHECKS
+from dat_deploy.validate.defaults import BATCHES, FP32_TOLERANCE, PHOTOGRAPHS
 from dat_deploy.validate.gates import OF_DATA, OF_LABELS, check_gates, default_gates
-from dat_deploy.validate.kinds import CHECKS, FP32_TOLERANCE, PHOTOGRAPHS
 from dat_deploy.validate.report import Check, ValidationReport
 
 if TYPE_CHECKING:
-    from dat_deploy.validate.accuracy import Accuracy
-    from dat_deploy.validate.drift import BlockDrift
     from dat_deploy.validate.reference import Reference
 
 # What loads torch or a graph library is imported after the checks, so that a wrong argument is told at once.
 
 __all__ = ["BATCHES", "CHECKS", "FP32_TOLERANCE", "Check", "ValidationReport", "validate"]
-
-BATCHES = (1, 2, 3, 8)
 
 Progress = Callable[[str], None]
 DataProgress = Callable[[int, int], None]
@@ -89,24 +85,23 @@ def validate(
         raise DatDeployError(f"there is no check '{unknown[0]}' to skip; checks are {', '.join(CHECKS)}.")
     if tolerance is not None and not tolerance > 0:
         raise DatDeployError(f"tolerance got {tolerance}; it takes a number above 0, such as 1e-4.")
-    asked = check_gates(gates)
+    names = check_gates(gates)
     outline = engine.description if isinstance(engine, Runner) else check_engine(engine, checkpoint=checkpoint)
     for size in image_sizes or ():
         outline.network_at(*size)
     check_images(images or ())
-    found = None if data is None else _data(outline, data, limit)
-    for name in asked:
-        if name in OF_DATA and found is None:
+    data_set = None if data is None else _data(outline, data, limit)
+    for name in names:
+        if name in OF_DATA and data_set is None:
             raise DatDeployError(f"gate '{name.replace('_', '-')}' is about data; name a folder of images with --data.")
-        if name in OF_LABELS and found is not None and found.labels is None:
+        if name in OF_LABELS and data_set is not None and data_set.labels is None:
             raise DatDeployError(
                 f"gate '{name.replace('_', '-')}' needs labels, and data '{data}' has none; put its images into a "
                 f"folder for each class."
             )
     if not images and "photographs" not in skip:
         photographs(PHOTOGRAPHS)
-    from dat_deploy.validate.checks import ENGINE_CHECKS, SIZE_CHECKS, check_accuracy, check_drift
-    from dat_deploy.validate.comparison import Comparison, precision_of
+    from dat_deploy.validate.comparison import Comparison
     from dat_deploy.validate.reference import open_reference
     from dat_deploy.validate.trace import trace_blocks
 
@@ -115,18 +110,17 @@ def validate(
         runner = (
             engine if isinstance(engine, Runner) else stack.enter_context(open_runner(engine, checkpoint=checkpoint))
         )
-        identity = None if isinstance(engine, Runner) else _identity(engine)
         about = runner.description
-        limits = default_gates(precision_of(about), gates)
+        identity = None if isinstance(engine, Runner) else _identity(about)
+        limits = default_gates(about.answer_precision, gates)
         if reference is None:
             progress("opening PyTorch")
             reference = stack.enter_context(open_reference(about, checkpoint))
         else:
             reference.check_fits(about)
         described = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]
+        kinds = [kind for name, kind in CHECKS.items() if name not in skip]
         checks: list[Check] = []
-        accuracy: Accuracy | None = None
-        drift: tuple[BlockDrift, ...] = ()
         comparisons: list[Comparison] = []
         for at_size in described:
             where = "" if described == [about] else f", {at_size.image_size[0]}x{at_size.image_size[1]}"
@@ -135,41 +129,40 @@ def validate(
                 progress(what + where)
 
             comparison = Comparison(
-                runner, reference, at_size, images, batches, tolerance, limits, found, strict_data, announce
+                runner,
+                reference,
+                at_size,
+                images,
+                batches,
+                tolerance,
+                limits,
+                data_set,
+                strict_data,
+                announce,
+                data_progress,
             )
-            rows = [check for kind, run in SIZE_CHECKS.items() if kind not in skip for check in run(comparison)]
+            rows = [check for kind in kinds if kind.at_each_size for check in kind.run(comparison)]
             checks += [replace(check, name=check.name + where) for check in rows]
             comparisons.append(comparison)
         first = comparisons[0]
-        checks += [check for kind, run in ENGINE_CHECKS.items() if kind not in skip for check in run(first)]
-        if "drift" not in skip:
-            rows, drift = check_drift(first)
-            checks += rows
-        if "data" not in skip:
-            rows, accuracy = check_accuracy(first, data_progress)
-            checks += rows
+        checks += [check for kind in kinds if not kind.at_each_size for check in kind.run(first)]
         traced = trace_blocks(first) if trace else None
-    notes = () if found is None or not found.note else (f"data {found.folder}: {found.note}",)
-    left_out = tuple(kind for kind in CHECKS if kind in skip)
+    notes = () if data_set is None or not data_set.note else (f"data {data_set.folder}: {data_set.note}",)
     report = ValidationReport(
         engine=about,
         reference=reference.description,
         checks=tuple(checks),
-        accuracy=accuracy,
-        drift=drift,
+        accuracy=first.accuracy,
+        drift=first.drift,
         gates=limits,
-        file_sha256=_file_sha256(about),
+        file_sha256=None if about.path is None else hashlib.sha256(about.path.read_bytes()).hexdigest(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         version=tool_version(),
-        skipped=left_out,
+        skipped=tuple(name for name in CHECKS if name in skip),
         notes=notes,
         trace=traced,
     )
-    return (
-        report
-        if isinstance(engine, Runner) or identity is None
-        else _recorded(engine, report, tolerance, gates, identity)
-    )
+    return report if identity is None else _recorded(report, tolerance, gates, identity)
 
 
 def _data(engine: EngineOutline | EngineDescription, folder: Path, limit: int | None) -> DataSet:
@@ -180,17 +173,18 @@ def _data(engine: EngineOutline | EngineDescription, folder: Path, limit: int | 
     return open_data_set(folder, engine.network.answer.class_names, limit)
 
 
-def _identity(engine: str) -> str | None:
-    """The SHA-256 in an engine's passport; None of what is no engine."""
-    runtime, target = parse_engine(engine)
-    return read_passport(Path(target)).engine_sha256 if runtime.name in backend_names() else None
+def _identity(about: EngineDescription) -> str | None:
+    """The SHA-256 in an engine's passport; None of what has none."""
+    if about.path is None or about.file_kind != "engine":
+        return None
+    return read_passport(about.path).engine_sha256
 
 
 def _recorded(
-    engine: str, report: ValidationReport, tolerance: float | None, gates: Mapping[str, float] | None, identity: str
+    report: ValidationReport, tolerance: float | None, gates: Mapping[str, float] | None, identity: str
 ) -> ValidationReport:
     """An engine's passport carries the last verdict, with what it was held to."""
-    _, target = parse_engine(engine)
+    assert report.engine.path is not None  # of what has an identity
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     checks = sum(check.passed is not None for check in report.checks)
     batches = tuple(
@@ -198,16 +192,10 @@ def _recorded(
     )
     verdict = Verdict(report.passed, report.verdict, date, checks, batches, tolerance, dict(gates) if gates else None)
     try:
-        record_verdict(Path(target), verdict, identity)
+        record_verdict(report.engine.path, verdict, identity)
     except (OutputError, PassportError) as error:
         return replace(report, notes=(*report.notes, f"the verdict is not in the engine's passport: {error}"))
     return report
-
-
-def _file_sha256(about: EngineDescription) -> str | None:
-    """Of the engine's file; None of a variant in PyTorch."""
-    path = Path(parse_engine(about.name)[1])
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _default_sizes(about: EngineDescription) -> list[tuple[int, int]]:

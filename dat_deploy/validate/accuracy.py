@@ -13,11 +13,12 @@ from dat_deploy.errors import DatDeployError, ImageError, VerificationError
 from dat_deploy.images.data_set import DataSet
 from dat_deploy.images.preprocess import preprocess, read_image
 from dat_deploy.runners import EngineDescription, Runner
+from dat_deploy.validate.gates import Gates
+from dat_deploy.validate.report import Check
 from dat_deploy.validate.statistics import mcnemar_p, wilson_interval
 
-__all__ = ["Accuracy", "Flip", "Share", "Side", "compare_on_data"]
+__all__ = ["Accuracy", "Flip", "Share", "Side", "accuracy_rows", "compare_on_data"]
 
-BATCH = 8  # where the engine takes any; the reference always gets this
 CHUNK = 128  # images that one side is through with before the other starts: taking turns, their threads would collide
 
 NEVER = np.iinfo(np.int64).max  # the rank of the right class where there is no order
@@ -133,8 +134,8 @@ def compare_on_data(
     engine_parts: list[Logits] = []
     reference_parts: list[Logits] = []
     for indices, images in _chunks(about, data, unreadable, seconds, strict=strict):
-        engine_parts.append(_timed(runner, images, _batch(about), seconds, "engine"))
-        expected = _timed(reference, images, BATCH, seconds, "reference")
+        engine_parts.append(_timed(runner, images, seconds, "engine"))
+        expected = _timed(reference, images, seconds, "reference")
         finite = _finite(expected)
         if not finite.all():
             raise VerificationError(
@@ -152,21 +153,56 @@ def compare_on_data(
     return found
 
 
-def _batch(about: EngineDescription) -> int:
-    if about.batch:
-        return about.batch
-    return next((profile.best for profile in about.profiles[-1:]), BATCH)
-
-
-def _timed(runner: Runner, images: NDArray[np.float32], batch: int, seconds: dict[str, float], side: str) -> Logits:
-    """Logits of all images, in batches of exactly `batch`, as an engine of a fixed one needs them."""
+def _timed(runner: Runner, images: NDArray[np.float32], seconds: dict[str, float], side: str) -> Logits:
     start = time.perf_counter()
-    parts = []
-    for first in range(0, len(images), batch):
-        part = images[first : first + batch]
-        parts.append(runner.outputs(part[np.arange(batch) % len(part)])["logits"][: len(part)])
+    logits = runner.in_batches(images)["logits"]
     seconds[side] += time.perf_counter() - start
-    return np.concatenate(parts)
+    return logits
+
+
+def accuracy_rows(found: Accuracy, gates: Gates, tolerance: float) -> list[Check]:
+    """What was found, held to the gates; `tolerance` is of the logits."""
+    rows = []
+
+    def row(name: str, error: float, allowed: float, detail: str, unit: str, *, in_numbers: bool = False) -> None:
+        rows.append(Check("data", name, None, error, allowed, detail, unit, in_numbers))
+
+    if found.engine is not None and found.reference is not None:
+        for name, engine, reference, gate in (
+            ("top-1", found.engine.top1, found.reference.top1, "top1_drop"),
+            ("top-5", found.engine.top5, found.reference.top5, "top5_drop"),
+        ):
+            detail = (
+                f"{engine.percent:.2f}% ({engine.low:.2f} to {engine.high:.2f}), PyTorch {reference.percent:.2f}% "
+                f"({reference.low:.2f} to {reference.high:.2f})"
+            )
+            if name == "top-1":
+                detail += f", McNemar's p {found.mcnemar_p:.2g}"
+            lost = 100 * max(0, reference.count - engine.count) / found.images
+            row(f"{name} lost", lost, _of_images(gates, gate, found.images), detail, "points")
+    agreement = found.agreement
+    disagreeing = 100 * (agreement.images - agreement.count) / agreement.images
+    detail = f"{agreement.images - agreement.count} of {agreement.images} flip"
+    if found.flips and math.isfinite(found.flips[0].reference_margin):
+        detail += f", the surest by {found.flips[0].reference_margin:.2g} logits"
+    row("images that flip", disagreeing, _of_images(gates, "disagreement", agreement.images), detail, "%")
+    detail = f"mean {found.mean_error:.1e}, p99.9 {found.p999_error:.1e}"
+    if found.not_finite:
+        detail = f"NaN or infinity for {found.not_finite} images"
+    row("logits on data", found.largest_error, tolerance, detail, "", in_numbers=True)
+    row("cosine on data", 1 - found.least_cosine, gates.cosine_distance, f"least {found.least_cosine:.8f}", "")
+    if found.unreadable:
+        total = found.images + len(found.unreadable)
+        named = ", ".join(path.name for path, _ in found.unreadable[:3])
+        detail = f"{len(found.unreadable)} of {total} left out: {named}{' ...' * (len(found.unreadable) > 3)}"
+        row("unreadable images", 100 * len(found.unreadable) / total, gates.unreadable, detail, "%")
+    return rows
+
+
+def _of_images(gates: Gates, name: str, images: int) -> float:
+    """The gate in percent of so many images; by default one image, at least."""
+    gate: float = getattr(gates, name)
+    return gate if name in gates.exact else max(gate, 100 / images)
 
 
 def _chunks(

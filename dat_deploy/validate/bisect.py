@@ -61,8 +61,8 @@ def bisect(
         DatDeployError: if the two sides do not hold the same weights, or PyTorch's own answer has NaNs.
     """
     runtime, target = parse_engine(engine)
-    if not target.endswith(".onnx"):
-        raise _no_onnx(engine, runtime, target)
+    if not runtime.takes_exported:
+        raise _no_onnx(engine, runtime, Path(target))
     if checkpoint is not None and reference is not None:
         raise DatDeployError("a reference holds its weights already; give it or a checkpoint, not both.")
     check_engine(engine, checkpoint=checkpoint)
@@ -74,11 +74,11 @@ def bisect(
     )
 
 
-def _no_onnx(engine: str, runtime: Runtime, target: str) -> UnsupportedError:
+def _no_onnx(engine: str, runtime: Runtime, path: Path) -> UnsupportedError:
     source = "FILE.onnx"
-    if target.endswith((".engine", ".pt2")):
+    if runtime.has_passport:
         with contextlib.suppress(PassportError):  # the sentence is right without it
-            source = str(read_passport(Path(target)).source or source)
+            source = str(read_passport(path).source or source)
     return UnsupportedError(
         f"{engine} cannot be bisected: that runs pieces of an ONNX file, and {runtime.name} takes none. "
         f"Bisect the file that it was made from: dat-deploy bisect --engine {source}"

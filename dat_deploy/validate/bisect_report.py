@@ -90,7 +90,7 @@ class BisectReport:
             row["passed"] = run.passed
             row["error"] = run.error if math.isfinite(run.error) else str(run.error)  # JSON has no NaN
         summary = {"agrees": self.agrees, "finding": self.finding, "place": self.place, "runs": self.runs}
-        return json.dumps({**summary, **fields}, indent=2) + "\n"
+        return json.dumps({**summary, **fields}, indent=2, default=str) + "\n"
 
     def write(self, path: Path, *, force: bool = False) -> None:
         with atomic_output(path, force=force) as temporary:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from dat_deploy.networks.family import Block, Step, family_of
 from dat_deploy.networks.operators import operator_weights
 from dat_deploy.plugins.eager import eager_output
 from dat_deploy.plugins.operator import Operator
-from dat_deploy.runners import Runner, open_runner, parse_engine
-from dat_deploy.runners.base import Graph
+from dat_deploy.precision import PRECISIONS
+from dat_deploy.runners import Runner, open_runner
+from dat_deploy.runners.base import Graph, graph_in_batches
 from dat_deploy.validate.bisect_report import PHOTOGRAPHS, BisectReport, Progress, Run
-from dat_deploy.validate.comparison import DTYPES, precision_of, rounds_everything
+from dat_deploy.validate.defaults import FP32_TOLERANCE
 from dat_deploy.validate.hooks import captured
-from dat_deploy.validate.kinds import FP32_TOLERANCE
 from dat_deploy.validate.reference import Reference, open_reference
 from dat_deploy.validate.stress import stress_images
 
@@ -100,8 +100,8 @@ class _Search:
         self.runs: list[Run] = []
         self.part: str | None = None
         self.hint = ""
-        _, target = parse_engine(self.about.name)
-        self.model = ir.load(target)
+        assert self.about.path is not None  # `bisect` has refused what is no exported file
+        self.model = ir.load(self.about.path)
         self.boundaries = block_boundaries(self.model.metadata_props)
         # the first of its module: `--sampling-locations` calls the attention again, with values that are constant
         records = reversed(operator_records(self.model.metadata_props))
@@ -115,14 +115,14 @@ class _Search:
         self.images = preprocess_files(paths, self.about.preprocessing)
         if not images:
             self.images = np.concatenate([self.images, *stress_images(self.about.image_size).values()])
-        precision = precision_of(self.about)
-        if tolerance is None and precision != "fp32" and precision not in DTYPES:
+        precision = PRECISIONS[self.about.answer_precision]
+        if tolerance is None and not precision.is_exported:
             raise DatDeployError(
-                f"{self.about.name} is in {precision}, in which PyTorch's own error is not known. "
+                f"{self.about.name} is in {precision.name}, in which PyTorch's own error is not known. "
                 f"Say what is allowed: --tolerance 0.01"
             )
         self.scale = FP32_TOLERANCE if tolerance is None else tolerance
-        self.dtype = DTYPES[precision] if tolerance is None and precision != "fp32" else None
+        self.dtype = precision.dtype if tolerance is None and precision.is_half else None
         self.exact: dict[tuple[str, str], Array] = {}
         self.allowed: dict[tuple[str, str], float] = {}
 
@@ -148,7 +148,7 @@ class _Search:
         self.progress("the whole engine")
         expected: dict[str, list[Array]] = {name: [] for name in self.about.outputs}
         rounded: dict[str, float] = dict.fromkeys(expected, 0.0)
-        networks, lowered = self.networks(), (self.dtype, rounds_everything(self.about))
+        networks, lowered = self.networks(), (self.dtype, self.about.rounds_locations)
 
         def answers(image: Array) -> list[list[Array]]:
             return [_outputs(network, image, dtype) for network, dtype in networks]
@@ -162,7 +162,7 @@ class _Search:
         joined = {name: np.concatenate(values) for name, values in expected.items()}
         for name, value in joined.items():
             self.check_finite(name, value, rounded[name])
-        got = self.batched(self.runner.outputs, len(self.images), lambda slots: self.images[slots])
+        got = self.runner.in_batches(self.images)
         # an output may err as `validate` lets it
         found = [
             Run(name, name, _error(got[name], value), max(self.scale, 2 * rounded[name]))
@@ -241,7 +241,7 @@ class _Search:
             ) from error
         run = self.runner.open_graph(part)
         source = (step.module, step.side)
-        got = self.batched(_as_outputs(run), len(self.images), lambda slots: {"image": self.images[slots]})["output"]
+        got = graph_in_batches(self.about, run, {"image": self.images})
         found = Run(name, tensor, _error(got, self.exact[source]), self.allowed[source])
         self.runs.append(found)
         if step.side == "locations" and not found.passed:
@@ -262,7 +262,7 @@ class _Search:
         exact = eager_output(operator.name, weights | inputs, attributes)
         allowed = self.scale * max(1.0, float(np.abs(exact).max()))
         if self.dtype is not None:
-            of_locations = self.dtype if rounds_everything(self.about) else torch.float32
+            of_locations = self.dtype if self.about.rounds_locations else torch.float32
             rounded = eager_output(operator.name, weights | inputs, attributes, self.dtype, of_locations)
             allowed = max(allowed, 2 * float(np.abs(rounded - exact).max()))
         got = self.fed(graph, inputs)
@@ -286,12 +286,7 @@ class _Search:
             raise _LimitReachedError
 
     def fed(self, graph: Graph, inputs: Mapping[str, torch.Tensor]) -> Array:
-        arrays = {name: value.numpy() for name, value in inputs.items()}
-
-        def slots_of(slots: list[int]) -> dict[str, Array]:
-            return {name: value[slots] for name, value in arrays.items()}
-
-        return self.batched(_as_outputs(graph), len(self.images), slots_of)["output"]
+        return graph_in_batches(self.about, graph, {name: value.numpy() for name, value in inputs.items()})
 
     def operator_inputs(self, block: Block, step: Step) -> dict[str, Array]:
         steps = {each.name: each for each in block.steps}
@@ -319,7 +314,7 @@ class _Search:
         exact = (self.reference.model, torch.float32)
         if self.dtype is None:
             return [exact]
-        return [exact, self.reference.rounded(self.dtype, rounds_everything(self.about))]
+        return [exact, self.reference.rounded(self.dtype, self.about.rounds_locations)]
 
     def compare(self, sources: Sequence[tuple[str, str]]) -> None:
         """Let PyTorch make the tensors `sources`, and with them what each is allowed.
@@ -331,7 +326,7 @@ class _Search:
             return
         rounded = dict.fromkeys(sources, 0.0)
         found: dict[tuple[str, str], list[Array]] = {source: [] for source in sources}
-        networks, lowered = self.networks(), (self.dtype, rounds_everything(self.about))
+        networks, lowered = self.networks(), (self.dtype, self.about.rounds_locations)
 
         def inside(image: Array) -> list[dict[tuple[str, str], Array]]:
             return [captured(network, sources, image[None], dtype) for network, dtype in networks]
@@ -357,25 +352,9 @@ class _Search:
             )
         if not math.isfinite(rounded):
             raise DatDeployError(
-                f"eager PyTorch in {precision_of(self.about)} overflows at {name}, so its error is no measure. "
+                f"eager PyTorch in {self.about.answer_precision} overflows at {name}, so its error is no measure. "
                 f"Say what is allowed: --tolerance {FP32_TOLERANCE:g}"
             )
-
-    def batched(
-        self, run: Callable[[Any], Mapping[str, Array]], count: int, feeds: Callable[[list[int]], Any]
-    ) -> dict[str, Array]:
-        """All images at once, or in batches of the size that the file has."""
-        got: dict[str, list[Array]] = {}
-        batch = self.about.batch or count
-        for first in range(0, count, batch):
-            slots = [(first + slot) % count for slot in range(batch)]
-            for name, values in run(feeds(slots)).items():
-                got.setdefault(name, []).append(values)
-        return {name: np.concatenate(values)[:count] for name, values in got.items()}
-
-
-def _as_outputs(graph: Graph) -> Callable[[Any], Mapping[str, Array]]:
-    return lambda feeds: {"output": graph(feeds)}
 
 
 def _error(got: Array, exact: Array) -> float:

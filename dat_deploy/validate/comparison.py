@@ -9,36 +9,27 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
 
 from dat_deploy.errors import DatDeployError
 from dat_deploy.images.data_set import DataSet
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import preprocess_files
-from dat_deploy.metadata import read_metadata
-from dat_deploy.runners import EngineDescription, Runner, parse_engine
-from dat_deploy.validate.drift import Locations, engine_locations, network_locations
+from dat_deploy.precision import PRECISIONS
+from dat_deploy.runners import EngineDescription, Outputs, Runner
+from dat_deploy.runners.base import Images
+from dat_deploy.validate.accuracy import Accuracy
+from dat_deploy.validate.defaults import FP32_TOLERANCE, PHOTOGRAPHS
+from dat_deploy.validate.drift import BlockDrift, Locations, engine_locations, network_locations
 from dat_deploy.validate.gates import Gates
-from dat_deploy.validate.kinds import FP32_TOLERANCE, PHOTOGRAPHS
-from dat_deploy.validate.reference import Outputs, Reference
+from dat_deploy.validate.reference import Reference
 from dat_deploy.validate.stress import stress_images
 
-__all__ = [
-    "DTYPES",
-    "Comparison",
-    "Images",
-    "Outputs",
-    "joined",
-    "precision_of",
-    "rounds_everything",
-]
+__all__ = ["Comparison"]
 
 # PyTorch has no eager int8 to compare with. Half the spread of the logits is far more than eight bits cost a sound
 # network and less than a mixed-up slot or a swapped axis does; what eight bits cost is judged on labelled data.
 INT8_SHARE_OF_SPREAD = 0.5
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
-Images = NDArray[np.float32]
 Progress = Callable[[str], None]
 
 
@@ -51,7 +42,8 @@ class Comparison:
         files: photographs of the user's own.
         batches: that were asked for.
         asked_tolerance: of every output; None for the default.
-        data: see `compare_on_data`; strict_data: likewise.
+        data: see `compare_on_data`; strict_data, data_progress: likewise.
+        accuracy, drift: for the report, where a check leaves them.
     """
 
     runner: Runner
@@ -64,6 +56,9 @@ class Comparison:
     data: DataSet | None
     strict_data: bool
     progress: Progress
+    data_progress: Callable[[int, int], None]
+    accuracy: Accuracy | None = None
+    drift: tuple[BlockDrift, ...] = ()
 
     @cached_property
     def photos(self) -> Images:
@@ -73,7 +68,7 @@ class Comparison:
     def expected(self) -> Outputs:
         """PyTorch's answers to the photographs."""
         self.progress("PyTorch")
-        return joined([self.reference.answers(image[None]) for image in self.photos])
+        return _joined([self.reference.answers(image[None]) for image in self.photos])
 
     @cached_property
     def stress(self) -> dict[str, Images]:
@@ -88,18 +83,18 @@ class Comparison:
         """One an output: what is much for attention is little for a logit."""
         if self.asked_tolerance is not None:
             return dict.fromkeys(self.about.outputs, self.asked_tolerance)
-        expected = joined([self.expected, *self.stress_expected.values()])
-        precision = precision_of(self.about)
-        if precision == "fp32":
-            return dict.fromkeys(expected, FP32_TOLERANCE)
-        if precision == "int8":
+        expected = _joined([self.expected, *self.stress_expected.values()])
+        precision = PRECISIONS[self.about.answer_precision]
+        if not precision.is_exported:
             return {name: INT8_SHARE_OF_SPREAD * float(values.std()) for name, values in self.expected.items()}
+        if not precision.is_half:
+            return dict.fromkeys(expected, FP32_TOLERANCE)
         images = np.concatenate([self.photos, *self.stress.values()])
         errors = self.reference.remembered(("errors", *self.lowered), images, lambda: self._errors(images, expected))
         for name, error in errors.items():
             if not math.isfinite(error):
                 raise DatDeployError(
-                    f"eager PyTorch in {precision} overflows at {name}, so its error is no measure. "
+                    f"eager PyTorch in {precision.name} overflows at {name}, so its error is no measure. "
                     f"Say what is allowed: --tolerance {FP32_TOLERANCE:g}"
                 )
         return {name: 2 * error for name, error in errors.items()}
@@ -120,7 +115,7 @@ class Comparison:
     @property
     def lowered(self) -> tuple[torch.dtype, bool]:
         """The half precision that the engine computes in, and whether it rounds the locations, too."""
-        return DTYPES[precision_of(self.about)], rounds_everything(self.about)
+        return PRECISIONS[self.about.answer_precision].dtype, self.about.rounds_locations
 
     @cached_property
     def drift_images(self) -> Images:
@@ -148,7 +143,7 @@ class Comparison:
         """What the engine's do; None if it does not tell."""
         return engine_locations(
             self.runner,
-            self.onnx_model,
+            self.graph,
             self.drift_images,
             self.about.network.sampled_blocks,
             lambda b: self.progress(f"drift: {b}"),
@@ -164,22 +159,15 @@ class Comparison:
 
     @cached_property
     def onnx_model(self) -> ir.Model | None:
-        """The engine's file, if it is an ONNX file."""
-        _, target = parse_engine(self.about.name)
-        return ir.load(target) if target.endswith(".onnx") else None
+        """The engine's file, if it is an exported one."""
+        about = self.about
+        return ir.load(about.path) if about.path is not None and about.file_kind == "exported" else None
+
+    @property
+    def graph(self) -> ir.Model | None:
+        """The same, of a runtime that also runs parts of it."""
+        return self.onnx_model if self.runner.takes_graphs else None
 
 
-def joined(parts: Sequence[Outputs]) -> Outputs:
+def _joined(parts: Sequence[Outputs]) -> Outputs:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def precision_of(about: EngineDescription) -> str:
-    """In which the answer was rounded: a runtime may compute in float32 with the weights of a file in float16."""
-    _, target = parse_engine(about.name)
-    of_file = read_metadata(Path(target)).precision if target.endswith(".onnx") else about.precision
-    return of_file if about.precision == "fp32" or of_file == "int8" else about.precision
-
-
-def rounds_everything(about: EngineDescription) -> bool:
-    """Whether the runtime lowers the precision by itself, of coordinates too, whatever the file says."""
-    return about.runtime == "openvino" and about.precision not in ("fp32", "int8")

@@ -14,10 +14,10 @@ from dat_deploy.export.subgraph import model_up_to
 from dat_deploy.networks.family import Network, family_of
 from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners import Runner
+from dat_deploy.runners.base import Images
 
 __all__ = ["BlockDrift", "Locations", "block_drift", "engine_locations", "network_locations"]
 
-Images = NDArray[np.float32]
 Locations = NDArray[np.float32]  # B, G, Hk, Wk, 2, last axis (y, x)
 
 

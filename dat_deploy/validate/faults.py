@@ -14,11 +14,11 @@ from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.networks.family import Network
 from dat_deploy.networks.sampling import SampledBlock
-from dat_deploy.runners import Runner, open_runner
+from dat_deploy.runners import Outputs, Runner, engine_path, engine_with_path, open_runner
 from dat_deploy.runners.base import Graph, Images
 from dat_deploy.validate import ValidationReport, validate
-from dat_deploy.validate.kinds import SELF_TEST_BATCHES
-from dat_deploy.validate.reference import Outputs, Reference
+from dat_deploy.validate.defaults import SELF_TEST_BATCHES
+from dat_deploy.validate.reference import Reference
 
 __all__ = ["FAULTS", "Fault", "faulty_report"]
 
@@ -40,22 +40,16 @@ class Fault:
 
 
 def faulty_report(
-    fault: Fault,
-    runtime: str,
-    source: Path,
-    folder: Path,
-    reference: Reference,
-    *,
-    skip: Sequence[str] = (),
+    fault: Fault, engine: str, folder: Path, reference: Reference, *, skip: Sequence[str] = ()
 ) -> ValidationReport:
-    """What validate says of a file with the fault, less the kinds of checks in `skip`."""
-    path = source
+    """What validate says of an exported file with the fault, less the kinds of checks in `skip`."""
     if fault.change is not None:
-        model = ir.load(source)
+        model = ir.load(str(engine_path(engine)))
         fault.change(model)
         path = folder / "faulty.onnx"
         ir.save(model, path)
-    with open_runner(f"{runtime}:{path}") as runner:
+        engine = engine_with_path(engine, path)
+    with open_runner(engine) as runner:
         tested = runner if fault.misbehave is None else _Misbehaving(runner, fault.misbehave)
         return validate(tested, batches=SELF_TEST_BATCHES, skip=skip, reference=reference)
 

@@ -15,8 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from dat_deploy.classify import logits_of
-from dat_deploy.engine.passport import read_passport
 from dat_deploy.errors import ExportError, ImageError, ShapeError, UnsupportedError, VerificationError
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.images.arrays import describe_array, read_npy
@@ -32,15 +30,13 @@ from dat_deploy.images.preprocess import (
     preprocess_files,
     read_image,
 )
-from dat_deploy.metadata import FileMetadata, read_metadata
-from dat_deploy.networks.family import find_network
-from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
+from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, engine_metadata, open_runner
 
 __all__ = [
     "GOLDEN",
     "TOLERANCE_UNITS",
-    "Comparison",
     "Flip",
+    "PipelineComparison",
     "PreprocessingReport",
     "check_preprocessing",
     "preprocess_for_engine",
@@ -68,7 +64,7 @@ class Flip:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PipelineComparison:
     """One pipeline beside this package.
 
     Attributes:
@@ -114,7 +110,7 @@ class PreprocessingReport:
     engine: EngineDescription
     golden_here: str
     golden_expected: str | None
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[PipelineComparison, ...]
     notes: tuple[str, ...]
 
     @property
@@ -197,7 +193,7 @@ def check_preprocessing(
         ShapeError: if an array has another shape than the engine takes, or holds another number of images.
         ExportError: if the engine's file does not say what the golden picture gives.
     """
-    metadata = _metadata(engine)
+    metadata = engine_metadata(engine)
     if metadata is not None and not metadata.golden_sha256:
         raise ExportError(
             f"{engine} has no golden_sha256 in its metadata, so nothing says what its preprocessing gave where it was "
@@ -246,9 +242,8 @@ def preprocess_for_engine(
     """
     if output is not None:
         check_output(output, force=force)
-    metadata = _metadata(engine)
-    network = find_network(parse_engine(engine)[1]) if metadata is None else metadata.network
-    batch = preprocess_files(images, network.preprocessing if metadata is None else metadata.preprocessing)
+    about = engine_metadata(engine) or check_engine(engine)
+    batch = preprocess_files(images, about.preprocessing)
     if output is not None:
         with atomic_output(output, force=force) as temporary, temporary.open("wb") as file:
             np.save(file, batch, allow_pickle=False)
@@ -263,17 +258,6 @@ def write_golden_picture(output: Path, *, force: bool = False) -> None:
     """
     with atomic_output(output, force=force) as temporary:
         golden_picture().save(temporary, "PNG")
-
-
-def _metadata(engine: str) -> FileMetadata | None:
-    """What the engine's file says about itself; None for PyTorch, which has no file."""
-    runtime, target = parse_engine(engine)
-    match runtime.target:
-        case "VARIANT":
-            return None
-        case "FILE.onnx":
-            return read_metadata(Path(target))
-    return read_passport(Path(target)).metadata
 
 
 def _picture(source: Source) -> Image.Image:
@@ -369,7 +353,7 @@ class _Judge:
         self.ours = self._batch(lambda source: preprocess(_picture(source), self.preprocessing), sources + elsewhere)
         self.labels = self._labels(self.ours)
 
-    def compare_pil(self) -> Comparison:
+    def compare_pil(self) -> PipelineComparison:
         batch = self._batch(lambda source: _written_out(source, self.preprocessing), self.sources + self.elsewhere)
         row = self._row("PIL written out", batch)
         return (
@@ -378,7 +362,7 @@ class _Judge:
             else replace(row, explanation="this package or Pillow is damaged here, install both again")
         )
 
-    def compare(self, name: str, output: _PipelineOutput) -> Comparison:
+    def compare(self, name: str, output: _PipelineOutput) -> PipelineComparison:
         row = replace(self._row(name, output.batch), looks_like=output.looks_like)
         layout = (output.layout,) if output.layout else ()
         if row.passed and not layout:
@@ -401,11 +385,11 @@ class _Judge:
         flips = self._flips(batch, len(self.sources)) or ()
         return replace(row, mistakes=mistakes, explanation=why, images_elsewhere=len(batch), flips_elsewhere=flips)
 
-    def _row(self, name: str, batch: Array) -> Comparison:
+    def _row(self, name: str, batch: Array) -> PipelineComparison:
         std = np.array(self.preprocessing.std)[:, None, None]
         units = np.abs(batch - self.ours[: len(batch)].astype(np.float64)) * std * 255
         flips = self._flips(batch, 0)
-        return Comparison(
+        return PipelineComparison(
             name=name,
             images=len(batch),
             looks_like="",
@@ -431,7 +415,7 @@ class _Judge:
     def _labels(self, batch: Array) -> list[str]:
         if not self.names:
             return []
-        logits = logits_of(self.runner, batch.astype(np.float32))
+        logits = self.runner.logits(batch.astype(np.float32))
         return [self.names[row.argmax()] if np.isfinite(row).all() else "nothing (NaN)" for row in logits]
 
     def _batch(self, pipeline: Callable[[Source], Array], sources: Sequence[Source]) -> NDArray[np.float32]:

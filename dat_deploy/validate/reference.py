@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from dat_deploy.errors import DatDeployError
 from dat_deploy.networks.family import family_of
-from dat_deploy.runners import EngineDescription
+from dat_deploy.runners import EngineDescription, Outputs
 from dat_deploy.runners.pytorch_runner import PytorchRunner
 
 __all__ = ["Reference", "open_reference"]
 
 Answer = TypeVar("Answer")
-Outputs = dict[str, NDArray[np.float32]]
 
 
 class Reference(PytorchRunner):

@@ -29,6 +29,7 @@ class Check:
         error: what was seen: the largest absolute difference, or what `unit` says; None if the check could not run,
             `detail` then says why.
         tolerance: what it may be.
+        in_numbers: it is about the numbers that the engine gives, in which `bisect` finds the place.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Check:
     tolerance: float
     detail: str
     unit: str = ""
+    in_numbers: bool = False
 
     @property
     def share(self) -> float:
@@ -109,11 +111,7 @@ class ValidationReport:
     @property
     def differs(self) -> bool:
         """Whether what failed is in the numbers of the engine, where `bisect` may find it."""
-        of_numbers = ("photographs", "stress", "slots", "coordinates", "drift")
-        return any(
-            check.passed is False and (check.kind in of_numbers or check.name == "logits on data")
-            for check in self.checks
-        )
+        return any(check.passed is False and check.in_numbers for check in self.checks)
 
     def _top1(self) -> str:
         if self.accuracy is None or self.accuracy.engine is None or self.accuracy.reference is None:

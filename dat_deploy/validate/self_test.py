@@ -8,11 +8,10 @@ from pathlib import Path
 
 from dat_deploy.errors import DatDeployError, VerificationError
 from dat_deploy.export import export
-from dat_deploy.metadata import read_metadata
 from dat_deploy.networks.checkpoint_file import check_checkpoint
 from dat_deploy.runners import EngineDescription, check_engine, open_runner, parse_engine
 from dat_deploy.validate import validate
-from dat_deploy.validate.kinds import SELF_TEST_BATCHES
+from dat_deploy.validate.defaults import SELF_TEST_BATCHES
 
 # What loads a graph library is imported after the checks, so that a wrong argument is told at once.
 
@@ -81,7 +80,6 @@ def self_test(
             progress("exporting demo")
             engine = str(Path(folder, "demo.onnx"))
             export("demo", Path(engine))
-        runtime, target = parse_engine(engine)
         progress("no fault")
         with open_runner(engine) as runner:
             about = runner.description
@@ -92,7 +90,7 @@ def self_test(
         found = []
         for fault in FAULTS:
             progress(fault.name)
-            report = faulty_report(fault, runtime.name, Path(target), Path(folder), reference)
+            report = faulty_report(fault, engine, Path(folder), reference)
             failed = [check for check in report.checks if check.passed is False]
             kinds = tuple(dict.fromkeys(check.kind for check in failed))
             found.append(Tried(fault.name, fault.story, kinds, failed[0].name if failed else ""))
@@ -100,15 +98,10 @@ def self_test(
 
 
 def _check(engine: str) -> None:
-    _, target = parse_engine(engine)
-    if not target.endswith(".onnx"):
+    if not parse_engine(engine)[0].takes_exported:
         raise DatDeployError(f"faults are put into ONNX files, and '{engine}' is none; name a FILE.onnx.")
     outline = check_engine(engine)
-    if (
-        outline.batch == 1
-        or outline.network.answer.kind != "classes"
-        or read_metadata(Path(target)).precision != "fp32"
-    ):
+    if outline.batch == 1 or outline.network.answer.kind != "classes" or outline.file_precision != "fp32":
         raise DatDeployError(
             f"the self-test takes an fp32 file that classifies batches, and {engine} is none; export it with "
             f"--batch dynamic and --precision fp32, without --features."

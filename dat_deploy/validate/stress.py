@@ -1,11 +1,10 @@
 """Images that bring out what one random image hides."""
 
 import numpy as np
-from numpy.typing import NDArray
+
+from dat_deploy.runners.base import Images
 
 __all__ = ["stress_images"]
-
-Images = NDArray[np.float32]
 
 
 def stress_images(size: tuple[int, int]) -> dict[str, Images]:

@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 from dat_deploy.export.boundaries import block_boundaries
 from dat_deploy.export.subgraph import model_up_to
 from dat_deploy.networks.family import Network, family_of
-from dat_deploy.validate.comparison import Comparison, precision_of
+from dat_deploy.precision import PRECISIONS
+from dat_deploy.runners.base import graph_in_batches
+from dat_deploy.validate.comparison import Comparison
 from dat_deploy.validate.drift import Locations
 from dat_deploy.validate.hooks import captured
 
@@ -56,7 +58,7 @@ def trace_blocks(comparison: Comparison) -> Trace:
 
 
 def _errors(comparison: Comparison) -> list[BlockError]:
-    model = comparison.onnx_model
+    model = comparison.graph
     names = {} if model is None else block_boundaries(dict(model.metadata_props))
     if model is None or not names:
         return []
@@ -65,21 +67,20 @@ def _errors(comparison: Comparison) -> list[BlockError]:
     ends = {block.name: block.steps[-1] for block in family_of(network).blocks(network)}
     sources = [(step.module, step.side) for step in ends.values()]
     exact = captured(comparison.reference.model, sources, image)
-    precision = precision_of(comparison.about)
     rounded = None
-    if precision in ("fp16", "bf16"):
+    if PRECISIONS[comparison.about.answer_precision].is_half:
         half, takes = comparison.reference.rounded(*comparison.lowered)
         rounded = captured(half, sources, image, takes)
-    feeds = {"image": np.repeat(image, comparison.about.batch or 1, axis=0)}
-    found = []
+    rows = []
     for block, step in ends.items():
         comparison.progress(f"trace: {block}")
         expected = exact[step.module, step.side]
-        got = comparison.runner.open_graph(model_up_to(model, names[step.ends]))(feeds)[:1]
+        graph = comparison.runner.open_graph(model_up_to(model, names[step.ends]))
+        got = graph_in_batches(comparison.about, graph, {"image": image})
         scale = float(np.abs(expected).max()) or 1.0
         error = float(np.abs(got.reshape(expected.shape) - expected).max()) / scale
         own = None
         if rounded is not None:
             own = float(np.abs(rounded[step.module, step.side] - expected).max()) / scale
-        found.append(BlockError(block, error, own, scale))
-    return found
+        rows.append(BlockError(block, error, own, scale))
+    return rows

@@ -13,7 +13,7 @@ from dat_deploy.errors import DatDeployError, ShapeError, VerificationError
 from dat_deploy.files import check_output
 from dat_deploy.images.preprocess import check_images, preprocess, read_image
 from dat_deploy.networks.sampling import SampledBlock
-from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner, parse_engine
+from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner
 from dat_deploy.visualize.plotting import BlockPoints, block_points, distances_px, plot_points
 
 # What loads torch is imported after the checks, so that a wrong argument is told at once.
@@ -90,7 +90,10 @@ def visualize(
         _check_has_points(check_engine(engine, checkpoint=checkpoint, image_size=image_size))
     picture = read_image(image)
     with contextlib.ExitStack() as stack:
-        runners = [stack.enter_context(_open(engine, checkpoint, image_size)) for engine in engines]
+        runners = [
+            stack.enter_context(open_runner(engine, checkpoint=checkpoint, image_size=image_size, sampled_points=True))
+            for engine in engines
+        ]
         described = tuple(runner.description for runner in runners)
         _check_same_network(described)
         preprocessing = described[0].preprocessing
@@ -103,18 +106,6 @@ def visualize(
         for block, versions in zip(described[0].network.sampled_blocks, zip(*points, strict=True), strict=True)
     )
     return Visualization(output, image, described, blocks)
-
-
-def _open(engine: str, checkpoint: Path | None, image_size: tuple[int, int] | None) -> Runner:
-    runtime, target = parse_engine(engine)
-    if runtime.package != "torch":  # an exported file gives its points or does not
-        return open_runner(engine, checkpoint=checkpoint, image_size=image_size)
-    from dat_deploy.runners.pytorch_runner import PytorchRunner
-
-    compiled = runtime.name == "pytorch-compile"
-    return PytorchRunner(
-        target, engine, checkpoint=checkpoint, image_size=image_size, sampled_points=True, compiled=compiled
-    )
 
 
 def _check_has_points(about: EngineOutline) -> None:
@@ -152,7 +143,7 @@ def _network(about: EngineDescription) -> str:
 
 def _sampled_points(runner: Runner, image_nchw: NDArray[np.float32]) -> list[BlockPoints]:
     about = runner.description
-    outputs = runner.outputs(np.repeat(image_nchw, about.least_batch, axis=0))
+    outputs = runner.in_batches(image_nchw)
     return [
         block_points(block, _finite(about, block.locations, outputs), _finite(about, block.attention, outputs))
         for block in about.network.sampled_blocks

@@ -23,10 +23,10 @@ from dat_deploy.networks.dat.checkpoint import load_model
 from dat_deploy.networks.dat.model import half_network
 from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.plugins.tensorrt.calls import launch_counts
+from dat_deploy.precision import PRECISIONS
 from dat_deploy.runners import open_runner
 from dat_deploy.runners.base import Runner
-from dat_deploy.validate.comparison import DTYPES
-from dat_deploy.validate.kinds import FP32_TOLERANCE
+from dat_deploy.validate.defaults import FP32_TOLERANCE
 
 pytestmark = pytest.mark.gpu
 
@@ -82,7 +82,7 @@ def check(mini: Variant, images: Images, exact: np.ndarray) -> Check:
 
     def tolerance(precision: str) -> float:
         if precision not in tolerances:
-            dtype = DTYPES[precision]
+            dtype = PRECISIONS[precision].dtype
             with torch.inference_mode():
                 rounded = half_network(load_model(mini), dtype).to(DEVICE)(torch.from_numpy(images).to(DEVICE))
             tolerances[precision] = 2 * float(np.abs(rounded.double().cpu().numpy() - exact).max())

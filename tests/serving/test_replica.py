@@ -16,7 +16,7 @@ from dat_deploy.classify import classify
 from dat_deploy.engine.passport import Profile
 from dat_deploy.errors import EngineRunError, PassportError
 from dat_deploy.runners import open_runner
-from dat_deploy.serving.own.replica import Replica, Reply, ServedModel, engine_batch
+from dat_deploy.serving.own.replica import Replica, Reply, ServedModel
 from dat_deploy.serving.own.server import _served_model
 from dat_deploy.serving.own.settings import ServeSettings
 
@@ -106,7 +106,7 @@ def test_next_call_is_the_least_batch_that_holds_all(demo_onnx, profiles, images
         about = dataclasses.replace(
             runner.description, profiles=tuple(Profile.parse(text) for text in profiles.split(",")) if profiles else ()
         )
-    assert engine_batch(about, images) == batch
+    assert about.next_batch(images) == batch
 
 
 def test_classes_and_points_of_an_image_are_those_of_the_library(points_onnx):

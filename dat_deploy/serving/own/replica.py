@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -22,16 +21,15 @@ from dat_deploy.errors import EngineRunError, ImageError, PassportError, ShapeEr
 from dat_deploy.images.labels import top_k
 from dat_deploy.images.preprocess import image_from_bytes, preprocess
 from dat_deploy.networks.sampling import SampledBlock
-from dat_deploy.runners import EngineDescription, open_runner, parse_engine
+from dat_deploy.runners import EngineDescription, Outputs, engine_path, open_runner
 from dat_deploy.serving.engine_file import read_engine_file
 from dat_deploy.serving.own.batcher import Batcher, Job
 from dat_deploy.serving.own.protocol import RequestError, error_body, infer_response, parse_infer
 from dat_deploy.serving.tensors import TensorSpec
 
-__all__ = ["MODEL_VERSION", "Call", "Replica", "Reply", "ServedModel", "engine_batch"]
+__all__ = ["MODEL_VERSION", "Call", "Replica", "Reply", "ServedModel"]
 
 MODEL_VERSION = "1"
-Outputs = dict[str, NDArray[np.float32]]
 Found = TypeVar("Found")
 
 
@@ -107,7 +105,8 @@ class Replica:
     """
 
     def __init__(self, model: ServedModel, *, threads: int | None, wait_s: float, stuck_s: float = 60) -> None:
-        path = Path(parse_engine(model.engine)[1])
+        path = engine_path(model.engine)
+        assert path is not None  # `serve` has refused what is no file
         if sha256(read_engine_file(path).content) != model.sha256:
             raise PassportError(f"{path} is not the file that the server was started with; start the server again.")
         self._model, self._stuck_s = model, stuck_s
@@ -262,7 +261,7 @@ class Replica:
         if self.about.dynamic_image_size:
             most = max(1, self._model.most_call_pixels // (images_nchw.shape[2] * images_nchw.shape[3]))
         while first < len(images_nchw):
-            size = engine_batch(self.about, min(most, len(images_nchw) - first))
+            size = self.about.next_batch(min(most, len(images_nchw) - first))
             part = images_nchw[first : first + size]
             padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
             started = time.monotonic()
@@ -285,11 +284,3 @@ def _points(outputs: Outputs, block: SampledBlock) -> dict[str, object]:
         "points": block.pixels(locations).reshape(block.groups, -1, 2).round(2).tolist(),
         "attention": attention.reshape(block.groups, -1).round(6).tolist(),
     }
-
-
-def engine_batch(about: EngineDescription, images: int) -> int:
-    """The batch of the engine's next call with so many images left: the least that holds all, or else the largest."""
-    if about.profiles:
-        holding = [max(profile.least, images) for profile in about.profiles if images <= profile.most]
-        return min(holding) if holding else max(profile.most for profile in about.profiles)
-    return about.batch or images

@@ -222,7 +222,7 @@ def _runs_on_cuda(settings: ServeSettings, file: EngineFile) -> bool:
     runtime, _ = parse_engine(settings.engine)
     if file.passport is not None:
         return file.passport.architectures[:1] != ("cpu",)
-    return runtime.name == "onnxruntime-cuda"
+    return runtime.device == "cuda"
 
 
 def _try_out(model: ServedModel, threads: int, gpus: float) -> None:
