@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.plugins.operator import specification
 
-__all__ = ["BAR", "FLOAT32_INPUTS", "Case", "of_network", "of_stage"]
+__all__ = ["BAR", "Case", "of_network", "of_stage"]
 
-FLOAT32_INPUTS = ("sampling_locations", "relative_position_bias_table")  # of what ships
 BAR = ("base-384", 2, 64)  # the network, stage (from 0) and batch of the project's targets
 
 
@@ -106,7 +106,7 @@ class Case:
         around each point are read."""
         moved = 2 * math.prod(self.output_shape)
         for name, shape in self.inputs.items():
-            moved += math.prod(shape) * (4 if name in FLOAT32_INPUTS else 2)
+            moved += math.prod(shape) * (4 if specification(self.operator).roles[name].stays_float32 else 2)
         if self.operator == "deformable_sample":
             unread = max(0, self.height * self.width - 4 * math.prod(self.sampled))
             moved -= 2 * self.batch * unread * self.channels

@@ -25,8 +25,8 @@ from gpu_plan import launches_of  # noqa: E402
 
 from dat_deploy.benchmark.worker import end_with_parent  # noqa: E402
 from dat_deploy.errors import DatDeployError, OutputError, UnsupportedError  # noqa: E402
-from dat_deploy.plugins import trt_plugin  # noqa: E402
 from dat_deploy.plugins.precompiled import Entry, Needed, key, precompile, write_index  # noqa: E402
+from dat_deploy.plugins.tensorrt.node import Node  # noqa: E402
 from dat_deploy.precision import PRECISIONS  # noqa: E402
 
 __all__ = ["launches", "needed"]
@@ -38,11 +38,10 @@ PACKAGES = ("onnx-ir", "nvidia-ml-py")  # newer than that machine's; what torch 
 def launches(case: Case, precision: str, what: str) -> Iterator[Needed]:
     """Those of a case; `what` as in `gpu_operators.check`."""
     dtypes = dtypes_of(case, PRECISIONS[precision].dtype)
-    node = trt_plugin.Node(case.operator, tuple(int(value) for value in case.attributes.values()))
+    node = Node.from_fields(case.operator, case.attributes)
     problem = node.problem(tuple(case.inputs.values()), tuple(dtypes.values())[:-1])
-    kernel = node.specification.kernel
-    for configuration in kernel.configurations(problem)[: None if what == "configurations" else 1]:
-        launch = kernel.launch(problem, configuration)
+    for configuration in node.kernel.configurations(problem)[: None if what == "configurations" else 1]:
+        launch = node.kernel.launch(problem, configuration)
         yield launch, dtypes, launch.inputs if what == "unaligned" else ()
 
 

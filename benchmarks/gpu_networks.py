@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_operators import SLACK, tuned_share
+from gpu_operators import slack, tuned_share
 from gpu_record import Found
 from gpu_timing import Call
 from torch import Tensor
 
 from dat_deploy.benchmark.tune import tune as tune_network
-from dat_deploy.networks.dat.checkpoint import Weights, load_weights, model_from_weights
+from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
 from dat_deploy.networks.dat.model import half_network
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
+from dat_deploy.networks.family import Weights
 from dat_deploy.plugins.dispatch import recorded_jobs
 from dat_deploy.precision import PRECISIONS
 
@@ -69,11 +70,11 @@ def answers(variant: Variant, batch: int, device: torch.device, precision: str) 
 
 
 def judged(variant: Variant, logits: Tensor, precision: str) -> tuple[dict[str, float], str | None]:
-    """Every slot beside `answers`: twice the error of the eager network is allowed, and SLACK of the largest logit."""
+    """Every slot beside `answers`: twice the error of the eager network is allowed, and `slack` of the largest."""
     exact, eager = answers(variant, len(logits), logits.device, precision)
     largest, error = exact.abs().max().item(), (logits.double() - exact).abs().amax(dim=1)
     own = (eager - exact).abs().max().item()
-    allowed = 2 * own + SLACK[PRECISIONS[precision].dtype] * largest
+    allowed = 2 * own + slack(PRECISIONS[precision].dtype) * largest
     wrong = int((~(error <= allowed)).sum())  # a NaN is wrong, too
     numbers = {"max_logit_error": error.max().item(), "allowed_error": allowed}
     sentence = f"wrong in {wrong} of {len(logits)} slots: a logit is off by {numbers['max_logit_error']:.3g}"

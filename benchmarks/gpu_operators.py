@@ -1,6 +1,6 @@
 """Operators on the GPU: whether each is right, in every way that it can be launched, and how fast beside its peers.
 
-"Right" is derived: the error against float64 may be twice that of eager PyTorch in the same type, and SLACK of the
+"Right" is derived: the error against float64 may be twice that of eager PyTorch in the same type, and `slack` of the
 largest output.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_cases import FLOAT32_INPUTS, Case
+from gpu_cases import Case
 from gpu_record import Found
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from dat_deploy.plugins import tuning
 from dat_deploy.plugins.deformable_attention.reference import interpolated_bias
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration
+from dat_deploy.plugins.operator import specification
 from dat_deploy.plugins.window_attention.reference import (
     relative_position_index,
     shifted_window_mask,
@@ -29,18 +30,22 @@ from dat_deploy.plugins.window_attention.reference import (
 )
 from dat_deploy.precision import PRECISIONS
 
-__all__ = ["SLACK", "ceilings", "check", "dtypes_of", "make_inputs", "measure", "tuned_share"]
+__all__ = ["ceilings", "check", "dtypes_of", "make_inputs", "measure", "slack", "tuned_share"]
 
-# Half a unit in the last place, for results are rounded; in float32 the exponentials, approximate to 2 units, and sums.
-SLACK = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 1e-6}
 SHARED = ("relative_position_bias_table", "padding_qkv")  # by all images
 Inputs = dict[str, Tensor]
 Call = Callable[[], Tensor]
 
 
+def slack(dtype: torch.dtype) -> float:
+    """Half a unit in the last place, for results are rounded; float32's exponentials are approximate to 2 units."""
+    return max(1e-6, torch.finfo(dtype).eps / 2)
+
+
 def dtypes_of(case: Case, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Of the inputs and of "output", as the networks that ship have them."""
-    return {name: torch.float32 if name in FLOAT32_INPUTS else dtype for name in (*case.inputs, "output")}
+    roles = specification(case.operator).roles
+    return {name: torch.float32 if role.stays_float32 else dtype for name, role in roles.items()} | {"output": dtype}
 
 
 def make_inputs(
@@ -87,7 +92,7 @@ def judged(case: Case, inputs: Inputs, results: dict[str, Tensor]) -> tuple[dict
     exact = reference(**{name: x.double() for name, x in picked.items()}, **case.attributes)
     eager = (reference(**picked, **case.attributes).double() - exact).abs().max().item()
     largest = exact.abs().max().item()
-    allowed = 2 * eager + SLACK[next(iter(inputs.values())).dtype] * largest
+    allowed = 2 * eager + slack(next(iter(inputs.values())).dtype) * largest
     errors = {what: (result[slots].double() - exact).abs().max().item() for what, result in results.items()}
     worst = max(errors, key=lambda what: math.inf if math.isnan(errors[what]) else errors[what])
     numbers = {"max_error": errors[worst], "allowed_error": allowed, "eager_error": eager, "largest_output": largest}

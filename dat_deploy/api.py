@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from dat_deploy.engine.inspector import inspect
     from dat_deploy.export import export, relower
     from dat_deploy.export.quantize import quantize
-    from dat_deploy.networks.convert import convert
     from dat_deploy.networks.dat.checkpoint import load_model
+    from dat_deploy.networks.dat.convert import convert
     from dat_deploy.networks.dat.variants import VARIANTS as variants  # noqa: N811  # the command's name, not a constant's
     from dat_deploy.runners import open_runner
     from dat_deploy.serving import serve
@@ -64,7 +64,7 @@ _HOMES = {
     "classify": ("dat_deploy.classify", "classify"),
     "client": ("dat_deploy.serving.client", "client"),
     "compare": ("dat_deploy.benchmark", "compare"),
-    "convert": ("dat_deploy.networks.convert", "convert"),
+    "convert": ("dat_deploy.networks.dat.convert", "convert"),
     "doctor": ("dat_deploy.doctor", "doctor"),
     "export": ("dat_deploy.export", "export"),
     "inspect": ("dat_deploy.engine.inspector", "inspect"),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dat_deploy.images.labels import check_top_k, class_names, top_k
+from dat_deploy.images.labels import check_top_k, top_k
 from dat_deploy.images.preprocess import check_images, preprocess_files
 from dat_deploy.runners import EngineDescription, Runner, check_engine, open_runner
 
@@ -50,6 +50,6 @@ def classify(
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(open_runner(engine, checkpoint=checkpoint)) if isinstance(engine, str) else engine
         inputs = preprocess_files(images, runner.description.preprocessing)
-        best = top_k(runner.logits(inputs), class_names(runner.description.network), top)
+        best = top_k(runner.logits(inputs), runner.description.network.answer.class_names, top)
         predictions = tuple(tuple(Prediction(*entry) for entry in entries) for entries in best)
         return Classification(runner.description, tuple(images), predictions)

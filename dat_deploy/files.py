@@ -93,7 +93,7 @@ def _move_to_new(temporary: Path, path: Path) -> None:
 
 
 def _exists(path: Path) -> OutputError:
-    return OutputError(f"{path} exists; pass --force to replace it, or choose another name.")
+    return OutputError(f"{path} exists; pass `force=True` to replace it, or choose another name.")
 
 
 def _translated(error: OSError, path: Path) -> OutputError:

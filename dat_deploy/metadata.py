@@ -10,7 +10,7 @@ import onnx
 from dat_deploy.errors import DatDeployError, ExportError
 from dat_deploy.files import open_input
 from dat_deploy.images.preprocess import Preprocessing
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_called
 from dat_deploy.typed_json import plain, typed
 
 __all__ = ["DOMAIN_NAME", "Calibration", "FileMetadata", "load_onnx", "read_metadata", "read_onnx"]
@@ -56,9 +56,10 @@ class FileMetadata:
         golden_sha256: see `images.preprocess.golden_sha256`, of `preprocessing` where the file was exported; empty in
             files of before there was one.
         calibration: of an int8 file.
+        family: of `network`, by its name.
     """
 
-    network: Variant
+    network: Network
     batch: int | None
     dynamic_image_size: bool
     lowering: str
@@ -73,6 +74,7 @@ class FileMetadata:
     fp32_removed: tuple[str, ...] = ()
     golden_sha256: str = dataclasses.field(default="", metadata={"optional": True})
     calibration: Calibration | None = dataclasses.field(default=None, metadata={"optional": True})
+    family: str = dataclasses.field(default="dat", metadata={"optional": True})
 
     @property
     def variant(self) -> str:
@@ -81,6 +83,11 @@ class FileMetadata:
     @property
     def image_size(self) -> tuple[int, int]:
         return self.network.image_size
+
+    @classmethod
+    def field_types(cls, values: dict[str, typing.Any]) -> dict[str, typing.Any]:
+        """For `typed`: a network is what its family says."""
+        return {"network": family_called(str(values.get("family", "dat"))).network_type}
 
     def to_properties(self) -> dict[str, str]:
         return {_PREFIX + name: json.dumps(value) for name, value in plain(self).items()}
@@ -93,7 +100,7 @@ class FileMetadata:
         if not fields:
             raise ExportError(
                 f"{path} was not exported by dat-deploy: it has no dat_deploy.* metadata. "
-                f"Export it with: dat-deploy export --variant VARIANT --output {path.name}"
+                f'Export it with: `export(variant=variant, output="{path.name}")`'
             )
         try:
             return typing.cast(FileMetadata, typed(cls, {n: json.loads(v) for n, v in fields.items()}, "metadata"))
@@ -121,9 +128,7 @@ def load_onnx(path: Path) -> onnx.ModelProto:
 def read_onnx(path: Path) -> tuple[bytes, onnx.ModelProto]:
     """The file's bytes, and what was parsed from those; raises ExportError as `load_onnx`."""
     if not path.exists():
-        raise ExportError(
-            f"there is no file {path}. Export one with: dat-deploy export --variant tiny --output {path.name}"
-        )
+        raise ExportError(f'there is no file {path}. Export one with: `export(variant="tiny", output="{path.name}")`')
     with open_input(path, ExportError, "ONNX file") as file:
         content = file.read()
     try:

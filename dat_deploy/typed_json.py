@@ -24,7 +24,8 @@ def plain(value: Any) -> Any:
 def typed(kind: Any, value: Any, where: str) -> Any:
     """`value` as the annotated type `kind`: dataclasses, tuples, dicts, unions with None, scalars.
 
-    A field of a dataclass may be absent if it says so, `field(default=..., metadata={"optional": True})`.
+    A field of a dataclass may be absent if it says so, `field(default=..., metadata={"optional": True})`. Where the
+    type of one depends on others, the dataclass tells it: `field_types(values) -> {name: type}`.
 
     Args:
         where: what `value` is called in messages.
@@ -35,6 +36,8 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
+        if hasattr(kind, "field_types"):
+            hints |= kind.field_types(value)
         names = [field.name for field in fields(kind)]
         absent = {field.name for field in fields(kind) if field.metadata.get("optional")} - set(value)
         if set(value) | absent != set(names):

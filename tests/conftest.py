@@ -29,6 +29,7 @@ from dat_deploy.export import export, onnx_model, relower
 from dat_deploy.networks.dat.checkpoint import load_model
 from dat_deploy.networks.dat.model import DAT
 from dat_deploy.networks.dat.variants import VARIANTS, StageConfig, Variant
+from dat_deploy.networks.family import Network
 from dat_deploy.runners import open_runner
 from dat_deploy.validate.reference import Reference, open_reference
 
@@ -66,19 +67,21 @@ def _traced_once(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathF
             if other.is_dir() and other != folder:
                 shutil.rmtree(other)
 
-    def onnx_from_model(model: DAT, *, progress: Callable[[str], None] = lambda _: None, **options: Any) -> ir.Model:
+    def onnx_from_model(
+        model: torch.nn.Module, network: Network, *, progress: Callable[[str], None] = lambda _: None, **options: Any
+    ) -> ir.Model:
         progress("tracing")
-        settings = (model.variant, model.fused, model.sampled_points, sorted(options.items()))
+        settings = (type(model), network, getattr(model, "fused", None), sorted(options.items()))
         key = hashlib.sha256(repr(settings).encode())
         if sum(weight.nbytes for weight in model.state_dict().values()) > LARGEST_KEPT_BYTES:
-            return original(model, **options)
+            return original(model, network, **options)
         for name, weight in model.state_dict().items():
             key.update(f"{name} {tuple(weight.shape)}".encode())
             key.update(weight.contiguous().numpy().data)
         path = folder / f"{key.hexdigest()[:32]}.onnx"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                ir.save(original(model, **options), path.with_suffix(".new"))
+                ir.save(original(model, network, **options), path.with_suffix(".new"))
                 path.with_suffix(".new").rename(path)
         return ir.load(path)
 

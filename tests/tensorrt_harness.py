@@ -159,15 +159,15 @@ def with_expressions(trt: Any, job: Callable[[Any, Any], None]) -> None:
 class Planned:
     """One node in the hands of TensorRT's layer: what a build does with it up to the kernel, step by step."""
 
-    def __init__(self, trt: Any, builder: Any, operator: str, attributes: dict[str, int]) -> None:
+    def __init__(self, trt: Any, builder: Any, operator: str, attributes: dict[str, Any]) -> None:
         import numpy as np
 
         self.trt, self.builder = trt, builder
         creator = trt.get_plugin_registry().get_creator(operator, "1", "dat_deploy")
-        fields = [
-            trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
-            for name, value in attributes.items()
-        ]
+        fields = []
+        for name, value in attributes.items():
+            array = np.array(value, np.float32 if isinstance(value, (float, list)) else np.int32).reshape(-1)
+            fields.append(trt.PluginField(name, array, getattr(trt.PluginFieldType, array.dtype.name.upper())))
         request = trt.QuickPluginCreationRequest.STRICT_AOT
         collection = trt.PluginFieldCollection(fields)
         self.plugin = creator.create_plugin(operator, "dat_deploy", collection, trt.TensorRTPhase.BUILD, request)
@@ -254,15 +254,14 @@ def types_of(trt: Any, names: Sequence[str], kind: str) -> list[Any]:
 def expected_launch(case: Any, batch: int, dtype: Any, tactic: int) -> Any:
     import torch
 
-    from dat_deploy.plugins.tensorrt import registry as trt_plugin
+    from dat_deploy.plugins.tensorrt.node import Node
 
-    specified = trt_plugin.specification(case.operator)
     shapes = inputs_of(case, batch)
     dtypes = (torch.float32 if name == "sampling_locations" else getattr(torch, dtype) for name in shapes)
-    node = trt_plugin.Node(case.operator, tuple(case.attributes.values()))
+    node = Node(case.operator, tuple(case.attributes.values()))
     problem = node.problem(tuple(shapes.values()), tuple(dtypes))
-    ordered = sorted(specified.kernel.configurations(problem), key=repr)
-    return specified.kernel.launch(problem, ordered[tactic - 1])
+    ordered = sorted(node.kernel.configurations(problem), key=repr)
+    return node.kernel.launch(problem, ordered[tactic - 1])
 
 
 # The scenarios.
@@ -272,10 +271,10 @@ def arithmetic() -> dict[str, Any]:
     """Grid, block and scalars at all shapes of all variants, every tactic and several batches, against `launch`."""
     trt = load_tensorrt()
     from dat_deploy.plugins import ptx as ahead_of_time
-    from dat_deploy.plugins.tensorrt import registry as trt_plugin
+    from dat_deploy.plugins.tensorrt import registry
 
     ahead_of_time.compile_launch = lambda launch, *_, **__: ahead_of_time.CompiledLaunch("", "fake", 1234, 0, 0)
-    trt_plugin.register_ahead_of_time(trt, 90)
+    registry.register_ahead_of_time(trt, 90)
     compared, wrong, operators = 0, [], set()
 
     def job(builder: Any, _: Any) -> None:
@@ -321,14 +320,14 @@ def kernels(*operators: str) -> list[dict[str, Any]]:
     from gpu_cases import of_stage
 
     from dat_deploy.networks.dat.variants import VARIANTS
-    from dat_deploy.plugins.tensorrt import registry as trt_plugin
+    from dat_deploy.plugins.tensorrt import registry
 
     shown: list[dict[str, Any]] = []
 
     def job(builder: Any, dynamic: Any) -> None:
         wanted = {case.operator: case for name in ("tiny", "pp-tiny") for case in of_stage(VARIANTS[name], 2, 1)}
         for architecture, ptx_version in ((90, None), (80, 85)):
-            trt_plugin.register_ahead_of_time(trt, architecture, ptx_version)
+            registry.register_ahead_of_time(trt, architecture, ptx_version)
             for case in (case for operator, case in wanted.items() if operator in (operators or wanted)):
                 names = list(inputs_of(case, 1))
                 types = types_of(trt, names, "HALF")
@@ -363,30 +362,31 @@ def kernels(*operators: str) -> list[dict[str, Any]]:
     return shown
 
 
-def registry() -> dict[str, Any]:
+def forms() -> dict[str, Any]:
     """Both forms in turn in one process, and what is refused."""
     trt = load_tensorrt()
     from dat_deploy.errors import DatDeployError
-    from dat_deploy.plugins.tensorrt import registry as trt_plugin
+    from dat_deploy.plugins.operator import OPERATORS
+    from dat_deploy.plugins.tensorrt import registry
 
     def kinds() -> list[str]:
         found = trt.get_plugin_registry()
-        creators = [found.get_creator(name, "1", "dat_deploy") for name in trt_plugin.OPERATORS]
+        creators = [found.get_creator(name, "1", "dat_deploy") for name in OPERATORS]
         return sorted({"none" if each is None else type(each).__mro__[1].__name__ for each in creators})
 
     steps = [kinds()]
     for step in (
-        lambda: trt_plugin.register_ahead_of_time(trt, 90),
-        lambda: trt_plugin.register_plugins(trt),
-        lambda: trt_plugin.register_ahead_of_time(trt, 80),
-        lambda: trt_plugin.register_ahead_of_time(trt, 120, 88),
-        lambda: trt_plugin.deregister_plugins(trt),
-        lambda: trt_plugin.register_plugins(trt),
-        lambda: trt_plugin.register_plugins(trt),
+        lambda: registry.register_ahead_of_time(trt, 90),
+        lambda: registry.register_plugins(trt),
+        lambda: registry.register_ahead_of_time(trt, 80),
+        lambda: registry.register_ahead_of_time(trt, 120, 88),
+        lambda: registry.deregister_plugins(trt),
+        lambda: registry.register_plugins(trt),
+        lambda: registry.register_plugins(trt),
     ):
         step()
         steps.append(kinds())
-    trt_plugin.deregister_plugins(trt)
+    registry.deregister_plugins(trt)
 
     class Other(trt.IPluginCreatorV3One):  # type: ignore[misc]  # of a module that is no import
         def __init__(self) -> None:
@@ -398,9 +398,9 @@ def registry() -> dict[str, Any]:
     trt.get_plugin_registry().register_creator(other, "dat_deploy")
     refusals = []
     for attempt in (
-        lambda: trt_plugin.register_plugins(trt),
-        lambda: trt_plugin.register_ahead_of_time(trt, 90),
-        lambda: trt_plugin.register_ahead_of_time(trt, 91),
+        lambda: registry.register_plugins(trt),
+        lambda: registry.register_ahead_of_time(trt, 90),
+        lambda: registry.register_ahead_of_time(trt, 91),
     ):
         try:
             attempt()
@@ -413,11 +413,12 @@ def refusals() -> list[list[str]]:
     """What a build would be told at each step for inputs that no kernel takes."""
     trt = load_tensorrt()
     from dat_deploy.plugins import ptx as ahead_of_time
-    from dat_deploy.plugins.tensorrt import registry as trt_plugin
+    from dat_deploy.plugins.tensorrt import registry
+    from dat_deploy.plugins.tensorrt.calls import last_error
 
     compiled = ahead_of_time.CompiledLaunch("", "fake", 50_000, 0, 0)
     ahead_of_time.compile_launch = lambda *_, **__: compiled
-    trt_plugin.register_ahead_of_time(trt, 90)
+    registry.register_ahead_of_time(trt, 90)
     half, whole = trt.DataType.HALF, trt.DataType.FLOAT
     attributes = {"num_heads": 3, "window_size": 7, "shift_size": 0}
     qkv, table = (8, 14, 14, 288), (169, 3)
@@ -432,7 +433,7 @@ def refusals() -> list[list[str]]:
                 planned.tactics(shapes, largest, types)
                 raise AssertionError("nothing was refused")
             except Exception as error:
-                recorded = trt_plugin.last_error()
+                recorded = last_error()
                 told.append([type(error).__name__, str(error), str(recorded is error)])
 
         output = (8, 14, 14, 96)
@@ -452,11 +453,11 @@ def builds(source: str, folder: str) -> list[Any]:
     """What backend `tensorrt` builds of an exported file on a machine that seems to have a GPU of sm_89."""
     load_tensorrt()
     from dat_deploy.engine import build as library
-    from dat_deploy.engine.tensorrt import build as tensorrt_build
     from dat_deploy.engine.tensorrt import engine as tensorrt_engine
+    from dat_deploy.engine.tensorrt import serialize as tensorrt_serialize
     from dat_deploy.errors import DatDeployError
 
-    tensorrt_engine.gpu_architecture = tensorrt_build.gpu_architecture = lambda: 89
+    tensorrt_engine.gpu_architecture = tensorrt_serialize.gpu_architecture = lambda: 89
     asked: list[dict[str, Any]] = [
         {"lowering": "gather"},
         {"lowering": "plugin", "plugin_form": "IPluginV3"},

@@ -10,7 +10,6 @@ from PIL import Image
 
 from dat_deploy.errors import DatDeployError, ImageError, VerificationError
 from dat_deploy.images.data_set import DataSet, open_data_set
-from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.runners import EngineDescription, Runner
 from dat_deploy.validate.accuracy import compare_on_data
@@ -39,7 +38,7 @@ class TableRunner(Runner):
             threads=1,
             weights_sha256="0" * 64,
             weights_source="seeded random weights (seed 0)",
-            preprocessing=Preprocessing.from_variant(SMALL),
+            preprocessing=SMALL.preprocessing,
         )
 
     def _run(self, images_nchw):

@@ -22,8 +22,9 @@ import dat_deploy.validate.bisect_search as library
 from dat_deploy import cli
 from dat_deploy.errors import DatDeployError, UnsupportedError, VerificationError
 from dat_deploy.export import LOWERINGS, export, relower
+from dat_deploy.export.boundaries import block_boundaries
 from dat_deploy.export.records import operator_records
-from dat_deploy.networks.dat.boundaries import block_boundaries, network_blocks
+from dat_deploy.networks.dat.boundaries import network_blocks
 from dat_deploy.networks.dat.checkpoint import load_model, official_state_dict_shapes
 from dat_deploy.networks.dat.variants import VARIANTS, StageConfig, Variant
 from dat_deploy.runners import EngineDescription, Runner, onnxruntime_runner, open_runner, openvino_runner

@@ -300,7 +300,7 @@ def test_a_converted_file_holds_official_names_and_the_same_weights(
 def test_converting_replaces_a_file_only_with_force(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     source, output = save(tmp_path / "mini.pth", tensors), tmp_path / "out.safetensors"
     output.write_text("mine")
-    with pytest.raises(OutputError, match="exists; pass --force to replace it"):
+    with pytest.raises(OutputError, match="exists; pass `force=True` to replace it"):
         convert_checkpoint(source, output)
     assert output.read_text() == "mine"
     convert_checkpoint(source, output, force=True)

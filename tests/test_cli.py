@@ -31,6 +31,7 @@ from PIL import ExifTags, Image
 from typer.core import TyperCommand, TyperGroup
 
 from dat_deploy import cli
+from dat_deploy.commands import convert
 from dat_deploy.export import LOWERINGS, export
 from dat_deploy.images.photographs import photographs
 from dat_deploy.networks.dat.checkpoint import official_state_dict_shapes
@@ -461,7 +462,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(_: str) -> Variant:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "get_variant", bug)
+    monkeypatch.setattr(convert, "get_variant", bug)
     monkeypatch.setattr(sys, "argv", ["dat-deploy", "export", "--variant", "tiny"])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(RuntimeError, match="a bug"):
@@ -917,13 +918,13 @@ def test_a_package_is_built_validated_inspected_and_classifies(run: Run, tmp_pat
         (
             ["MINI", "--precision", "fp16", "--device", "cuda"],
             1,
-            "--precision, --device is for --backend aotinductor; tensorrt builds what a file holds. Give it to: "
+            "--precision, --device is for backend aotinductor; tensorrt builds what a file holds. Give it to: "
             "dat-deploy export",
         ),
         (
             ["--variant", "tiny", "--backend", "aotinductor", "--lowering", "gather", "--arch", "80"],
             1,
-            "--lowering, --arch is for TensorRT, not for --backend aotinductor; leave it out.",
+            "--lowering, --arch is for backend tensorrt and tensorrt-rtx, not for aotinductor; leave it out.",
         ),
         (
             [],

@@ -11,9 +11,10 @@ import torch
 import yaml
 
 from dat_deploy.errors import ShapeError, VariantError
-from dat_deploy.networks.dat.configuration import SIZE_LIMIT_BYTES, find_variant, variant_from_config
+from dat_deploy.networks.dat.configuration import SIZE_LIMIT_BYTES, variant_from_config
 from dat_deploy.networks.dat.model import DAT
 from dat_deploy.networks.dat.variants import RELEASED, VARIANTS, Variant
+from dat_deploy.networks.family import find_network
 
 MANIFESTS = Path(__file__).parent / "golden" / "manifests"
 # Small networks of both papers' code, each option in the form of the official files.
@@ -486,30 +487,30 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     assert refusal(pipe) == f"{pipe} is not a regular file."
 
 
-def test_find_variant_takes_a_name_a_file_or_a_variant(tmp_path: Path) -> None:
+def test_find_network_takes_a_name_a_file_or_a_variant(tmp_path: Path) -> None:
     path = write(tmp_path, released("pp-tiny"), "own.yml")
-    assert find_variant("tiny") is VARIANTS["tiny"]
-    assert find_variant(VARIANTS["tiny"]) is VARIANTS["tiny"]
-    assert find_variant(str(path)) == without_figures(VARIANTS["pp-tiny"], "own")
+    assert find_network("tiny") is VARIANTS["tiny"]
+    assert find_network(VARIANTS["tiny"]) is VARIANTS["tiny"]
+    assert find_network(str(path)) == without_figures(VARIANTS["pp-tiny"], "own")
     with pytest.raises(VariantError, match=r"no variant 'tinny'\. Did you mean tiny"):
-        find_variant("tinny")
+        find_network("tinny")
 
 
-def test_find_variant_resizes_and_makes_backbones_of_files_too(tmp_path: Path) -> None:
+def test_find_network_resizes_and_makes_backbones_of_files_too(tmp_path: Path) -> None:
     path = write(tmp_path, released("pp-tiny"))
-    variant = find_variant(str(path), image_size=(448, 224), features=[2, 3])
+    variant = find_network(str(path), image_size=(448, 224), features=[2, 3])
     assert (variant.image_size, variant.resize_size, variant.features) == ((448, 224), 512, (2, 3))
     with pytest.raises(ShapeError, match=r"image size 225x224 does not fit variant 'mine'"):
-        find_variant(str(path), image_size=(225, 224))
+        find_network(str(path), image_size=(225, 224))
     with pytest.raises(VariantError, match=r"features 4 are not stages of 'mine'"):
-        find_variant(str(path), features=[4])
+        find_network(str(path), features=[4])
 
 
-def test_find_variant_refuses_an_image_that_leaves_too_few_points(tmp_path: Path) -> None:
+def test_find_network_refuses_an_image_that_leaves_too_few_points(tmp_path: Path) -> None:
     path = write(tmp_path, {"MODEL": {"DAT": PP_SECTION | {"strides": [16, 4, 2, 1]}}})
-    assert find_variant(str(path), image_size=(96, 96)).image_size == (96, 96)
+    assert find_network(str(path), image_size=(96, 96)).image_size == (96, 96)
     with pytest.raises(ShapeError) as caught:
-        find_variant(str(path), image_size=(64, 96))
+        find_network(str(path), image_size=(64, 96))
     assert str(caught.value) == (
         "image size 64x96 does not fit variant 'mine': its sides are multiples of 32 px, from 96 px on. "
         "Nearest that work: 96x96."

@@ -20,8 +20,7 @@ from PIL import Image
 
 from dat_deploy.engine.passport import Passport, Profile, sha256, write_engine
 from dat_deploy.environment import installed_version
-from dat_deploy.images.labels import class_names
-from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import DOMAIN_NAME, FileMetadata
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.runners import RUNTIMES
@@ -381,7 +380,7 @@ EARLY: dict[str, tuple[str, int, str]] = {
         1,
         (
             "{folder}/alone.engine has no passport alone.engine.json beside it, so nothing says what it holds; "
-            "copy both files, or build the engine again, see: dat-deploy build --help"
+            "copy both files, or build the engine again, see dat-deploy build."
         ),
     ),
     "inspect replaced": ("inspect {folder}/replaced.engine", 1, REPLACED),
@@ -775,7 +774,7 @@ INSPECT = "inspect {folder}/tiny.onnx --json {folder}/inspection.json"
 
 
 def metadata_of(network: Variant, **changes: Any) -> FileMetadata:
-    preprocessing = Preprocessing.from_variant(network)
+    preprocessing = network.preprocessing
     fields: dict[str, Any] = {
         "network": network,
         "batch": None,
@@ -784,7 +783,7 @@ def metadata_of(network: Variant, **changes: Any) -> FileMetadata:
         "precision": "fp32",
         "opset_version": 18,
         "preprocessing": preprocessing,
-        "class_names": class_names(network),
+        "class_names": network.answer.class_names,
         "weights_sha256": "5" * 64,
         "weights_source": "seeded random weights (seed 0)",
         "version": "0.1.0",

@@ -109,14 +109,14 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> No
 def test_a_file_that_exists_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tiny.onnx"
     path.write_text("mine")
-    assert refusal(path) == f"{path} exists; pass --force to replace it, or choose another name."
+    assert refusal(path) == f"{path} exists; pass `force=True` to replace it, or choose another name."
     assert path.read_text() == "mine"
 
 
 def test_a_link_to_nothing_is_refused_and_replaced_with_force(tmp_path: Path) -> None:
     path = tmp_path / "tiny.onnx"
     path.symlink_to("nothing")
-    assert refusal(path) == f"{path} exists; pass --force to replace it, or choose another name."
+    assert refusal(path) == f"{path} exists; pass `force=True` to replace it, or choose another name."
     with atomic_output(path, force=True) as temporary:
         temporary.write_text("new")
     assert (path.read_text(), names(tmp_path)) == ("new", ["tiny.onnx"])
@@ -195,7 +195,7 @@ def test_a_file_that_another_process_made_meanwhile_is_kept(tmp_path: Path) -> N
     path = tmp_path / "file"
     with pytest.raises(OutputError) as caught, atomic_output(path):
         path.write_text("theirs")
-    assert str(caught.value) == f"{path} exists; pass --force to replace it, or choose another name."
+    assert str(caught.value) == f"{path} exists; pass `force=True` to replace it, or choose another name."
     assert path.read_text() == "theirs"
     assert names(tmp_path) == ["file"]
 
@@ -212,7 +212,7 @@ def test_a_file_that_another_process_makes_in_the_last_moment_is_kept(
     monkeypatch.setattr(os, "link", link_too_late)
     with pytest.raises(OutputError) as caught, atomic_output(path) as temporary:
         temporary.write_text("ours")
-    assert str(caught.value) == f"{path} exists; pass --force to replace it, or choose another name."
+    assert str(caught.value) == f"{path} exists; pass `force=True` to replace it, or choose another name."
     assert path.read_text() == "theirs"
     assert names(tmp_path) == ["file"]
 
@@ -230,7 +230,7 @@ def test_a_file_system_without_hard_links_will_do(number: int, tmp_path: Path, m
     path.unlink()
     with pytest.raises(OutputError) as caught, atomic_output(path):
         path.write_text("theirs")
-    assert str(caught.value) == f"{path} exists; pass --force to replace it, or choose another name."
+    assert str(caught.value) == f"{path} exists; pass `force=True` to replace it, or choose another name."
     assert (path.read_text(), names(tmp_path)) == ("theirs", ["file"])
 
 

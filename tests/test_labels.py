@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dat_deploy.errors import ShapeError, VerificationError
-from dat_deploy.images.labels import class_names, imagenet_class_names, top_k
+from dat_deploy.images.labels import imagenet_class_names, top_k
 from dat_deploy.networks.dat.variants import VARIANTS
 
 LETTERS = "abcdefghij"
@@ -56,7 +56,7 @@ def test_top_k_gives_the_best_classes_with_their_softmax() -> None:
 def test_1000_classes_get_imagenets_names_in_every_row() -> None:
     logits = np.zeros((2, 1000), dtype=np.float32)
     logits[0, 281], logits[1, 999] = 10, 10
-    rows = top_k(logits, class_names(VARIANTS["tiny"]))
+    rows = top_k(logits, VARIANTS["tiny"].answer.class_names)
     assert [len(row) for row in rows] == [5, 5]
     assert [row[0][:2] for row in rows] == [(281, "tabby"), (999, "toilet tissue")]
 
@@ -75,10 +75,10 @@ def test_an_empty_batch_has_no_rows() -> None:
 
 
 def test_names_are_the_networks_own_or_imagenets_or_numbers() -> None:
-    assert class_names(VARIANTS["demo"])[:2] == ("T-shirt/top", "Trouser")
-    assert class_names(VARIANTS["tiny"]) == imagenet_class_names()
-    assert class_names(replace(VARIANTS["tiny"], classes=3)) == ("class 0", "class 1", "class 2")
-    assert class_names(VARIANTS["tiny"].as_backbone((0,))) == ()
+    assert VARIANTS["demo"].answer.class_names[:2] == ("T-shirt/top", "Trouser")
+    assert VARIANTS["tiny"].answer.class_names == imagenet_class_names()
+    assert replace(VARIANTS["tiny"], classes=3).answer.class_names == ("class 0", "class 1", "class 2")
+    assert VARIANTS["tiny"].as_backbone((0,)).answer.class_names == ()
 
 
 def test_a_class_without_a_name_is_refused() -> None:

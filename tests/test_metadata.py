@@ -58,10 +58,17 @@ def test_what_an_earlier_version_wrote_is_read_and_written_again_as_it_was() -> 
     assert replace(METADATA, golden_sha256="").to_properties() == properties
 
 
+def test_a_file_of_the_first_family_names_none_and_one_that_names_it_is_read_alike() -> None:
+    properties = METADATA.to_properties()
+    assert METADATA.family == "dat"
+    assert "dat_deploy.family" not in properties
+    assert FileMetadata.from_properties(properties | {"dat_deploy.family": '"dat"'}, PATH) == METADATA
+
+
 def test_a_file_of_another_tool_is_named() -> None:
     assert refusal({"author": "someone"}) == (
         "folder/tiny.onnx was not exported by dat-deploy: it has no dat_deploy.* metadata. "
-        "Export it with: dat-deploy export --variant VARIANT --output tiny.onnx"
+        'Export it with: `export(variant=variant, output="tiny.onnx")`'
     )
 
 
@@ -102,6 +109,8 @@ MALFORMED = {
         "null",
         "metadata.network is None and should be <class 'dat_deploy.networks.dat.variants.Variant'>",
     ),
+    "family unknown": ("family", '"swin"', "there is no family of networks 'swin' here, only dat"),
+    "family is a number": ("family", "3", "there is no family of networks '3' here, only dat"),
     "not JSON": ("network", "tiny", "Expecting value: line 1 column 1 (char 0)"),
     "preprocessing is a number": (
         "preprocessing",

@@ -87,7 +87,7 @@ def test_sampled_points_change_no_logits_and_come_in_the_order_of_their_names():
     model = model_from_weights(weights, variant, sampled_points=True)
     image = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
-        results = dict(zip(model.output_names, model(image), strict=True))
+        results = dict(zip(model.variant.output_names(sampled_points=True), model(image), strict=True))
         torch.testing.assert_close(results["logits"], model_from_weights(weights, variant)(image), rtol=0, atol=0)
         _, sampled = model.forward_features(image)
     assert len(results) == 1 + 2 * 14

@@ -16,10 +16,17 @@ from PIL import Image, ImageOps
 from dat_deploy.errors import ImageError, ShapeError, UnsupportedError
 from dat_deploy.images import preprocess as module
 from dat_deploy.images.photographs import photographs
-from dat_deploy.images.preprocess import Preprocessing, preprocess, preprocess_files, read_image
-from dat_deploy.networks.dat.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
+from dat_deploy.images.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    preprocess,
+    preprocess_files,
+    read_image,
+)
+from dat_deploy.networks.dat.variants import VARIANTS
 
-TINY = Preprocessing.from_variant(VARIANTS["tiny"])
+TINY = VARIANTS["tiny"].preprocessing
 FORMATS = "BMP, GIF, JPEG, PNG, PPM, TIFF and WEBP"
 
 
@@ -68,7 +75,7 @@ def one_row_tiff(samples: bytes, width: int, bits: int, photometric: int) -> byt
     [("tiny", 256, 224), ("base-384", 438, 384), ("pp-tiny", 256, 224), ("pp-base-384", 384, 384)],
 )
 def test_a_variant_has_upstreams_evaluation(name: str, resize: int, size: int) -> None:
-    assert Preprocessing.from_variant(VARIANTS[name]) == Preprocessing(
+    assert VARIANTS[name].preprocessing == Preprocessing(
         image_size=(size, size),
         resize_size=(resize, resize),
         interpolation="bicubic",
@@ -85,7 +92,7 @@ def test_a_variant_has_upstreams_evaluation(name: str, resize: int, size: int) -
 def test_another_image_size_keeps_the_cropped_share_of_each_side(
     image_size: tuple[int, int], resize_size: tuple[int, int]
 ) -> None:
-    preprocessing = Preprocessing.from_variant(VARIANTS["tiny"].with_image_size(*image_size))
+    preprocessing = VARIANTS["tiny"].with_image_size(*image_size).preprocessing
     assert (preprocessing.image_size, preprocessing.resize_size) == (image_size, resize_size)
 
 
@@ -124,7 +131,7 @@ def test_a_zero_std_is_refused() -> None:
 def test_a_photograph_gives_what_pil_and_numpy_written_out_give(name: str) -> None:
     size, resize = VARIANTS[name].image_size[0], VARIANTS[name].resize_size
     path = photographs(1)[0]
-    got = preprocess(read_image(path), Preprocessing.from_variant(VARIANTS[name]))
+    got = preprocess(read_image(path), VARIANTS[name].preprocessing)
 
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB").resize((resize, resize), Image.Resampling.BICUBIC))
@@ -168,7 +175,7 @@ def test_a_rectangular_input_has_height_before_width() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_mirrored_picture_gives_the_mirrored_input(name: str) -> None:
-    preprocessing = Preprocessing.from_variant(VARIANTS[name])
+    preprocessing = VARIANTS[name].preprocessing
     image = read_image(photographs(2)[1])
     array, mirrored = (preprocess(each, preprocessing) for each in (image, ImageOps.mirror(image)))
     # PIL's fixed-point resize may round a mirrored kernel the other way: one 8-bit level, over the smallest std.

@@ -25,23 +25,31 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dat_deploy import api, cli
-from dat_deploy.engine import package as package_module
+from dat_deploy.engine.aotinductor import package as package_module
+from dat_deploy.engine.backend import BuildRequest
 from dat_deploy.engine.passport import Profile, write_engine
 from dat_deploy.errors import DatDeployError, ExportError, ImageError, ShapeError, VerificationError
 from dat_deploy.images import mistakes
 from dat_deploy.images import preprocess as preprocess_module
 from dat_deploy.images.labels import imagenet_class_names
 from dat_deploy.images.photographs import photographs
-from dat_deploy.images.preprocess import Preprocessing, golden_picture, golden_sha256, preprocess
+from dat_deploy.images.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    golden_picture,
+    golden_sha256,
+    preprocess,
+)
 from dat_deploy.metadata import FileMetadata, read_metadata
-from dat_deploy.networks.dat.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
+from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.runners import Runner, engine_metadata
 from dat_deploy.runners.base import Images, describe
 from dat_deploy.validate import preprocessing as module
 from dat_deploy.validate.preprocessing import GOLDEN, PreprocessingReport, check_preprocessing
 
 Array = NDArray[Any]
-TINY = Preprocessing.from_variant(VARIANTS["tiny"])
+TINY = VARIANTS["tiny"].preprocessing
 MEAN, STD = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
 GOLDEN_SHA256 = {
     "tiny": "480aec5470133761c6e077b969d17c731de615e8c85b2e73afa218cd04576454",
@@ -56,7 +64,7 @@ GOLDEN_SHA256 = {
 
 @pytest.mark.parametrize(("name", "sha256"), GOLDEN_SHA256.items(), ids=list(GOLDEN_SHA256))
 def test_the_golden_picture_gives_the_committed_hash(name: str, sha256: str) -> None:
-    assert golden_sha256(Preprocessing.from_variant(VARIANTS[name])) == sha256
+    assert golden_sha256(VARIANTS[name].preprocessing) == sha256
 
 
 STEPS_CHANGED = {
@@ -121,15 +129,17 @@ def test_an_exported_file_carries_the_hash_of_its_own_preprocessing(demo_onnx: P
 
 
 def test_a_package_carries_it_in_its_passport(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(package_module, "compile_package", lambda _, path, **__: path.write_bytes(b"compiled"))
+    monkeypatch.setattr(package_module, "compile_package", lambda _, __, path, **___: path.write_bytes(b"compiled"))
     content, passport, _ = package_module.package_and_passport(
         VARIANTS["demo"],
-        profiles=[Profile.parse("1")],
-        checkpoint=None,
-        precision="fp32",
-        device="cpu",
-        command=["dat-deploy", "build"],
-        progress=lambda _: None,
+        "fp32",
+        BuildRequest(
+            backend="aotinductor",
+            profiles=(Profile.parse("1"),),
+            variant="demo",
+            device="cpu",
+            command=("dat-deploy", "build"),
+        ),
     )
     write_engine(tmp_path / "demo.pt2", content, passport)
     recorded = engine_metadata(str(tmp_path / "demo.pt2"))
@@ -150,7 +160,7 @@ class Fake(Runner):
             lowering="function",
             precision="fp32",
             opset_version=18,
-            preprocessing=Preprocessing.from_variant(network),
+            preprocessing=network.preprocessing,
             class_names=(),
             weights_sha256="",
             weights_source="a test",

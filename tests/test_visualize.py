@@ -17,10 +17,10 @@ from PIL import Image
 from dat_deploy import visualize as module
 from dat_deploy.errors import DatDeployError, ImageError, OutputError, ShapeError, VerificationError
 from dat_deploy.export import export
-from dat_deploy.images.preprocess import Preprocessing
+from dat_deploy.images.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dat_deploy.networks.dat.model import reference_points
-from dat_deploy.networks.dat.sampling import pixels_from_locations
-from dat_deploy.networks.dat.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, Variant
+from dat_deploy.networks.dat.variants import VARIANTS, Variant
+from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners import EngineDescription, Runner
 from dat_deploy.visualize import Visualization, plotting, visualize
 
@@ -65,7 +65,7 @@ class FakeRunner(Runner):
             threads=1,
             weights_sha256="0" * 64,
             weights_source="none",
-            preprocessing=Preprocessing.from_variant(variant),
+            preprocessing=variant.preprocessing,
         )
 
     def _run(self, images_nchw: NDArray[np.float32]) -> Outputs:
@@ -133,6 +133,12 @@ def lines(axes: Axes) -> list[NDArray[np.float64]]:
 # geometry
 
 
+def block_of(feature_map: tuple[int, int], image_size: tuple[int, int]) -> SampledBlock:
+    return SampledBlock(
+        "stages.3.attns.1", 3, 1, 96, 3, feature_map, feature_map, image_size, half_pixel=True, is_clamped=False
+    )
+
+
 @pytest.mark.parametrize("sides", [(7, 7), (14, 28), (2, 3), (56, 1)])
 @pytest.mark.parametrize("stride", [4, 32])
 def test_minus_one_and_one_are_the_centres_of_the_pixels_under_the_first_and_the_last_of_the_map(
@@ -140,14 +146,14 @@ def test_minus_one_and_one_are_the_centres_of_the_pixels_under_the_first_and_the
 ) -> None:
     image_size = (sides[0] * stride, sides[1] * stride)
     under = [np.arange(side).reshape(-1, stride).mean(axis=1) for side in image_size]
-    ends = pixels_from_locations(np.array([[-1.0, -1.0], [1.0, 1.0]]), sides, image_size)
+    ends = block_of(sides, image_size).borders
     np.testing.assert_allclose(ends[0], [u[0] for u in under])
     np.testing.assert_allclose(ends[1], [u[-1] if len(u) > 1 else u[0] for u in under])
 
 
 def test_evenly_spaced_locations_are_the_centres_of_the_maps_pixels() -> None:
     along = np.linspace(-1, 1, 14)
-    pixels = pixels_from_locations(np.stack([along, along], axis=-1), (14, 14), (224, 448))
+    pixels = block_of((14, 14), (224, 448)).pixels(np.stack([along, along], axis=-1))
     np.testing.assert_allclose(pixels[:, 0], np.arange(224).reshape(14, 16).mean(axis=1))
     np.testing.assert_allclose(pixels[:, 1], np.arange(448).reshape(14, 32).mean(axis=1))
 
@@ -259,9 +265,7 @@ def test_the_area_of_a_mark_is_the_attention_up_to_a_limit(
     unit = others[0].get_sizes()[0]
     assert all(np.allclose(mark.get_sizes(), unit) for mark in others)
     assert changed.get_sizes() == pytest.approx(unit * np.array([8, 2, *[1] * 45, 0.5, 1 / 8]))  # small ones on top
-    left, top = pixels_from_locations(
-        reference_points(7, 7, half_pixel=True).double().numpy()[0, 3], (7, 7), (224, 224)
-    )[::-1]
+    left, top = block_of((7, 7), (224, 224)).pixels(reference_points(7, 7, half_pixel=True).numpy()[0, 3])[::-1]
     np.testing.assert_allclose(changed.get_offsets()[0], (left, top), atol=1e-4)
 
 
@@ -406,7 +410,7 @@ def test_a_network_without_deformable_blocks_has_nothing_to_draw(
     with nothing_new(tmp_path), pytest.raises(DatDeployError) as refused:
         draw(FakeRunner(points(variant), variant))
     assert str(refused.value) == (
-        "fake.onnx: variant 'flat' has no deformable block (letter D), so it samples no points. "
+        "fake.onnx: variant 'flat' has no deformable block, so it samples no points. "
         "Name an engine of a variant that has some, such as pytorch:tiny."
     )
 
@@ -469,7 +473,7 @@ def test_the_output_is_refused_before_anything_is_opened(
         )
         with pytest.raises(OutputError) as refused:
             visualize(photograph, ["no-such:engine"], taken)
-        assert str(refused.value) == f"{taken} exists; pass --force to replace it, or choose another name."
+        assert str(refused.value) == f"{taken} exists; pass `force=True` to replace it, or choose another name."
         with pytest.raises(OutputError, match="is a folder"):
             visualize(photograph, ["no-such:engine"], Path())
         find_spec = importlib.util.find_spec

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dat_deploy.images.preprocess import Preprocessing, preprocess
+from dat_deploy.images.preprocess import preprocess
 from dat_deploy.networks.dat.checkpoint import load_model, save_checkpoint
 from dat_deploy.networks.dat.model import DAT
 from dat_deploy.networks.dat.variants import VARIANTS
@@ -31,13 +31,13 @@ SHIFT = 4  # pixels of the enlarged picture by which augmentation moves it, at m
 
 def network_inputs(pictures: NDArray[np.uint8]) -> Tensor:
     """One channel of the network's input, [N, 64, 64]; the three differ by their mean and deviation alone."""
-    preprocessing = Preprocessing.from_variant(VARIANT)
+    preprocessing = VARIANT.preprocessing
     return torch.stack([torch.from_numpy(preprocess(Image.fromarray(p), preprocessing)[0]) for p in pictures])
 
 
 def three_channels(grey: Tensor) -> Tensor:
     """[B, 64, 64] as `network_inputs` gives them -> [B, 3, 64, 64]."""
-    about = Preprocessing.from_variant(VARIANT)
+    about = VARIANT.preprocessing
     mean, std = torch.tensor(about.mean), torch.tensor(about.std)
     samples = grey * std[0] + mean[0]
     return (samples[:, None] - mean[:, None, None]) / std[:, None, None]

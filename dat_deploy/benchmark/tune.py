@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dat_deploy.errors import DatDeployError, ShapeError
-from dat_deploy.export.options import PRECISIONS
-from dat_deploy.networks.dat.configuration import find_variant
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, find_network
+from dat_deploy.precision import EXPORTED
 
 if TYPE_CHECKING:
     from dat_deploy.benchmark.tune_network import Tuning
@@ -17,7 +16,7 @@ __all__ = ["tune"]
 
 
 def tune(
-    name_or_variant: str | Variant,
+    name_or_variant: str | Network,
     *,
     batches: Sequence[int] = (1,),
     image_size: tuple[int, int] | None = None,
@@ -29,19 +28,19 @@ def tune(
     The operators of processes that start afterwards take what is kept; see `plugins.tuning`.
 
     Args:
-        precision: one of `export.PRECISIONS`.
+        precision: one of `precision.EXPORTED`.
         progress: called with how many launches are done, of how many, and what comes next.
 
     Raises:
         DatDeployError: if there is no such precision.
-        ShapeError, VariantError: see `find_variant`; ShapeError for a batch of none, too.
+        ShapeError, VariantError: see `find_network`; ShapeError for a batch of none, too.
         UnsupportedError: if there is no CUDA device.
     """
-    if precision not in PRECISIONS:
-        raise DatDeployError(f"there is no precision '{precision}'; it is one of {', '.join(PRECISIONS)}.")
+    if precision not in EXPORTED:
+        raise DatDeployError(f"there is no precision '{precision}'; it is one of {', '.join(EXPORTED)}.")
     if not batches or min(batches) < 1:
         raise ShapeError(f"batch sizes {list(batches)} cannot be run; give sizes of at least 1, such as 1,8,32.")
-    network = find_variant(name_or_variant, image_size=image_size)
+    network = find_network(name_or_variant, image_size=image_size)
     from dat_deploy.benchmark.tune_network import tune_network
 
     return tune_network(network, batches, precision, progress)

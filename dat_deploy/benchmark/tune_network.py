@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 
 from dat_deploy.errors import UnsupportedError
-from dat_deploy.networks.dat.checkpoint import load_model
-from dat_deploy.networks.dat.model import half_network
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of
 from dat_deploy.plugins.dispatch import Job, recorded_jobs
 from dat_deploy.plugins.launch import Configuration, Problem
 from dat_deploy.plugins.tuning import measured, store
@@ -18,7 +16,6 @@ from dat_deploy.precision import PRECISIONS
 __all__ = ["TunedLaunch", "Tuning", "tune_network"]
 
 DEVICE = "cuda"
-ALIKE = {torch.float16: 2**-8, torch.bfloat16: 2**-5, torch.float32: 1e-4}  # of the largest output
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Tuning:
 
 
 def tune_network(
-    network: Variant, batches: Sequence[int], precision: str, progress: Callable[[int, int, str], None] | None
+    network: Network, batches: Sequence[int], precision: str, progress: Callable[[int, int, str], None] | None
 ) -> Tuning:
     """As `tune`, whose arguments were checked.
 
@@ -57,15 +54,15 @@ def tune_network(
             f"torch {torch.__version__} sees no CUDA device here, and kernels are measured on one; "
             f"run this where one is."
         )
-    dtype = PRECISIONS[precision].dtype
-    model = load_model(network, fused=True)
-    if dtype != torch.float32:
-        model = half_network(model, dtype)  # what ships: a table in float32 makes another problem of a launch
+    row, family = PRECISIONS[precision], family_of(network)
+    model = family.module(network, family.weights(network), fused=True)
+    if row.is_half:
+        model = family.rounded(model, row.dtype)  # what ships: a table in float32 makes another problem of a launch
     model = model.to(DEVICE)
     jobs: dict[tuple[str, tuple[tuple[str, int], ...]], Job] = {}
     for batch in batches:
         with recorded_jobs() as launched, torch.inference_mode():
-            model(torch.randn(batch, 3, *model.variant.image_size, device=DEVICE))
+            model(torch.randn(batch, 3, *network.image_size, device=DEVICE))
         jobs |= {(job.operator, tuple(job.problem.items())): job for job in launched}
     tuned = []
     for done, job in enumerate(jobs.values()):
@@ -95,5 +92,6 @@ def _unlike_the_first(job: Job, candidates: Sequence[Configuration]) -> tuple[Co
     if not answers:
         return ()
     first, *others = answers
-    allowed = ALIKE[job.output.dtype] * answers[first].abs().max()
+    share = max(1e-4, 4 * torch.finfo(job.output.dtype).eps)  # of the largest output
+    allowed = share * answers[first].abs().max()
     return tuple(other for other in others if not (answers[other] - answers[first]).abs().max() <= allowed)

@@ -1,27 +1,25 @@
 """Exported file -> TensorRT engine, network -> AOTInductor package, each with its passport."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from dat_deploy.engine.backend import Backend, BuildRequest
 from dat_deploy.engine.passport import Passport, Profile, passport_path, write_engine
-from dat_deploy.engine.source import check_plugin_form, read_source
-from dat_deploy.engine.tensorrt.library import check_installed
-from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
-from dat_deploy.export.options import LOWERINGS, PRECISIONS
+from dat_deploy.errors import EngineBuildError, ShapeError
 from dat_deploy.files import check_output
-from dat_deploy.networks.checkpoint_file import check_checkpoint
-from dat_deploy.networks.dat.configuration import find_variant
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network
 
-__all__ = ["BACKENDS", "DEVICES", "PLUGIN_FORMS", "BuildReport", "build"]
+__all__ = ["BuildReport", "backend_names", "build", "find_backend"]
 
 # What loads torch or a runtime is imported after the checks, so that a wrong argument is told at once.
 
-BACKENDS = ("tensorrt", "tensorrt-rtx", "aotinductor")
-PLUGIN_FORMS = ("auto", "IPluginV3", "ahead-of-time")
-DEVICES = ("cpu", "cuda")  # of AOTInductor
+_FOLDERS = ("tensorrt", "aotinductor")  # each has a module `backend` with a row or two
+_GROUP = "dat_deploy.backends"  # of entry points
 Progress = Callable[[str], None]
 
 
@@ -39,6 +37,45 @@ class BuildReport:
     notes: tuple[str, ...]
 
 
+@functools.cache
+def _own_backends() -> dict[str, Backend]:
+    rows: list[Backend] = []
+    for folder in _FOLDERS:
+        rows += import_module(f"dat_deploy.engine.{folder}.backend").BACKENDS
+    return {row.name: row for row in rows}
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    """Of backends of other packages; nothing of them is loaded. A name of this package's own stays its own."""
+    return {entry.name: entry for entry in entry_points(group=_GROUP) if entry.name not in _own_backends()}
+
+
+def backend_names() -> tuple[str, ...]:
+    """Those of this package and of others that are installed."""
+    return (*_own_backends(), *_entry_points())
+
+
+def find_backend(name: str) -> Backend:
+    """The row of a backend.
+
+    Raises:
+        EngineBuildError: if there is none of that name, or the package that has it cannot be loaded.
+    """
+    if name in _own_backends():
+        return _own_backends()[name]
+    entry = _entry_points().get(name)
+    if entry is None:
+        raise EngineBuildError(f"no backend '{name}'. Backends: {', '.join(backend_names())}.")
+    try:
+        row = entry.load()
+    except Exception as error:  # whatever a package of somebody else's raises
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise EngineBuildError(f"backend '{name}' cannot be loaded from {entry.value}: {text}") from error
+    if not isinstance(row, Backend) or row.name != name:
+        raise EngineBuildError(f"{entry.value} is no backend '{name}' of {_GROUP}; it is {row!r:.200}.")
+    return row
+
+
 def build(
     source: Path | None = None,
     output: Path | None = None,
@@ -50,7 +87,7 @@ def build(
     architectures: Sequence[int] = (),
     timing_cache: Path | None = None,
     workspace_bytes: int | None = None,
-    variant: str | Variant | None = None,
+    variant: str | Network | None = None,
     checkpoint: Path | None = None,
     image_size: tuple[int, int] | None = None,
     features: Sequence[int] | None = None,
@@ -64,7 +101,7 @@ def build(
     Args:
         source: for TensorRT, an exported file; the precision is the file's own.
         output: by default `source` with the suffix `.engine`, or `VARIANT.pt2`.
-        backend: one of BACKENDS.
+        backend: one of `backend_names()`.
         batches: a profile each, see `Profile.parse`; single batches alone for AOTInductor.
         lowering: as in `export`, or `auto`: the fastest that is right on the GPU at hand; without a GPU `plugin`
             where the plugins can be used, else `gather`. A file whose operators are inlined keeps its own.
@@ -82,148 +119,91 @@ def build(
         DatDeployError: one of its subclasses for each thing that can be wrong with the arguments or the build.
     """
     started = time.monotonic()
-    if backend not in BACKENDS:
-        raise EngineBuildError(f"no backend '{backend}'. Backends: {', '.join(BACKENDS)}.")
+    row = find_backend(backend)
     profiles = tuple(dict.fromkeys(Profile.parse(str(batch)) for batch in batches))
     if not profiles:
-        raise ShapeError("no batch to build for; give at least one, such as --batch 1.")
-    if backend == "aotinductor":
-        if source is not None or variant is None:
-            raise EngineBuildError(
-                "AOTInductor builds from PyTorch, not from a file. Build with: "
-                "dat-deploy build --variant tiny --backend aotinductor"
-            )
-        target = output or Path(f"{variant if isinstance(variant, str) else variant.name}.pt2")
-    elif source is None:
+        raise ShapeError("no batch to build for; give at least one, such as `batches=[1]`.")
+    name = variant.name if isinstance(variant, Network) else variant or "tiny"
+    if "source" in row.parameters and source is None:
         raise EngineBuildError(
             f"backend {backend} builds from an exported file. Make one with: "
-            f"dat-deploy export --variant {variant or 'tiny'} --precision fp16 --output {variant or 'tiny'}.onnx"
+            f'`export(variant="{name}", precision="fp16", output="{name}.onnx")`'
         )
-    else:
-        target = output or source.with_suffix(".engine")
-    suffix = ".pt2" if backend == "aotinductor" else ".engine"
-    if target.suffix != suffix:
+    if "source" not in row.parameters and (source is not None or variant is None):
         raise EngineBuildError(
-            f"--output got '{target}'; what {backend} makes ends in {suffix}, by which the other commands know it."
+            f"{row.title} builds from PyTorch, not from a file. Build with: "
+            f'`build(variant="tiny", backend="{backend}")`'
         )
-    _check_options(
-        backend,
-        {
-            "--variant or --config": variant,
-            "--checkpoint": checkpoint,
-            "--features": features,
-            "--precision": precision,
-            "--device": device,
-        },
-        {
-            "--lowering": lowering != "auto",
-            "--plugins": plugin_form != "auto",
-            "--arch": architectures,
-            "--timing-cache": timing_cache,
-            "--workspace-mib": workspace_bytes,
-        },
+    target = output or (Path(f"{name}{row.suffix}") if source is None else source.with_suffix(row.suffix))
+    if target.suffix != row.suffix:
+        raise EngineBuildError(
+            f"`output` got '{target}'; what {backend} makes ends in {row.suffix}, by which the other commands know it."
+        )
+    request = BuildRequest(
+        backend=backend,
+        source=source,
+        variant=variant,
+        checkpoint=checkpoint,
+        features=features,
+        precision=precision,
+        device=device,
+        lowering=lowering,
+        plugin_form=plugin_form,
+        architectures=architectures,
+        timing_cache=timing_cache,
+        workspace_bytes=workspace_bytes,
+        image_size=image_size,
+        profiles=profiles,
+        progress=progress,
     )
-    command = _command(
-        source,
-        {
-            "--backend": backend,
-            "--config" if str(variant).endswith((".yaml", ".yml")) else "--variant": variant,
-            "--checkpoint": checkpoint,
-            "--features": ",".join(map(str, features or ())),
-            "--precision": precision,
-            "--device": device,
-            "--output": target,
-            "--batch": ",".join(map(str, batches)),
-            "--lowering": lowering,
-            "--plugins": plugin_form,
-            "--arch": ",".join(map(str, architectures)),
-            "--image-size": "" if image_size is None else f"{image_size[0]}x{image_size[1]}",
-            "--timing-cache": timing_cache,
-            "--workspace-mib": (workspace_bytes or 0) >> 20,
-        },
-    )
+    _check_parameters(row, request)
+    request = dataclasses.replace(request, command=_command(request, target, batches))
     check_output(target, force=force)
     check_output(passport_path(target), force=force)
-    if variant is not None and source is None:
-        _check_package(profiles, precision or "fp32", device)
-        network = find_variant(variant, image_size=image_size, features=features)
-        check_checkpoint(checkpoint)
-        from dat_deploy.engine.package import package_and_passport
-
-        content, passport, notes = package_and_passport(
-            network,
-            profiles=profiles,
-            checkpoint=checkpoint,
-            precision=precision or "fp32",
-            device=device,
-            command=command,
-            progress=progress,
-        )
-    else:
-        assert source is not None
-        if lowering not in ("auto", *LOWERINGS):
-            raise EngineBuildError(f"no lowering '{lowering}'. Lowerings: auto, {', '.join(LOWERINGS)}.")
-        if plugin_form not in PLUGIN_FORMS:
-            raise EngineBuildError(f"no plugin form '{plugin_form}'. Forms: {', '.join(PLUGIN_FORMS)}.")
-        if timing_cache is not None:
-            if backend == "tensorrt-rtx":
-                raise UnsupportedError(
-                    "TensorRT-RTX times nothing while it builds, so --timing-cache is for --backend tensorrt; leave it "
-                    "out."
-                )
-            check_output(timing_cache, force=True)
-        check_installed(backend)
-        file = read_source(source, profiles=profiles, image_size=image_size, lowering=lowering)
-        if file.lowering != "auto":
-            check_plugin_form(plugin_form, file.lowering)
-        from dat_deploy.engine.tensorrt.engine import engine_and_passport
-
-        content, passport, notes = engine_and_passport(
-            file,
-            backend=backend,
-            profiles=profiles,
-            plugin_form=plugin_form,
-            architectures=architectures,
-            timing_cache=timing_cache,
-            workspace_bytes=workspace_bytes,
-            command=command,
-            progress=progress,
-        )
+    content, passport, notes = row.build(request)
     progress("writing")
     write_engine(target, content, passport, force=force)
     return BuildReport(target, passport, time.monotonic() - started, notes)
 
 
-def _check_package(profiles: Sequence[Profile], precision: str, device: str | None) -> None:
-    """What AOTInductor does not make, whatever the network."""
-    ranges = [str(profile) for profile in profiles if profile.least != profile.most]
-    if ranges:
-        raise ShapeError(
-            f"an AOTInductor package has static batches, and --batch got {', '.join(ranges)}; give each, as 1,8,32."
-        )
-    if precision not in PRECISIONS:
-        raise EngineBuildError(f"no precision '{precision}'. Precisions: {', '.join(PRECISIONS)}.")
-    if device not in (None, *DEVICES):
-        raise EngineBuildError(f"no device '{device}'. Devices: {', '.join(DEVICES)}.")
-
-
-def _check_options(backend: str, of_aotinductor: dict[str, object], of_tensorrt: dict[str, object]) -> None:
+def _check_parameters(row: Backend, request: BuildRequest) -> None:
     """Raises EngineBuildError for what the backend would ignore."""
-    theirs = of_tensorrt if backend == "aotinductor" else of_aotinductor
-    given = [name for name, value in theirs.items() if value]
-    if given and backend == "aotinductor":
-        raise EngineBuildError(f"{', '.join(given)} is for TensorRT, not for --backend aotinductor; leave it out.")
-    if given:
+    own = _own_backends().values()
+    foreign = frozenset[str]().union(*(other.parameters for other in own)) - row.parameters
+    values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    names = {name for name, value in values.items() if name in foreign and value and value != "auto"}
+    if not names:
+        return
+    listed = ", ".join(f"`{name}`" for name in values if name in names)
+    takers = " and ".join(other.name for other in own if other.parameters >= names) or "none"
+    if "source" in row.parameters:
         raise EngineBuildError(
-            f"{', '.join(given)} is for --backend aotinductor; {backend} builds what a file holds. Give it to: "
-            f"dat-deploy export"
+            f"{listed} is for backend {takers}; {row.name} builds what a file holds. Give it to: `export()`"
         )
+    raise EngineBuildError(f"{listed} is for backend {takers}, not for {row.name}; leave it out.")
 
 
-def _command(source: Path | None, options: dict[str, object]) -> tuple[str, ...]:
+def _command(request: BuildRequest, target: Path, batches: Sequence[str | int]) -> tuple[str, ...]:
     """The words that make the same engine again."""
-    words = ["dat-deploy", "build"] + ([] if source is None else [str(source)])
-    for name, value in options.items():
+    variant, size = request.variant, request.image_size
+    options = {
+        "--backend": request.backend,
+        "--config" if str(variant).endswith((".yaml", ".yml")) else "--variant": variant,
+        "--checkpoint": request.checkpoint,
+        "--features": ",".join(map(str, request.features or ())),
+        "--precision": request.precision,
+        "--device": request.device,
+        "--output": target,
+        "--batch": ",".join(map(str, batches)),
+        "--lowering": request.lowering,
+        "--plugins": request.plugin_form,
+        "--arch": ",".join(map(str, request.architectures)),
+        "--image-size": "" if size is None else f"{size[0]}x{size[1]}",
+        "--timing-cache": request.timing_cache,
+        "--workspace-mib": (request.workspace_bytes or 0) >> 20,
+    }
+    words = ["dat-deploy", "build"] + ([] if request.source is None else [str(request.source)])
+    for option, value in options.items():
         if value and value != "auto":
-            words += [name, value.name if isinstance(value, Variant) else str(value)]
+            words += [option, value.name if isinstance(value, Network) else str(value)]
     return tuple(words)

@@ -65,7 +65,7 @@ class Profile:
             least, best, most = 0, 0, 0
         if not 1 <= least <= best <= most:
             raise ShapeError(
-                f"--batch got '{text}'; a profile is a batch such as 8, a range such as 1-32, or a range and its "
+                f"`batches` got '{text}'; a profile is a batch such as 8, a range such as 1-32, or a range and its "
                 f"commonest batch, 1-8-32. Give several as 1,8,32."
             )
         return cls(least, best, most)
@@ -159,13 +159,13 @@ class Passport:
             DatDeployError,
         ) as error:
             raise PassportError(
-                f"{path} is not a passport of this version, or it is damaged ({error}). Build the engine again, see: "
-                f"dat-deploy build --help"
+                f"{path} is not a passport of this version, or it is damaged ({error}). Build the engine "
+                f"again, see `build()`."
             ) from error
         if not whole:
             raise PassportError(
                 f"{path} was edited or is damaged: its digest does not fit its content. "
-                f"Build the engine again, see: dat-deploy build --help"
+                f"Build the engine again, see `build()`."
             )
         return passport
 
@@ -177,9 +177,9 @@ def sha256(content: bytes) -> str:
 def versions() -> dict[str, str]:
     """Of what an engine is built with, beside its backend."""
     installed = {name: installed_version(name) for name in ("torch", "triton")}
-    found = {"dat-deploy": tool_version()} | {name: version for name, version in installed.items() if version}
+    own = {"dat-deploy": tool_version()} | {name: version for name, version in installed.items() if version}
     drivers = nvidia_smi("driver_version")
-    return found | {"python": platform.python_version()} | ({"nvidia-driver": drivers[0]} if drivers else {})
+    return own | {"python": platform.python_version()} | ({"nvidia-driver": drivers[0]} if drivers else {})
 
 
 def passport_path(engine: Path) -> Path:
@@ -218,7 +218,7 @@ def read_passport(engine: Path) -> Passport:
     except FileNotFoundError:
         raise PassportError(
             f"{engine} has no passport {path.name} beside it, so nothing says what it holds; copy both files, or build "
-            f"the engine again, see: dat-deploy build --help"
+            f"the engine again, see `build()`."
         ) from None
     except OSError as error:
         raise PassportError(f"cannot read {path}: {error.strerror}. Check the path.") from error
@@ -260,7 +260,7 @@ def open_engine(engine: Path) -> tuple[Passport, bytes]:
         PassportError: if the passport is missing or damaged, or a file is not the one that it names.
     """
     if not engine.is_file():
-        raise EngineBuildError(f"there is no file {engine}. Build one with: dat-deploy build tiny.onnx")
+        raise EngineBuildError(f'there is no file {engine}. Build one with: `build("tiny.onnx")`')
     passport = read_passport(engine)
     try:
         content = engine.read_bytes()

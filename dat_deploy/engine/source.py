@@ -48,7 +48,8 @@ def read_source(
         if lowering not in ("auto", metadata.lowering):
             raise EngineBuildError(
                 f"{path} has its operators inlined (lowering '{metadata.lowering}'), so it cannot be built as "
-                f"'{lowering}'. Export it with --lowering function, or leave --lowering out."
+                f"'{lowering}'. Export it with "
+                f'`lowering="function"`, or leave `lowering` out.'
             )
         lowering = metadata.lowering
     return EngineSource(path, sha256(content), model, metadata, size, lowering)
@@ -58,20 +59,20 @@ def check_plugin_form(plugin_form: str, lowering: str) -> None:
     """Raises EngineBuildError for a form of plugins where the engine has none."""
     if plugin_form != "auto" and lowering != "plugin":
         raise EngineBuildError(
-            f"--plugins {plugin_form} is for --lowering plugin, and this is {lowering}; leave --plugins out, or build "
-            f"a file of lowering function or plugin with --lowering plugin."
+            f'`plugin_form="{plugin_form}"` is for `lowering="plugin"`, and this is {lowering}; leave `plugin_form` '
+            f'out, or build a file of lowering function or plugin with `lowering="plugin"`.'
         )
 
 
-def _image_size(metadata: FileMetadata, asked: tuple[int, int] | None, source: Path) -> tuple[int, int]:
-    if asked is None or asked == metadata.image_size:
+def _image_size(metadata: FileMetadata, image_size: tuple[int, int] | None, source: Path) -> tuple[int, int]:
+    if image_size is None or image_size == metadata.image_size:
         return metadata.image_size
     if not metadata.dynamic_image_size:
         raise ShapeError(
             f"{source} is made for images of {metadata.image_size[0]}x{metadata.image_size[1]}, not "
-            f"{asked[0]}x{asked[1]}. Export it again with --image-size {asked[0]}x{asked[1]}."
+            f"{image_size[0]}x{image_size[1]}. Export it again with `image_size={image_size}`."
         )
-    return metadata.network.with_image_size(*asked).image_size
+    return metadata.network.with_image_size(*image_size).image_size
 
 
 def _check_batch(metadata: FileMetadata, profiles: Sequence[Profile], source: Path) -> None:
@@ -80,5 +81,5 @@ def _check_batch(metadata: FileMetadata, profiles: Sequence[Profile], source: Pa
         listed = ",".join(map(str, profiles))
         raise ShapeError(
             f"{source} has the fixed batch {fixed} and cannot be built for batch {listed}. "
-            f"Build it with --batch {fixed}, or export it again with --batch dynamic."
+            f"Build it with `batches=[{fixed}]`, or export it again with `batch=None`."
         )

@@ -12,24 +12,22 @@ from typing import TYPE_CHECKING
 import onnx
 
 from dat_deploy.environment import tool_version
-from dat_deploy.errors import ExportError, ShapeError
+from dat_deploy.errors import ExportError
 from dat_deploy.export.census import PrecisionCensus, precision_census
 from dat_deploy.export.options import (
     LOWERINGS,
     OPSET_VERSIONS,
-    PRECISIONS,
     already_inlined,
     check_lowering,
     check_opset,
     check_precision,
 )
 from dat_deploy.files import atomic_output, check_output
-from dat_deploy.images.labels import class_names
-from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import DOMAIN_NAME, FileMetadata, load_onnx, read_metadata
 from dat_deploy.networks.checkpoint_file import check_checkpoint
-from dat_deploy.networks.dat.configuration import find_variant
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of, find_network
+from dat_deploy.precision import FULL
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = [
     "LOWERINGS",
     "OPSET_VERSIONS",
-    "PRECISIONS",
     "ExportReport",
     "FileMetadata",
     "PrecisionCensus",
@@ -85,7 +82,7 @@ def _uncollected() -> Iterator[None]:
 
 @_uncollected()
 def export(
-    variant: str | Variant,
+    variant: str | Network,
     output: Path,
     *,
     checkpoint: Path | None = None,
@@ -105,11 +102,11 @@ def export(
     """Write a network with the weights of `checkpoint` as one self-contained ONNX file.
 
     Args:
-        variant: the name of one, an official configuration file (`dat.yaml`), or a `Variant`.
+        variant: see `find_network`.
         output: written whole or not at all.
         checkpoint: an official .pth or .safetensors file; without one the weights are random, from a fixed seed.
         lowering: one of LOWERINGS.
-        precision: one of PRECISIONS; inputs and outputs are float32 in each.
+        precision: one of `precision.EXPORTED`; inputs and outputs are float32 in each.
         fp32: modules to keep in float32 with all below them, such as `stages.3` or `stages.*.attns.1`.
         no_fp32: modules in which nothing is to stay in float32 that does by default, such as `cls_norm`.
         batch: a fixed batch, or None for a dynamic one.
@@ -132,20 +129,25 @@ def export(
     check_precision(precision, fp32, no_fp32)
     if batch is not None and batch < 1:
         raise ExportError(f"batch {batch} is not possible; give a number from 1, or 'dynamic'.")
-    network = find_variant(variant, image_size=image_size, features=features)
+    network = find_network(variant, image_size=image_size, features=features)
     if dynamic_image_size:
-        _check_dynamic_image_size(network, sampling_locations=sampling_locations)
+        network.check_any_size()
+        if sampling_locations:
+            raise ExportError(
+                "--sampling-locations needs a fixed image size, since the number of points follows from it. "
+                "Give --image-size HEIGHTxWIDTH."
+            )
     check_checkpoint(checkpoint)
     from dat_deploy.export.lowering import lower
     from dat_deploy.export.onnx_model import onnx_from_model
     from dat_deploy.export.precision import cast_graph
-    from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
-    from dat_deploy.plugins.catalogue import operator_nodes
+    from dat_deploy.plugins.onnx_domain import operator_nodes
 
     progress("loading weights")
-    weights = load_weights(network, checkpoint)
-    module = model_from_weights(weights, network, fused=True, sampled_points=sampling_locations)
-    preprocessing = Preprocessing.from_variant(network)
+    family = family_of(network)
+    weights = family.weights(network, checkpoint)
+    module = family.module(network, weights, fused=True, sampled_points=sampling_locations)
+    preprocessing = network.preprocessing
     metadata = FileMetadata(
         network=network,
         batch=batch,
@@ -156,21 +158,24 @@ def export(
         fp32_removed=tuple(no_fp32),
         opset_version=opset_version,
         preprocessing=preprocessing,
-        class_names=class_names(network),
+        class_names=network.answer.class_names,
         weights_sha256=weights.sha256,
         weights_source=weights.source,
         version=tool_version(),
         golden_sha256=golden_sha256(preprocessing),
+        family=family.name,
     )
     model = onnx_from_model(
         module,
+        network,
+        sampled_points=sampling_locations,
         batch=batch,
         dynamic_image_size=dynamic_image_size,
         opset_version=opset_version,
         progress=progress,
     )
     operators = len(operator_nodes(model))
-    if precision != "fp32":
+    if precision != FULL.name:
         progress(f"casting to {precision}")
     cast_graph(model, precision, fp32=fp32, no_fp32=no_fp32)
     progress("lowering")
@@ -184,7 +189,7 @@ def export(
         nodes=len(model.graph),
         operators=operators,
         census=precision_census(proto),
-        outputs=tuple(module.output_names),
+        outputs=network.output_names(sampled_points=sampling_locations),
         seconds=time.monotonic() - started,
         notes=weights.notes,
     )
@@ -209,7 +214,7 @@ def relower(
     import onnx_ir as ir
 
     from dat_deploy.export.lowering import lower
-    from dat_deploy.plugins.catalogue import operator_nodes
+    from dat_deploy.plugins.onnx_domain import operator_nodes
 
     model = ir.from_proto(proto)
     operators = len(operator_nodes(model))
@@ -231,26 +236,13 @@ def relower(
     )
 
 
-def _check_dynamic_image_size(network: Variant, *, sampling_locations: bool) -> None:
-    if not network.takes_any_size:
-        raise ShapeError(
-            f"variant '{network.name}' cannot have a dynamic image size: its windows and bias tables are made for one. "
-            f"Export it once for each with --image-size HEIGHTxWIDTH."
-        )
-    if sampling_locations:
-        raise ExportError(
-            "--sampling-locations needs a fixed image size, since the number of points follows from it. "
-            "Give --image-size HEIGHTxWIDTH."
-        )
-
-
 def _saved(model: "ir.Model", metadata: FileMetadata, output: Path, *, force: bool) -> onnx.ModelProto:
     """What was written."""
     import onnx_ir as ir
 
     model.producer_name = "dat-deploy"
     model.producer_version = metadata.version
-    model.graph.name = "dat_" + re.sub(r"\W", "_", metadata.network.name)
+    model.graph.name = f"{metadata.family}_" + re.sub(r"\W", "_", metadata.network.name)
     model.metadata_props.update(metadata.to_properties())
     proto = ir.to_proto(model)
     with atomic_output(output, force=force) as temporary:

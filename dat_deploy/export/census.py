@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from dat_deploy.export.options import ELEMENT_TYPES
+from dat_deploy.precision import EXPORTED, FULL, PRECISIONS
 
 __all__ = ["PrecisionCensus", "TypeRule", "precision_census", "type_rule"]
 
@@ -17,8 +17,8 @@ class PrecisionCensus:
 
     Attributes:
         nodes: precision -> operator -> number of nodes; a node of several types has that of its first input, one that
-            reads data and weights that were dequantized computes in int8.
-        casts: from one of the precisions to another, to int8 and back too; they do not count as nodes.
+            reads data and weights that were dequantized computes in the type of these.
+        casts: from one of the precisions to another, of quantization too; they do not count as nodes.
         islands: groups of connected float32 nodes.
     """
 
@@ -35,18 +35,18 @@ class PrecisionCensus:
 
     def __str__(self) -> str:
         """`precision: fp16 412 nodes (81%), fp32 96 (19%) in 31 islands, 90 casts`."""
-        lower = [name for name in self.nodes if name != "fp32"]
+        full, lower = FULL.name, [name for name in self.nodes if name != FULL.name]
         if not lower:
-            return f"precision: fp32 {self.count('fp32')} nodes"
+            return f"precision: {full} {self.count(full)} nodes"
         parts = [f"{name} {self.count(name)} nodes ({self.share(name):.0%})" for name in lower]
-        parts.append(f"fp32 {self.count('fp32')} ({self.share('fp32'):.0%}) in {self.islands} islands")
+        parts.append(f"{full} {self.count(full)} ({self.share(full):.0%}) in {self.islands} islands")
         return f"precision: {', '.join(parts)}, {self.casts} casts"
 
 
 def precision_census(model: onnx.ModelProto) -> PrecisionCensus:
     """Count nodes by the type they compute in, which follows from the types of inputs, weights and Casts alone."""
     types = _value_types(model)
-    names = {number: name for name, number in ELEMENT_TYPES.items()}
+    names = {PRECISIONS[name].onnx_type: name for name in EXPORTED}
     nodes: dict[str, Counter[str]] = {}
     casts = 0
     producers: dict[str, int] = {}  # value -> the node that made it, by its place
@@ -58,22 +58,25 @@ def precision_census(model: onnx.ModelProto) -> PrecisionCensus:
             casts += 1
         elif made:
             makers = [model.graph.node[producers[value]] for value in node.input[:2] if value in producers]
-            precision = "int8" if _are_dequantized(makers) else names[(read or made)[0]]
+            precision = _of_dequantized(makers, types) or names[(read or made)[0]]
             nodes.setdefault(precision, Counter())[node.op_type] += 1
-            if precision == "fp32":
+            if precision == FULL.name:
                 group[place] = place
                 for value in node.input:
-                    before = producers.get(value) if types.get(value) == ELEMENT_TYPES["fp32"] else None
+                    before = producers.get(value) if types.get(value) == FULL.onnx_type else None
                     if before in group:
                         group[_representative(group, before)] = place
         producers.update(dict.fromkeys(node.output, place))
     islands = sum(node == other for node, other in group.items())
-    return PrecisionCensus({name: dict(found) for name, found in sorted(nodes.items())}, casts, islands)
+    return PrecisionCensus({name: dict(counts) for name, counts in sorted(nodes.items())}, casts, islands)
 
 
-def _are_dequantized(makers: list[onnx.NodeProto]) -> bool:
-    """Whether a node's data and its weights were dequantized for it; a bias may stay as it was."""
-    return len(makers) == 2 and all(maker.op_type == "DequantizeLinear" for maker in makers)
+def _of_dequantized(makers: list[onnx.NodeProto], types: dict[str, int]) -> str | None:
+    """The precision of a node whose data and weights were dequantized for it; a bias may stay as it was."""
+    if len(makers) < 2 or any(maker.op_type != "DequantizeLinear" for maker in makers):
+        return None
+    quantized = {row.onnx_type: row.name for row in PRECISIONS.values() if not row.is_exported}
+    return quantized.get(types[makers[1].input[0]], next(iter(quantized.values())))  # uint8 counts as int8
 
 
 def _representative(group: dict[int, int], node: int) -> int:

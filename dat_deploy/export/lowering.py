@@ -12,6 +12,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import onnx
 import onnx.inliner
@@ -25,10 +26,11 @@ from dat_deploy.export.cleanup import name_results, remove_identity_slices
 from dat_deploy.export.options import already_inlined, check_lowering
 from dat_deploy.export.precision import polymorphic_body, value_types
 from dat_deploy.export.records import PROPERTY, OperatorRecord
-from dat_deploy.plugins.catalogue import MODULES, operator_nodes, parameters
-from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
+from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, DOMAIN_VERSION, operator_nodes
+from dat_deploy.plugins.operator import OPERATORS, Operator, specification
+from dat_deploy.plugins.specification import PLUGIN_ATTRIBUTES
 
-__all__ = ["function_bodies", "lower", "operator_nodes"]
+__all__ = ["function_bodies", "lower"]
 
 # In elements: a larger constant is cheaper as the few nodes that make it. But `hat` is for what cannot gather, and the
 # bias of the neighborhoods is gathered from its table: 6.5 million elements in stage 0 of pp-base-384.
@@ -42,7 +44,8 @@ def function_bodies(lowering: str, opset_version: int, *, polymorphic: bool = Fa
         polymorphic: for nodes of any floating-point type, not of float32 alone; see `polymorphic_body`.
     """
     bodies = []
-    for name, module in MODULES.items():
+    for name in OPERATORS:
+        module = Operator(name).onnx_function
         body = _flattened(module.BODIES[lowering], module.HELPERS)
         body.name = name
         body.attribute.extend(PLUGIN_ATTRIBUTES)
@@ -63,7 +66,7 @@ def lower(model: ir.Model, lowering: str) -> ir.Model:
     """
     check_lowering(lowering)
     nodes = operator_nodes(model)
-    if not nodes:
+    if not nodes and PROPERTY in model.metadata_props:  # else it was traced now, and has none
         raise already_inlined()
     boundaries = [_Boundary.of(node) for node in nodes]
     model.functions.clear()
@@ -88,7 +91,7 @@ class _Boundary:
 
     name: str
     operator: str
-    attributes: dict[str, int]
+    attributes: dict[str, Any]
     inputs: dict[str, ir.Value]
     reader: ir.Node
     reader_index: int
@@ -97,12 +100,10 @@ class _Boundary:
     def of(cls, node: ir.Node) -> "_Boundary":
         inputs = {
             parameter: value
-            for parameter, value in zip(parameters(node.op_type), node.inputs, strict=True)
+            for parameter, value in zip(specification(node.op_type).inputs, node.inputs, strict=True)
             if value is not None and not value.is_initializer()
         }
-        attributes = {
-            name: attribute.as_int() for name, attribute in node.attributes.items() if name not in PLUGIN_ATTRIBUTES
-        }
+        attributes = {name: each.value for name, each in node.attributes.items() if name not in PLUGIN_ATTRIBUTES}
         reader, index = next(iter(node.outputs[0].uses()))
         return cls(str(node.name), node.op_type, attributes, inputs, reader, index)
 

@@ -2,10 +2,11 @@
 
 import ast
 import contextlib
+import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -17,12 +18,13 @@ from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 
 from dat_deploy.errors import ExportError
+from dat_deploy.export.boundaries import record_boundaries
 from dat_deploy.export.cleanup import constant_reshape_shapes, name_results
 from dat_deploy.export.options import check_opset
-from dat_deploy.networks.dat.boundaries import record_boundaries
-from dat_deploy.networks.dat.model import DAT
-from dat_deploy.networks.dat.variants import stride
-from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION, PLUGIN_ATTRIBUTES
+from dat_deploy.networks.family import Network, family_of
+from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION
+from dat_deploy.plugins.operator import OPERATORS, Operator
+from dat_deploy.plugins.specification import PLUGIN_ATTRIBUTES, Kind, Role, Specification
 
 __all__ = ["IR_VERSION", "onnx_from_model"]
 
@@ -33,8 +35,10 @@ _Value = ir.Value
 
 
 def onnx_from_model(
-    model: DAT,
+    model: torch.nn.Module,
+    network: Network,
     *,
+    sampled_points: bool = False,
     batch: int | None = None,
     dynamic_image_size: bool = False,
     opset_version: int = 18,
@@ -43,26 +47,26 @@ def onnx_from_model(
     """Capture `model` with torch.export; every operator is one node that carries all its attributes.
 
     Args:
-        model: made with `fused=True`, in eval mode.
+        model: what the family of `network` makes of it with `fused=True`, and with these `sampled_points`.
         batch: the fixed batch, or None for a dynamic one.
         dynamic_image_size: height and width are free, in the multiples that the network takes.
         opset_version: 17, 18 or 19.
         progress: called with what is being done.
 
     Returns:
-        A graph with input `image` [batch, 3, H, W] and outputs as `model.output_names` says, all float32. A node's
+        A graph with input `image` [batch, 3, H, W] and outputs as `network.outputs` says, all float32. A node's
         name starts with the module that made it: `stages.2.attns.1/deformable_attention`. Its metadata lists the
-        tensors between the blocks (see `boundaries`).
+        tensors between the blocks (see `export.boundaries`).
 
     Raises:
         ExportError: for another opset; TensorRT reads opset 20's GridSample wrongly, so none above 19 is made.
     """
     check_opset(opset_version)
-    height, width = model.variant.image_size
+    height, width = network.image_size
     example = torch.zeros(batch or 2, 3, height, width)
     dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch")}
     if dynamic_image_size:
-        step, least = model.variant.side_multiple, model.variant.min_side
+        step, least = network.side_multiple, network.min_side
         for axis, name in ((2, "height"), (3, "width")):
             dims[axis] = step * torch.export.Dim(f"{name}_{step}", min=least // step)
     progress("tracing")
@@ -75,7 +79,7 @@ def onnx_from_model(
             verbose=False,
             opset_version=18,
             input_names=["image"],
-            output_names=model.output_names,
+            output_names=list(network.output_names(sampled_points=sampled_points)),
             dynamic_shapes=(dims,) if dims else None,
             custom_translation_table=_translations(),
         )
@@ -91,111 +95,78 @@ def onnx_from_model(
     onnxscript.optimizer.remove_unused_nodes(graph_model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
     name_results(graph_model)
-    record_boundaries(graph_model, model.variant)
+    record_boundaries(graph_model, family_of(network).blocks(network))
     if dynamic_image_size:
-        _name_sides(graph_model, model)
+        _name_sides(graph_model, network)
     return graph_model
-
-
-def _operator(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...]) -> Callable[..., _Value]:
-    """A callable that adds one node of domain dat_deploy to the graph being built."""
-    schema = onnx.defs.OpSchema(
-        name,
-        DOMAIN_NAME,
-        DOMAIN_VERSION,
-        inputs=[onnx.defs.OpSchema.FormalParameter(label, "T") for label in inputs],
-        outputs=[onnx.defs.OpSchema.FormalParameter("output", "T")],
-        type_constraints=[("T", ["tensor(float)"], "")],
-        attributes=[
-            *(onnx.defs.OpSchema.Attribute(label, onnx.defs.OpSchema.AttrType.INT) for label in attributes),
-            *(onnx.defs.OpSchema.Attribute(label, onnx.defs.OpSchema.AttrType.STRING) for label in PLUGIN_ATTRIBUTES),
-        ],
-    )
-    operator = onnxscript.values.Op(DOMAIN, name, schema)
-
-    def add_node(*values: _Value, **settings: int) -> _Value:
-        return operator(*values, **settings, **PLUGIN_ATTRIBUTES)  # type: ignore[no-any-return]  # untyped library
-
-    return add_node
 
 
 def _translations() -> dict[Callable[..., object], Callable[..., object]]:
     """What torch.onnx makes of each torch operator."""
-    sample = _operator("deformable_sample", ("value", "sampling_locations"), ())
-    attend = _operator(
-        "deformable_attention",
-        ("query", "key", "value", "sampling_locations", "relative_position_bias_table"),
-        ("num_heads", "half_pixel_queries"),
-    )
-    window = _operator(
-        "window_attention", ("qkv", "relative_position_bias_table"), ("num_heads", "window_size", "shift_size")
-    )
-
-    neighborhood = _operator(
-        "neighborhood_attention",
-        ("qkv", "padding_qkv", "relative_position_bias_table"),
-        ("num_heads", "kernel_size", "dilation"),
-    )
-
-    def deformable_sample(value: _Value, sampling_locations: _Value) -> _Value:
-        return sample(value, sampling_locations)
-
-    def deformable_attention(
-        query: _Value,
-        key: _Value,
-        value: _Value,
-        sampling_locations: _Value,
-        relative_position_bias_table: _Value,
-        num_heads: int,
-        half_pixel_queries: bool,
-    ) -> _Value:
-        return attend(
-            query,
-            key,
-            value,
-            sampling_locations,
-            relative_position_bias_table,
-            num_heads=num_heads,
-            half_pixel_queries=int(half_pixel_queries),
-        )
-
-    def window_attention(
-        qkv: _Value, relative_position_bias_table: _Value, num_heads: int, window_size: int, shift_size: int
-    ) -> _Value:
-        return window(
-            qkv, relative_position_bias_table, num_heads=num_heads, window_size=window_size, shift_size=shift_size
-        )
-
-    def neighborhood_attention(
-        qkv: _Value,
-        padding_qkv: _Value,
-        relative_position_bias_table: _Value,
-        num_heads: int,
-        kernel_size: int,
-        dilation: int,
-    ) -> _Value:
-        return neighborhood(
-            qkv,
-            padding_qkv,
-            relative_position_bias_table,
-            num_heads=num_heads,
-            kernel_size=kernel_size,
-            dilation=dilation,
-        )
 
     def gelu(x: _Value, approximate: str = "none") -> _Value:
         """The order of factors that ONNX Runtime's and TensorRT's fusions look for; torch's own differs."""
         assert approximate == "none"
         return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, math.sqrt(2.0))), 1.0)), 0.5)  # type: ignore[no-any-return]  # untyped library
 
-    ops = torch.ops.dat_deploy
-    return {
-        torch.ops.aten.gelu.default: gelu,
-        ops.deformable_sample.default: deformable_sample,
-        ops.deformable_attention.default: deformable_attention,
-        ops.window_attention.default: window_attention,
-        ops.neighborhood_attention.default: neighborhood_attention,
-    }
+    table: dict[Callable[..., object], Callable[..., object]] = {torch.ops.aten.gelu.default: gelu}
+    for name in OPERATORS:
+        operator = Operator(name)
+        _ = operator.torch_operator  # whose import makes the next line's
+        table[getattr(torch.ops.dat_deploy, name).default] = _translation(operator.specification)
+    return table
+
+
+def _translation(specified: Specification) -> Callable[..., _Value]:
+    """A function that adds one node of domain dat_deploy to the graph being built.
+
+    It has the signature of the torch operator, which torch.onnx reads: what has no annotation is a tensor.
+    """
+    formal, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
+    letters = {name: "I" if role is Role.INDICES else "T" for name, role in specified.roles.items()}
+    types = {"T": ["tensor(float)"], "I": ["tensor(int64)"]}
+    schema = onnx.defs.OpSchema(
+        specified.name,
+        DOMAIN_NAME,
+        DOMAIN_VERSION,
+        inputs=[formal(name, letter) for name, letter in letters.items()],
+        outputs=[formal("output", "T")],
+        type_constraints=[(letter, types[letter], "") for letter in sorted({*letters.values()})],
+        attributes=[
+            *(
+                attribute(name, getattr(onnx.defs.OpSchema.AttrType, kind.onnx))
+                for name, kind in specified.attributes.items()
+            ),
+            *(attribute(name, onnx.defs.OpSchema.AttrType.STRING) for name in PLUGIN_ATTRIBUTES),
+        ],
+    )
+    operator = onnxscript.values.Op(DOMAIN, specified.name, schema)
+
+    names = (*specified.inputs, *specified.attributes)
+
+    def add_node(*arguments: Any, **named: Any) -> _Value:
+        values = {**dict(zip(names, arguments, strict=False)), **named}
+        attributes = {name: _attribute(kind, values[name]) for name, kind in specified.attributes.items()}
+        tensors = [values[name] for name in specified.inputs]
+        return operator(*tensors, **attributes, **PLUGIN_ATTRIBUTES)  # type: ignore[no-any-return]  # untyped library
+
+    annotations = {name: _annotation(kind) for name, kind in specified.attributes.items()}
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    add_node.__signature__ = inspect.Signature([inspect.Parameter(name, either) for name in names])  # type: ignore[attr-defined]  # see inspect.signature
+    add_node.__annotations__ = annotations
+    return add_node
+
+
+def _annotation(kind: Kind) -> Any:
+    element: Any = int if kind.element is bool else kind.element
+    return Sequence[element] if kind.is_list else element
+
+
+def _attribute(kind: Kind, value: Any) -> Any:
+    """As onnxscript takes it."""
+    if kind.is_list:
+        return [kind.element(each) for each in value]
+    return int(value) if kind.element is bool else value
 
 
 def _set_opset(model: ir.Model, opset_version: int) -> None:
@@ -233,15 +204,18 @@ def _name_after_modules(model: ir.Model) -> None:
         node.metadata_props.clear()  # torch's stack traces hold paths of this machine
 
 
-def _name_sides(graph_model: ir.Model, model: DAT) -> None:
+def _name_sides(graph_model: ir.Model, network: Network) -> None:
     """`height` and `width` where torch writes `32*height_32`, and `height/4` for `8*s87`."""
     graph = graph_model.graph
-    strides = {f"feature_map_{i}": stride(i) for i in model.variant.features}
-    for value in (*graph.inputs, *graph.outputs):
-        shape = value.shape
-        if shape is not None and len(shape) == 4:
-            suffix = f"/{strides[str(value.name)]}" if value.name in strides else ""
-            value.shape = ir.Shape([shape[0], shape[1], f"height{suffix}", f"width{suffix}"])
+    named: list[tuple[ir.Value, tuple[int, ...], int]] = [(graph.inputs[0], (2, 3), 1)]
+    for value, output in zip(graph.outputs, network.outputs(), strict=True):
+        named += [(value, tuple(axis + 1 for axis in output.sides), output.stride)] if output.sides else []
+    for value, axes, stride in named:
+        assert value.shape is not None
+        dims = list(value.shape)
+        for axis, side in zip(axes, ("height", "width"), strict=True):
+            dims[axis] = ir.SymbolicDim(f"{side}/{stride}" if stride > 1 else side)
+        value.shape = ir.Shape(dims)
 
 
 @contextlib.contextmanager

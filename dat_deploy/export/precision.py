@@ -15,26 +15,22 @@ import onnx_ir as ir
 
 from dat_deploy.errors import ExportError
 from dat_deploy.export.census import TypeRule, type_rule
-from dat_deploy.export.options import ELEMENT_TYPES, check_precision
-from dat_deploy.plugins.catalogue import operator_nodes, parameters
-from dat_deploy.plugins.onnx_domain import DOMAIN_NAME
+from dat_deploy.export.options import check_precision
+from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, operator_nodes
+from dat_deploy.plugins.operator import specification
+from dat_deploy.plugins.specification import Role
+from dat_deploy.precision import EXPORTED, PRECISIONS
 
-__all__ = [
-    "DTYPES",
-    "cast_graph",
-    "polymorphic_body",
-    "value_types",
-]
+__all__ = ["cast_graph", "nodes_in_another_precision", "polymorphic_body", "value_types"]
 
 FLOAT = ir.DataType.FLOAT
-DTYPES = {name: ir.DataType(number) for name, number in ELEMENT_TYPES.items()}
+_NAMES = {ir.DataType(PRECISIONS[name].onnx_type): name for name in EXPORTED}
 
 # Computes nothing, so it has the type of its data, whatever that is.
 _MOVES = frozenset({
     "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice",
     "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
 })  # fmt: skip
-_FP32_PARAMETERS = frozenset({"sampling_locations", "relative_position_bias_table"})  # of the operators
 
 _Types = dict[ir.Value, ir.DataType]
 
@@ -44,7 +40,7 @@ def cast_graph(model: ir.Model, precision: str, *, fp32: Sequence[str] = (), no_
 
     Args:
         model: a graph whose operators are nodes of domain dat_deploy, without bodies.
-        precision: one of DTYPES.
+        precision: one of `precision.EXPORTED`.
         fp32: modules that stay in float32 with all below them, such as `stages.3`; each part may be a shell glob:
             `stages.*.attns.1`.
         no_fp32: modules, likewise, in which nothing stays in float32 by default; `fp32` wins where both name one.
@@ -54,7 +50,7 @@ def cast_graph(model: ir.Model, precision: str, *, fp32: Sequence[str] = (), no_
             or if a weight is too large for the precision.
     """
     check_precision(precision, fp32, no_fp32)
-    half = DTYPES[precision]
+    half = ir.DataType(PRECISIONS[precision].onnx_type)
     if half == FLOAT:
         return model
     types = value_types(model)
@@ -76,7 +72,7 @@ def polymorphic_body(body: onnx.FunctionProto) -> onnx.FunctionProto:
     return ir.serde.serialize_function(function)
 
 
-def asked_differently(
+def nodes_in_another_precision(
     model: ir.Model,
     precision: str,
     locations: Sequence[str],
@@ -84,26 +80,28 @@ def asked_differently(
     fp32: Sequence[str] = (),
     no_fp32: Sequence[str] = (),
 ) -> list[str]:
-    """The nodes of an exported graph, of any lowering, that do not compute in what was asked for; a sentence each.
+    """The nodes of an exported graph, of any lowering, that compute in another precision than they should.
 
     Args:
-        precision: of the products, as it was asked for, one of DTYPES; fp32, no_fp32: see `export`.
+        precision: that the products should have, one of `precision.EXPORTED`; fp32, no_fp32: see `export`.
         locations: names of the tensors of sampling locations, which nothing may round.
+
+    Returns:
+        A sentence each.
     """
     types = value_types(model)
-    names = {dtype: name for name, dtype in DTYPES.items()}
     sources = [value for node in model.graph for value in node.outputs if value.name in locations]
     coordinates = _sources(sources, types)
-    half = DTYPES[precision]
+    half = ir.DataType(PRECISIONS[precision].onnx_type)
     if half == FLOAT:
         return [
-            f"{node.name} computes in {names[types[value]]}"
+            f"{node.name} computes in {_NAMES[types[value]]}"
             for node in model.graph
             for value in node.outputs
-            if types[value] in names and types[value] != FLOAT
+            if types[value] in _NAMES and types[value] != FLOAT
         ]
     wrong = [
-        f"{value.name}, a tensor of sampling locations, is {names[types[value]]}"
+        f"{value.name}, a tensor of sampling locations, is {_NAMES[types[value]]}"
         for value in sources
         if types[value] != FLOAT
     ]
@@ -119,7 +117,7 @@ def asked_differently(
             v is not None and v.is_initializer() for v in node.inputs
         )
         if has_weight and read != (FLOAT if stays else half):
-            wrong.append(f"{node.name} computes in {names[read]}")
+            wrong.append(f"{node.name} computes in {_NAMES[read]}")
     return wrong
 
 
@@ -135,13 +133,13 @@ def _islands(
     islands = {node for node in nodes if not node.domain and half not in _allowed_types(node.op_type, opset)}
     for pattern in (*fp32, *no_fp32):
         if not any(_is_within(module, pattern) for module in named):
-            option = "--fp32" if pattern in fp32 else "--no-fp32"
-            raise ExportError(f"{option} '{pattern}' names no module of this network. {_hint(pattern, named)}")
+            parameter = "fp32" if pattern in fp32 else "no_fp32"
+            raise ExportError(f"`{parameter}` '{pattern}' names no module of this network. {_hint(pattern, named)}")
     for pattern in no_fp32:
         if not any(_is_within(_module(node), pattern) for node in default):
             kept = {prefix for node in default for prefix in _prefixes(_module(node))}
             raise ExportError(
-                f"--no-fp32 '{pattern}' names modules in which nothing is in float32 by default. {_hint(pattern, kept)}"
+                f"`no_fp32` '{pattern}' names modules in which nothing is in float32 by default. {_hint(pattern, kept)}"
             )
     islands |= {node for node in default if not any(_is_within(_module(node), pattern) for pattern in no_fp32)}
     return islands | {node for node in nodes if any(_is_within(_module(node), pattern) for pattern in fp32)}
@@ -153,8 +151,8 @@ def _coordinate_path(model: ir.Model, types: _Types) -> set[ir.Node]:
         (
             value
             for node in operator_nodes(model)
-            for name, value in zip(parameters(node.op_type), node.inputs, strict=True)
-            if name == "sampling_locations" and value is not None
+            for role, value in zip(specification(node.op_type).roles.values(), node.inputs, strict=True)
+            if role is Role.LOCATIONS and value is not None
         ),
         types,
     )
@@ -162,14 +160,14 @@ def _coordinate_path(model: ir.Model, types: _Types) -> set[ir.Node]:
 
 def _sources(values: Iterable[ir.Value], types: _Types) -> set[ir.Node]:
     """The nodes of float32 that compute the values, back to a convolution, without it."""
-    found: set[ir.Node] = set()
+    nodes: set[ir.Node] = set()
     pending = list(values)
     while pending:
         node = pending.pop().producer()
-        if node is not None and node.op_type != "Conv" and node not in found:
-            found.add(node)
+        if node is not None and node.op_type != "Conv" and node not in nodes:
+            nodes.add(node)
             pending += [value for value in node.inputs if value is not None and types[value] == FLOAT]
-    return found
+    return nodes
 
 
 def _module(node: ir.Node) -> str:
@@ -248,11 +246,11 @@ class _Retyping(abc.ABC):
             read = {i: value for i, value in enumerate(node.inputs) if value is not None and self._is_float(value)}
             if not read or node.op_type in ("Cast", "Shape"):
                 continue  # takes any type as it is
-            wanted = self.wanted(node, list(read.values()))
-            for index, dtype in zip(read, wanted, strict=True):
+            dtypes = self.input_types(node, list(read.values()))
+            for index, dtype in zip(read, dtypes, strict=True):
                 node.replace_input_with(index, self.converted(read[index], dtype, node))
             for value in filter(self._is_float, node.outputs):
-                self.types[value] = wanted[0]
+                self.types[value] = dtypes[0]
         for index, value in enumerate(self.graph.outputs):
             self.convert_output(index, value)
 
@@ -271,11 +269,11 @@ class _Retyping(abc.ABC):
 
     def type_of_data(self, values: Sequence[ir.Value]) -> ir.DataType:
         """Of what a node moves; constants have the type that is asked of them."""
-        found = {self.types[value] for value in values if not value.is_initializer()}
-        return FLOAT if FLOAT in found else self.half
+        types = {self.types[value] for value in values if not value.is_initializer()}
+        return FLOAT if FLOAT in types else self.half
 
     @abc.abstractmethod
-    def wanted(self, node: ir.Node, read: Sequence[ir.Value]) -> list[ir.DataType]:
+    def input_types(self, node: ir.Node, read: Sequence[ir.Value]) -> list[ir.DataType]:
         """The type of each floating-point input; the result has that of the first."""
 
     @abc.abstractmethod
@@ -303,12 +301,12 @@ class _GraphRetyping(_Retyping):
         for value, dtype in self.types.items():
             value.dtype = dtype
 
-    def wanted(self, node: ir.Node, read: Sequence[ir.Value]) -> list[ir.DataType]:
+    def input_types(self, node: ir.Node, read: Sequence[ir.Value]) -> list[ir.DataType]:
         if node in self.islands:
             return [FLOAT] * len(read)
         if node.domain == DOMAIN_NAME:
-            is_fp32 = [name in _FP32_PARAMETERS for name in parameters(node.op_type)]
-            return [FLOAT if stays else self.half for stays in is_fp32]
+            roles = specification(node.op_type).roles.values()
+            return [FLOAT if role.stays_float32 else self.half for role in roles if role is not Role.INDICES]
         dtype = self.type_of_data(read) if node.op_type in _MOVES else self.half
         return [dtype] * len(read)
 
@@ -352,10 +350,12 @@ class _GraphRetyping(_Retyping):
             rounded = exact.astype(dtype.numpy())
         if not np.isfinite(rounded[np.isfinite(exact)]).all():
             largest = np.abs(exact[np.isfinite(exact)]).max()
+            with np.errstate(over="ignore"):
+                reaching = [name for held, name in _NAMES.items() if np.isfinite(largest.astype(held.numpy()))]
             raise ExportError(
                 f"weight '{weight.name}' holds {largest:.4g}, which {dtype.name.lower()} does not reach. Keep its "
-                f"module in float32 with --fp32 {_module(reader)}, or export with --precision "
-                f"{'bf16' if dtype == ir.DataType.FLOAT16 else 'fp32'}."
+                f'module in float32 with `fp32=["{_module(reader)}"]`, or export with '
+                f'`precision="{reaching[-1]}"`.'
             )
         copy = ir.Value(name=f"{weight.name}/{dtype.name.lower()}", const_value=ir.tensor(rounded))
         copy.dtype, copy.shape = dtype, weight.shape
@@ -365,15 +365,16 @@ class _GraphRetyping(_Retyping):
 
 class _BodyRetyping(_Retyping):
     def __init__(self, function: ir.Function) -> None:
-        inputs = dict.fromkeys(function.inputs, FLOAT)
+        roles = dict(zip(function.inputs, specification(function.name).roles.values(), strict=True))
+        inputs = {value: ir.DataType.INT64 if role is Role.INDICES else FLOAT for value, role in roles.items()}
         types = _with_results(inputs, function, function.opset_imports[""])
         half = ir.DataType.FLOAT16
         self.first = function.inputs[0]
-        self.carries_data = {value for value in function.inputs if value.name not in _FP32_PARAMETERS}
+        self.carries_data = {value for value, role in roles.items() if role in (Role.DATA, Role.WEIGHT)}
         types.update(dict.fromkeys(self.carries_data, half))
         super().__init__(function.graph, types, half)
 
-    def wanted(self, node: ir.Node, read: Sequence[ir.Value]) -> list[ir.DataType]:
+    def input_types(self, node: ir.Node, read: Sequence[ir.Value]) -> list[ir.DataType]:
         carrying = [value in self.carries_data for value in read]
         if any(carrying):
             self.carries_data.update(filter(self._is_float, node.outputs))

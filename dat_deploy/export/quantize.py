@@ -34,10 +34,13 @@ from dat_deploy.export.records import operator_records
 from dat_deploy.files import atomic_output, check_output
 from dat_deploy.images.preprocess import image_files, preprocess, read_image
 from dat_deploy.metadata import Calibration, FileMetadata, load_onnx
+from dat_deploy.precision import FULL, PRECISIONS
 
 # What loads a graph library or a runtime is imported after the checks, so that a wrong argument is told at once.
 
 __all__ = ["METHODS", "QuantizeReport", "quantize"]
+
+INT8 = PRECISIONS["int8"]
 
 # How ONNX Runtime's calibrators are called there, and what they are told. Of Fashion-MNIST's test set `demo` has 91.83%
 # right in fp32 and with these percentiles, whose mean error of a logit is the smallest, too; 91.77% with minmax, 91.73%
@@ -145,7 +148,7 @@ def quantize(
         library="onnxruntime",
         library_version=onnxruntime.__version__,
     )
-    metadata = dataclasses.replace(metadata, precision="int8", calibration=calibration)
+    metadata = dataclasses.replace(metadata, precision=INT8.name, calibration=calibration)
     model.metadata_props.update(metadata.to_properties())
     with atomic_output(output, force=force) as temporary:
         ir.save(model, temporary)
@@ -162,10 +165,10 @@ def quantize(
 
 
 def _check_source(source: Path, metadata: FileMetadata) -> None:
-    if metadata.precision != "fp32":
+    if metadata.precision != FULL.name:
         raise ExportError(
-            f"{source} is {metadata.precision} already; quantize takes fp32. Export it again with --precision fp32, "
-            f"or find the file that it was made from."
+            f"{source} is {metadata.precision} already; quantize takes {FULL.name}. Export it again with "
+            f'`precision="{FULL.name}"`, or find the file that it was made from.'
         )
     if metadata.lowering == "plugin":
         raise ExportError(
@@ -252,8 +255,8 @@ def _calibrated(source: Path, method: str, pictures: _Pictures) -> dict[str, flo
                 calibrator.collect_data(_Feed(images))
         pictures.progress(f"finding ranges, {method}")
         with _quietly(source):
-            found: Any = calibrator.compute_data()
-    return {name: float(np.abs(np.array(tensor.range_value)).max()) for name, tensor in found.items()}
+            ranges: Any = calibrator.compute_data()
+    return {name: float(np.abs(np.array(tensor.range_value)).max()) for name, tensor in ranges.items()}
 
 
 @contextlib.contextmanager

@@ -35,17 +35,16 @@ def linear_layers(model: ir.Model) -> list[ir.Node]:
 def coordinate_nodes(model: ir.Model) -> set[ir.Node]:
     """What computes the sampling locations: back from each operator, to the convolution of the offsets, and that."""
     values = {value.name: value for node in model.graph for value in node.outputs}
-    records = operator_records(model.metadata_props)
-    pending = [values.get(record.inputs.get("sampling_locations")) for record in records]
-    found: set[ir.Node] = set()
+    pending = [values.get(name) for record in operator_records(model.metadata_props) for name in record.locations]
+    nodes: set[ir.Node] = set()
     while pending:
         value = pending.pop()
         node = None if value is None else value.producer()
-        if node is not None and node not in found:
-            found.add(node)
+        if node is not None and node not in nodes:
+            nodes.add(node)
             if node.op_type != "Conv":
                 pending += node.inputs
-    return found
+    return nodes
 
 
 def quantized_differently(model: ir.Model) -> list[str]:

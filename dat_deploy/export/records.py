@@ -3,6 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from dat_deploy.plugins.operator import specification
+from dat_deploy.plugins.specification import Role
 
 __all__ = ["PROPERTY", "OperatorRecord", "operator_records"]
 
@@ -15,14 +19,20 @@ class OperatorRecord:
 
     Attributes:
         name: `stages.2.attns.1/deformable_attention`.
-        inputs: parameter of the operator -> name of the tensor, without the bias table; output: likewise.
+        attributes: their values by name.
+        inputs: parameter of the operator -> name of the tensor, without those that are weights; output: likewise.
     """
 
     name: str
     operator: str
-    attributes: dict[str, int]
+    attributes: dict[str, Any]
     inputs: dict[str, str]
     output: str
+
+    @property
+    def locations(self) -> list[str]:
+        """The tensors that say where it reads."""
+        return [self.inputs[name] for name in specification(self.operator).named(Role.LOCATIONS) if name in self.inputs]
 
 
 def operator_records(properties: Mapping[str, str]) -> list[OperatorRecord]:

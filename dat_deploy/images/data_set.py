@@ -50,10 +50,10 @@ def open_data_set(folder: Path, class_names: Sequence[str], limit: int | None = 
         of_folder, note = _classes(folder, folders, class_names)
         labels = [of_folder[path.relative_to(folder).parts[0]] for path in images]
     if limit is not None and limit < len(images):
-        chosen = [index * len(images) // limit for index in range(limit)]
+        indices = [index * len(images) // limit for index in range(limit)]
         note += f"{', ' if note else ''}{limit} of {len(images)} images, evenly spaced"
-        images = [images[index] for index in chosen]
-        labels = None if labels is None else [labels[index] for index in chosen]
+        images = [images[index] for index in indices]
+        labels = None if labels is None else [labels[index] for index in indices]
     return DataSet(folder, tuple(images), None if labels is None else tuple(labels), note)
 
 

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dat_deploy.errors import ShapeError, VerificationError
-from dat_deploy.networks.dat.variants import Variant
 
-__all__ = ["check_top_k", "class_names", "imagenet_class_names", "top_k"]
+__all__ = ["check_top_k", "imagenet_class_names", "top_k"]
 
 
 @functools.cache
@@ -23,17 +22,6 @@ def imagenet_class_names() -> tuple[str, ...]:
     """The 1000 names in the order of a checkpoint's logits: 0 is tench, 999 is toilet tissue."""
     text = resources.files("dat_deploy").joinpath("data/imagenet_classes.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
-
-
-def class_names(network: Variant) -> tuple[str, ...]:
-    """Its own names; where it has none, ImageNet's for 1000 classes, "class N" for other counts; none of a backbone."""
-    if network.features:
-        return ()
-    if network.class_names:
-        return network.class_names
-    if network.classes == 1000:
-        return imagenet_class_names()
-    return tuple(f"class {index}" for index in range(network.classes))
 
 
 def check_top_k(k: int) -> None:

@@ -1,6 +1,6 @@
-"""Known mistakes in the preprocessing of images, each made on purpose, and which of them explain an array.
+"""Known mistakes of preprocessing, each made on purpose; the first row of every table is right.
 
-The first row of every table is right.
+`diagnose` looks for the fewest that together explain what another pipeline made.
 """
 
 import itertools
@@ -15,9 +15,9 @@ from PIL import Image
 
 from dat_deploy.images.preprocess import Preprocessing
 
-__all__ = ["EXPLAINED_UNITS", "FRAMES", "RESAMPLINGS", "Pipeline", "diagnose"]
+__all__ = ["COLOURS", "EXPLAINED_UNITS", "FRAMES", "LAYOUTS", "NORMALISATIONS", "RESAMPLINGS", "Pipeline", "diagnose"]
 
-# A mistake explains an array if making it, too, leaves a difference that is rounding: less than 2 units of 1/255.
+# Mistakes explain an array if making them, too, leaves a difference that is rounding.
 EXPLAINED_UNITS = 1.5
 
 Array = NDArray[Any]
@@ -178,8 +178,8 @@ class Pipeline:
 
     def __call__(self, picture: Image.Image, preprocessing: Preprocessing) -> Floats:
         samples = self.samples(picture, preprocessing)[:: -1 if self.swapped else 1]
-        made = samples * self.scale[:, None, None] + self.shift[:, None, None]
-        return made.transpose(1, 2, 0).reshape(made.shape) if self.reshaped else made
+        batch = samples * self.scale[:, None, None] + self.shift[:, None, None]
+        return batch.transpose(1, 2, 0).reshape(batch.shape) if self.reshaped else batch
 
     def undone(self, batch: Array) -> Floats:
         """The samples [B, 3, H, W] from which colours and normalisation made `batch`."""
@@ -207,22 +207,24 @@ def _pipelines(preprocessing: Preprocessing) -> Iterator[list[Pipeline]]:
 def diagnose(
     batch: Array, pictures: Sequence[Image.Image], preprocessing: Preprocessing
 ) -> tuple[Pipeline, float] | None:
-    """The pipeline of fewest mistakes that explains `batch`, by its first images, and the units that are left.
+    """The pipeline of fewest mistakes that explains what another pipeline made.
 
     Args:
-        batch: [B, 3, H, W], what an unknown pipeline made of `pictures` and then others.
+        batch: what it made, [B, 3, H, W]; pictures: of which, the first of them or all.
+    Returns:
+        the pipeline, and the largest difference that it leaves, in 8-bit levels, below `EXPLAINED_UNITS`; None if
+        there is none, or none with a mistake.
     """
     undone: list[Floats] = []
     best: tuple[int, float, Pipeline] | None = None
     for group in _pipelines(preprocessing):
         undone = undone or [pipeline.undone(batch[: len(pictures)]) for pipeline in group]
         samples = np.stack([group[0].samples(picture, preprocessing) for picture in pictures]).clip(0, 255)
-        for pipeline, found in zip(group, undone, strict=True):
-            if (
-                np.abs(found[..., ::8, ::8] - samples[..., ::8, ::8]).max() >= EXPLAINED_UNITS
-            ):  # most fail here, quickly
+        for pipeline, theirs in zip(group, undone, strict=True):
+            thinned = np.abs(theirs[..., ::8, ::8] - samples[..., ::8, ::8])
+            if thinned.max() >= EXPLAINED_UNITS:  # most fail here, quickly
                 continue
-            left = float(np.abs(found - samples).max())
+            left = float(np.abs(theirs - samples).max())
             if left < EXPLAINED_UNITS and (best is None or (len(pipeline.mistakes), left) < best[:2]):
                 best = (len(pipeline.mistakes), left, pipeline)
     return None if best is None or not best[2].mistakes else (best[2], best[1])

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from dat_deploy.errors import ImageError, ShapeError, UnsupportedError
-from dat_deploy.networks.dat.variants import IMAGENET_MEAN, IMAGENET_STD, Variant
 
 __all__ = [
     "FORMATS",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "MAX_IMAGE_PIXELS",
     "Preprocessing",
     "check_images",
@@ -40,6 +41,8 @@ __all__ = [
     "read_image",
 ]
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # PIL's other readers see no untrusted file
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAX_JPEG_SCANS = 100  # of a progressive picture; usual are 10, and each costs a pass over all pixels
@@ -101,17 +104,6 @@ class Preprocessing:
                 f"Mend the model's metadata."
             )
 
-    @classmethod
-    def from_variant(cls, variant: Variant) -> "Preprocessing":
-        """Upstream's evaluation of `variant`, whose published configurations are all square.
-
-        A rectangular image size keeps the cropped share of each side: the long side is resized to
-        `variant.resize_size` and the short side in proportion (224x448 is cropped out of 256x512).
-        """
-        height, width = variant.image_size
-        scale = variant.resize_size / max(height, width)
-        return cls(image_size=(height, width), resize_size=(round(height * scale), round(width * scale)))
-
 
 def image_files(folder: Path) -> list[Path]:
     """All images in a folder at any depth, by their names' endings, sorted by their paths; hidden ones are not seen.
@@ -126,19 +118,19 @@ def image_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise ImageError(f"cannot list '{error.filename}' ({_reason(error)}). Check its permissions.") from error
 
-    found: list[Path] = []
-    seen: set[str] = set()  # a link may lead back to a folder above
+    files: list[Path] = []
+    real_folders: set[str] = set()  # a link may lead back to a folder above
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(parent) in seen:
+        if os.path.realpath(parent) in real_folders:
             folders.clear()
             continue
-        seen.add(os.path.realpath(parent))
-        found += [path for path in (Path(parent, name) for name in names) if _is_visible_image(path, folder)]
-    if not found:
+        real_folders.add(os.path.realpath(parent))
+        files += [path for path in (Path(parent, name) for name in names) if _is_visible_image(path, folder)]
+    if not files:
         raise ImageError(
             f"folder '{folder}' holds no images; accepted are files that end in {', '.join(SUFFIXES)}, at any depth."
         )
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _is_visible_image(path: Path, folder: Path) -> bool:

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +18,20 @@ from torch import Tensor
 
 from dat_deploy.errors import ShapeError, UnsupportedError
 from dat_deploy.plugins.launch import Configuration, Launch, Problem
+from dat_deploy.plugins.specification import Role, Specification
 from dat_deploy.plugins.tuning import configurations_path, tuned_configuration
 
 __all__ = [
     "Job",
     "cache_key",
+    "compute",
     "kernel_computes",
-    "launch_kernel",
     "launched_by",
-    "operator",
     "recorded_jobs",
     "require",
-    "require_alike",
-    "require_locations",
+    "require_countable",
+    "require_inputs",
+    "torch_operator",
 ]
 
 Arguments = ParamSpec("Arguments")
@@ -56,38 +59,43 @@ def cache_key() -> str:
     return f"dat-deploy {digest.hexdigest()[:16]}"
 
 
-def operator(
-    result_shape: Callable[Arguments, Sequence[int]],
+def torch_operator(
+    specification: Specification, check: Callable[Arguments, None]
 ) -> Callable[[Callable[Arguments, Tensor]], Callable[Arguments, Tensor]]:
     """Register a function as `torch.ops.dat_deploy.NAME`, whose kernels torch.compile and AOTInductor compile in.
 
-    Its first argument is a tensor, of whose type the result is; autocast is off inside, so that it keeps to that.
+    Its arguments are those of the specification; autocast is off inside, so that it keeps to the type of the first.
 
     Args:
-        result_shape: checks the arguments, and says what shape the result has; while torch traces a network, this is
-            all that runs.
+        check: raises ShapeError for arguments that it does not take; while torch traces a network, this and the
+            specification's output shape are all that runs.
     """
-    return functools.partial(_registered, result_shape)
+    return functools.partial(_registered, specification, check)
+
+
+_TAKEN: dict[type, tuple[type, ...]] = {int: (int, torch.SymInt), float: (float, int)}
 
 
 def _registered(
-    result_shape: Callable[Arguments, Sequence[int]], function: Callable[Arguments, Tensor]
+    specification: Specification, check: Callable[Arguments, None], function: Callable[Arguments, Tensor]
 ) -> Callable[Arguments, Tensor]:
-    name = function.__name__
+    name = specification.name
     signature = inspect.signature(function)
-    kinds = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
 
     @functools.wraps(function)
     def computed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
         (first, *_) = args
         assert isinstance(first, Tensor)
+        check(*args, **kwargs)
         with torch.autocast(first.device.type if first.is_cuda else "cpu", enabled=False):
             return function(*args, **kwargs)
 
     def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-        (first, *_) = args
-        assert isinstance(first, Tensor)
-        return first.new_empty(result_shape(*args, **kwargs))
+        check(*args, **kwargs)
+        values = tuple(signature.bind(*args, **kwargs).arguments.values())
+        tensors, attributes = values[: len(specification.inputs)], values[len(specification.inputs) :]
+        result: Tensor = tensors[0].new_empty(specification.shape_of_output([x.shape for x in tensors], attributes))
+        return result
 
     def backward(*_: object) -> None:
         raise UnsupportedError(
@@ -102,7 +110,11 @@ def _registered(
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
         if not torch.compiler.is_compiling():
             for argument, value in signature.bind(*args, **kwargs).arguments.items():
-                takes = (Tensor,) if kinds[argument] is Tensor else (int, torch.SymInt)
+                kind = specification.attributes.get(argument)
+                takes: tuple[type, ...] = (Tensor,)
+                if kind is not None:
+                    element = int if kind.element is bool else kind.element
+                    takes = (list, tuple) if kind.is_list else _TAKEN.get(element, (element,))
                 if not isinstance(value, takes):
                     raise TypeError(
                         f"{name} got {argument} of type {type(value).__name__}; it takes a {takes[0].__name__}."
@@ -118,87 +130,116 @@ def require(holds: bool, operator: str, got: str, takes: str) -> None:
         raise ShapeError(f"{operator} got {got}; it takes {takes}.")
 
 
-def require_alike(operator: str, tensors: dict[str, Tensor], *, tables: dict[str, Tensor] | None = None) -> None:
-    """All on one device and of one floating-point type; tables may be float32, too.
+def require_inputs(specification: Specification, *tensors: Tensor) -> None:
+    """The tensors, in order, are on one device and of the types of their roles; locations have their shape, too.
 
     Raises:
         ShapeError: if they are not.
     """
-    (first_name, first), *_ = tensors.items()
-    for name, tensor in {**tensors, **(tables or {})}.items():
-        dtypes = (first.dtype, torch.float32) if tables and name in tables else (first.dtype,)
-        require(
-            tensor.is_floating_point() and tensor.dtype in dtypes,
-            operator,
-            f"{name} of {tensor.dtype}" + (f" beside {first_name} of {first.dtype}" if name != first_name else ""),
-            "tensors of one floating-point type; tables may be float32, too",
-        )
-        require(
-            tensor.device == first.device,
-            operator,
-            f"{name} on {tensor.device} and {first_name} on {first.device}",
-            "tensors on one device",
-        )
+    operator, (first, *_) = specification.name, tensors
+    (first_name, *_) = specification.inputs
+    for (name, role), tensor in zip(specification.roles.items(), tensors, strict=True):
+        if role is Role.LOCATIONS:
+            _require_locations(specification, name, tensor, first)
+            continue
+        dtypes = (first.dtype,) if role is Role.DATA else (first.dtype, torch.float32)
+        is_taken = tensor.is_floating_point() and tensor.dtype in dtypes
+        takes = "tensors of one floating-point type; tables may be float32, too"
+        if role is Role.INDICES:
+            is_taken, takes = tensor.dtype == torch.int64, "int64 indices"
+        beside = f" beside {first_name} of {first.dtype}" if name != first_name else ""
+        require(is_taken, operator, f"{name} of {tensor.dtype}{beside}", takes)
+        devices = f"{name} on {tensor.device} and {first_name} on {first.device}"
+        require(tensor.device == first.device, operator, devices, "tensors on one device")
 
 
-def require_locations(operator: str, locations: Tensor, beside: Tensor) -> None:
-    """[B, G, Hk, Wk, 2] on the device of `beside`, in float32 or more: half precision would move the points.
-
-    Raises:
-        ShapeError: if they are not.
-    """
+def _require_locations(specification: Specification, name: str, locations: Tensor, beside: Tensor) -> None:
+    """In float32 or more: half precision would move the points."""
+    dims, frame = specification.inputs[name].dims.split(), specification.frame
+    fixed = [(axis, int(dim)) for axis, dim in enumerate(dims) if dim.isdigit()]
     require(
-        locations.ndim == 5 and locations.shape[0] == beside.shape[0] and locations.shape[-1] == 2,
-        operator,
-        f"sampling_locations of shape {list(locations.shape)} for a batch of {beside.shape[0]}",
-        "[B, G, Hk, Wk, 2], last axis (y, x)",
+        locations.ndim == len(dims)
+        and locations.shape[0] == beside.shape[0]
+        and all(locations.shape[axis] == size for axis, size in fixed),
+        specification.name,
+        f"{name} of shape {list(locations.shape)} for a batch of {beside.shape[0]}",
+        f"[{', '.join(dims)}]" + (f", last axis ({', '.join(frame.axes)})" if frame else ""),
     )
     require(
         locations.dtype in (torch.float32, torch.float64),
-        operator,
-        f"sampling_locations of {locations.dtype}",
+        specification.name,
+        f"{name} of {locations.dtype}",
         "float32 or float64 locations: half precision would move the points",
     )
     require(
         locations.device == beside.device,
-        operator,
-        f"sampling_locations on {locations.device} beside a tensor on {beside.device}",
+        specification.name,
+        f"{name} on {locations.device} beside a tensor on {beside.device}",
         "tensors on one device",
     )
 
 
-def kernel_computes(tensor: Tensor, head_dim: int = 1) -> bool:
-    """Whether the Triton kernel computes on this tensor; else the reference does: on a CPU, in float64, for heads that
-    the kernels do not hold, and where there is no Triton."""
-    return (
-        tensor.is_cuda
-        and tensor.dtype in KERNEL_DTYPES
-        and head_dim <= LARGEST_HEAD_DIM
-        and importlib.util.find_spec("triton") is not None
-    )
+def require_countable(specification: Specification, shapes: Sequence[Sequence[int]]) -> None:
+    """The kernels count the elements of an image, and of what is one for all images, in int32.
 
-
-def launch_kernel(
-    operator: str, kernel: ModuleType, problem: Problem, inputs: dict[str, Tensor], output: Tensor
-) -> None:
-    """Compute `output` by the operator's kernel, in the configuration that was measured to be the fastest.
+    Args:
+        shapes: of the inputs, and of the output.
 
     Raises:
-        ShapeError: if one image of a tensor, or a table, has 2^31 elements or more.
+        ShapeError: if there are too many.
     """
-    if output.numel() == 0:
-        return
-    for name, tensor in {**inputs, "output": output}.items():
-        elements = tensor.numel() if "table" in name else tensor.shape[1:].numel()
+    for (name, role), shape in zip([*specification.roles.items(), ("output", Role.DATA)], shapes, strict=True):
+        elements = math.prod(shape[1:] if role.leads_with_batch else shape)
         require(
-            elements <= LARGEST_IMAGE, operator, f"{elements} elements of {name} an image", f"up to {LARGEST_IMAGE}"
+            elements <= LARGEST_IMAGE,
+            specification.name,
+            f"{elements} elements of {name} an image",
+            f"up to {LARGEST_IMAGE}",
         )
-    inputs = {name: tensor.contiguous() for name, tensor in inputs.items()}
-    job = Job(operator, kernel, problem, inputs, output)
+
+
+def kernel_computes(tensor: Tensor) -> bool:
+    """Whether the Triton kernel may compute on this tensor; else the reference does: on a CPU, in float64, and where
+    there is no Triton."""
+    return tensor.is_cuda and tensor.dtype in KERNEL_DTYPES and importlib.util.find_spec("triton") is not None
+
+
+def compute(specification: Specification, tensors: Sequence[Tensor], attributes: Sequence[Any]) -> Tensor:
+    """The operator's output, by its kernel in the configuration that was measured to be the fastest.
+
+    By its reference where `kernel_computes` says so, and for heads that the kernels do not hold.
+
+    Args:
+        tensors, attributes: in the order of the specification; the operator takes them.
+
+    Raises:
+        ShapeError: see `require_countable`.
+    """
+    name, shapes = specification.name, [tensor.shape for tensor in tensors]
+    if kernel_computes(tensors[0]):
+        kernel = importlib.import_module(f"dat_deploy.plugins.{name}.kernel")
+        element_bytes = [tensor.element_size() for tensor in tensors]
+        problem = kernel.problem(*specification.problem_arguments(shapes, attributes, element_bytes))
+        if problem.get("head_dim", 1) <= LARGEST_HEAD_DIM:
+            output = tensors[0].new_empty(specification.shape_of_output(shapes, attributes))
+            if output.numel() != 0:
+                require_countable(specification, [*shapes, output.shape])
+                inputs = {
+                    each: (tensor.float() if role is Role.LOCATIONS else tensor).contiguous()
+                    for (each, role), tensor in zip(specification.roles.items(), tensors, strict=True)
+                }
+                _launch(Job(name, kernel, problem, inputs, output))
+            return output
+    reference = getattr(importlib.import_module(f"dat_deploy.plugins.{name}.reference"), name)
+    computed: Tensor = reference(*tensors, *attributes)
+    return computed
+
+
+def _launch(job: "Job") -> None:
     if _jobs is not None:
         _jobs.append(job)
-    configurations: list[Configuration] = kernel.configurations(problem)
-    tuned = tuned_configuration(operator, problem, output)
+    configurations: list[Configuration] = job.kernel.configurations(job.problem)
+    tuned = tuned_configuration(job.operator, job.problem, job.output)
     if tuned is None or tuned not in configurations:  # measured by another version
         tuned = configurations[0]
     job.run(tuned, torch.library.wrap_triton)

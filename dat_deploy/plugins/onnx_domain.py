@@ -12,14 +12,17 @@ Notes for whoever writes a body, each learned by trying (ONNX Runtime 1.31, Open
 - Attributes cannot steer control flow, so a body must hold for each of their values by arithmetic alone.
 """
 
+import onnx_ir as ir
 import onnxscript
 
 from dat_deploy.metadata import DOMAIN_NAME
 
-__all__ = ["DOMAIN", "DOMAIN_NAME", "DOMAIN_VERSION", "PLUGIN_ATTRIBUTES"]
+__all__ = ["DOMAIN", "DOMAIN_NAME", "DOMAIN_VERSION", "operator_nodes"]
 
 DOMAIN_VERSION = 1
 DOMAIN = onnxscript.values.Opset(DOMAIN_NAME, DOMAIN_VERSION)
 
-# TensorRT picks the plugin by these two attributes of a node; every node carries them.
-PLUGIN_ATTRIBUTES = {"plugin_namespace": "dat_deploy", "plugin_version": "1"}
+
+def operator_nodes(model: ir.Model) -> list[ir.Node]:
+    """The nodes of domain dat_deploy, in graph order."""
+    return [node for node in model.graph if node.domain == DOMAIN_NAME]

@@ -37,7 +37,7 @@ class AotinductorRunner(Runner):
         check_backend(path, passport, "aotinductor")
         import torch
 
-        from dat_deploy.engine.aotinductor import check_fits
+        from dat_deploy.engine.aotinductor.package import check_fits
 
         check_fits(passport, name)
         device = "cpu" if passport.architectures[0] == "cpu" else "cuda"
@@ -68,7 +68,7 @@ class AotinductorRunner(Runner):
     def _open(self, package: Path, batch: int) -> Any:
         import torch
 
-        from dat_deploy.engine.aotinductor import model_name
+        from dat_deploy.engine.aotinductor.package import model_name
 
         # Not torch's aoti_load_package: that would open all the models for each one, and look for a C++ compiler.
         try:

@@ -14,7 +14,7 @@ from dat_deploy.engine.passport import Profile
 from dat_deploy.errors import DatDeployError, EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.metadata import FileMetadata, load_onnx
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network
 
 __all__ = [
     "EngineDescription",
@@ -54,7 +54,7 @@ class EngineOutline:
     """
 
     name: str
-    network: Variant
+    network: Network
     outputs: tuple[str, ...] | None
     preprocessing: Preprocessing
     batch: int | None = None
@@ -96,7 +96,7 @@ class EngineOutline:
             return min(holding) if holding else max(profile.most for profile in self.profiles)
         return self.batch or images
 
-    def network_at(self, height: int, width: int) -> Variant:
+    def network_at(self, height: int, width: int) -> Network:
         """Its network for images of that size.
 
         Raises:
@@ -189,7 +189,7 @@ class EngineDescription(EngineOutline):
         network = self.network_at(height, width)
         if network == self.network:
             return self
-        return replace(self, network=network, preprocessing=Preprocessing.from_variant(network))
+        return replace(self, network=network, preprocessing=network.preprocessing)
 
 
 class Runner(abc.ABC):
@@ -357,6 +357,7 @@ def describe(
         path=path,
         file_kind=None if path is None else file_kind,
         file_precision=None if path is None else metadata.precision,
+        family=metadata.family,
     )
     return about if image_size is None else about.at_image_size(*image_size)
 

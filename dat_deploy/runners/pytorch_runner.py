@@ -4,9 +4,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from dat_deploy.images.preprocess import Preprocessing
-from dat_deploy.networks.dat.configuration import find_variant
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of, find_network
 from dat_deploy.runners.base import EngineDescription, Images, Outputs, Runner
 from dat_deploy.runners.runtime import Runtime
 
@@ -19,14 +17,14 @@ class PytorchRunner(Runner):
     """A variant in PyTorch on the CPU, float32.
 
     Args:
-        variant: see `find_variant`.
-        sampled_points: see `DAT`.
+        variant: see `find_network`.
+        sampled_points: see `Family.module`.
         compiled: through torch.compile; the first call at each batch then takes a minute or so.
     """
 
     def __init__(
         self,
-        variant: str | Variant,
+        variant: str | Network,
         name: str,
         *,
         checkpoint: Path | None = None,
@@ -38,11 +36,10 @@ class PytorchRunner(Runner):
     ) -> None:
         import torch
 
-        from dat_deploy.networks.dat.checkpoint import load_weights, model_from_weights
-
-        network = find_variant(variant, image_size=image_size, features=features)
-        weights = load_weights(network, checkpoint)
-        self.model = model_from_weights(weights, network, sampled_points=sampled_points)
+        network = find_network(variant, image_size=image_size, features=features)
+        family = family_of(network)
+        weights = family.weights(network, checkpoint)
+        self.model = family.module(network, weights, sampled_points=sampled_points)
         self._threads = threads
         self._forward = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.description = EngineDescription(
@@ -50,12 +47,13 @@ class PytorchRunner(Runner):
             runtime="pytorch-compile" if compiled else "pytorch",
             runtime_version=str(torch.__version__),  # TorchVersion would import torch where it is unpickled
             network=network,
-            outputs=tuple(self.model.output_names),
+            outputs=network.output_names(sampled_points=sampled_points),
             dynamic_image_size=network.takes_any_size and not compiled,
             threads=threads or torch.get_num_threads(),
             weights_sha256=weights.sha256,
             weights_source=weights.source,
-            preprocessing=Preprocessing.from_variant(network),
+            preprocessing=network.preprocessing,
+            family=family.name,
         )
 
     def _run(self, images_nchw: Images) -> Outputs:

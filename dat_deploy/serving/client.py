@@ -40,10 +40,10 @@ def client(images: Sequence[Path], url: str, *, name: str | None = None, top: in
         ImageError: if an image cannot be read.
     """
     if top < 1:
-        raise ServingError(f"--top got {top}; it takes 1 or more.")
+        raise ServingError(f"`top` got {top}; it takes 1 or more.")
     scheme, _, rest = url.rpartition("://")
     if scheme not in ("", "http", "https"):
-        raise ServingError(f"--url got '{url}'; it takes HOST:PORT, http://HOST:PORT or https://HOST:PORT.")
+        raise ServingError(f"`url` got '{url}'; it takes HOST:PORT, http://HOST:PORT or https://HOST:PORT.")
     check_images(images)
     try:
         import tritonclient.http as http
@@ -63,8 +63,8 @@ def client(images: Sequence[Path], url: str, *, name: str | None = None, top: in
                 tensor = http.InferInput("image", list(values.shape), "FP32")
                 tensor.set_data_from_numpy(values)
                 logits = http.InferRequestedOutput("logits", class_count=count)
-                found = server.infer(model, [tensor], outputs=[logits]).as_numpy("logits")
-                predictions.append(_predictions(found.ravel(), top))
+                answer = server.infer(model, [tensor], outputs=[logits]).as_numpy("logits")
+                predictions.append(_predictions(answer.ravel(), top))
     except InferenceServerException as error:
         raise ServingError(f"the server at {url} refuses: {error.message()}") from error
     except (OSError, ValueError, KeyError) as error:  # of a connection, an address, an answer
@@ -76,21 +76,20 @@ def client(images: Sequence[Path], url: str, *, name: str | None = None, top: in
 
 def _model(server: Any, name: str | None) -> tuple[str, Preprocessing]:
     """The model, and how its images are made."""
-    found: dict[str, Preprocessing] = {}
+    models: dict[str, Preprocessing] = {}
     names = [entry["name"] for entry in server.get_model_repository_index()] if name is None else [name]
     for candidate in names:
         config = server.get_model_config(candidate)
         text = config.get("parameters", {}).get("dat_deploy.preprocessing", {}).get("string_value")
         if text is not None and [tensor["name"] for tensor in config["input"]] == ["image"]:
             try:
-                found[candidate] = typing.cast(Preprocessing, typed(Preprocessing, json.loads(text), "preprocessing"))
+                models[candidate] = typing.cast(Preprocessing, typed(Preprocessing, json.loads(text), "preprocessing"))
             except (ValueError, DatDeployError) as error:
                 raise ServingError(f"model '{candidate}' says nothing usable of its preprocessing: {error}") from error
-    if len(found) != 1:
-        listed = ", ".join(names) or "none"
-        which = "none is of dat-deploy" if not found else f"of dat-deploy are {', '.join(found)}; choose by --name"
-        raise ServingError(f"the server's models are {listed}; {which}.")
-    return next(iter(found.items()))
+    if len(models) != 1:
+        which = "none is of dat-deploy" if not models else f"of dat-deploy are {', '.join(models)}; choose by `name`"
+        raise ServingError(f"the server's models are {', '.join(names) or 'none'}; {which}.")
+    return next(iter(models.items()))
 
 
 def _predictions(texts: Sequence[bytes], top: int) -> tuple[Prediction, ...]:

@@ -1,7 +1,6 @@
 """A file that is to be served: what it says of itself, whether it may be, and under which name."""
 
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +41,7 @@ class EngineFile:
     def note(self) -> str | None:
         """What a user must know before it is served."""
         if self.passport is not None and self.passport.verdict is None:
-            return f"{self.path} was never validated: dat-deploy validate --engine {shlex.quote(str(self.path))}"
+            return f"{self.path} was never validated: `validate(engine={str(self.path)!r})`"
         return None
 
 
@@ -56,29 +55,29 @@ def read_engine_file(path: Path) -> EngineFile:
     if path.suffix == ".onnx":
         content, model = read_onnx(path)
         metadata = FileMetadata.from_properties({entry.key: entry.value for entry in model.metadata_props}, path)
-        found = EngineFile(path, content, metadata, tuple(value.name for value in model.graph.output), None)
+        engine = EngineFile(path, content, metadata, tuple(value.name for value in model.graph.output), None)
     else:
         passport, content = open_engine(path)
-        found = EngineFile(path, content, passport.metadata, passport.outputs, passport)
+        engine = EngineFile(path, content, passport.metadata, passport.outputs, passport)
         verdict = passport.verdict
         if verdict is not None and not verdict.passed:
             raise VerificationError(
                 f"{path} failed its last validation, of {verdict.date}: {verdict.sentence} Look into it with: "
-                f"dat-deploy validate --engine {shlex.quote(str(path))}"
+                f"`validate(engine={str(path)!r})`"
             )
-    recorded = found.metadata.golden_sha256
-    if recorded and recorded != golden_sha256(found.metadata.preprocessing):
+    golden = engine.metadata.golden_sha256
+    if golden and golden != golden_sha256(engine.metadata.preprocessing):
         raise VerificationError(
             f"{path}: the golden picture comes out otherwise here than at export, so images would be preprocessed "
-            f"otherwise. See what differs with: dat-deploy preprocess --check --engine {shlex.quote(str(path))}"
+            f"otherwise. See what differs with: `check_preprocessing(engine={str(path)!r})`"
         )
-    return found
+    return engine
 
 
-def check_model_name(name: str, option: str = "--name") -> None:
-    """Raises ServingError if `name` cannot be a model's in addresses; `option` is what it was given by."""
+def check_model_name(name: str, setting: str = "`name`") -> None:
+    """Raises ServingError if `name` cannot be a model's in addresses; `setting` is what gives it."""
     if not _NAME.fullmatch(name):
         raise ServingError(
             f"'{name}' cannot be a model's name; it takes up to 63 letters, digits, '_', '.' and '-', and begins with "
-            f"a letter or digit, for URLs have it. Give another with {option}."
+            f"a letter or digit, for URLs have it. Give another with {setting}."
         )

@@ -12,7 +12,6 @@ from dat_deploy.engine.passport import Verdict, read_passport, record_verdict
 from dat_deploy.environment import tool_version
 from dat_deploy.errors import DatDeployError, OutputError, PassportError, ShapeError
 from dat_deploy.images.data_set import DataSet, open_data_set
-from dat_deploy.images.labels import class_names
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import check_images
 from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner
@@ -167,11 +166,11 @@ def validate(
 
 
 def _data(engine: EngineOutline | EngineDescription, folder: Path, limit: int | None) -> DataSet:
-    if engine.network.features:
+    if engine.network.answer.kind != "classes":
         raise DatDeployError(
             f"{engine.name} is a backbone and classifies nothing; leave --data out, or validate an engine with logits."
         )
-    return open_data_set(folder, class_names(engine.network), limit)
+    return open_data_set(folder, engine.network.answer.class_names, limit)
 
 
 def _identity(about: EngineDescription) -> str | None:

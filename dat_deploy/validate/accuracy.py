@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from dat_deploy.errors import DatDeployError, ImageError, VerificationError
 from dat_deploy.images.data_set import DataSet
-from dat_deploy.images.labels import class_names
 from dat_deploy.images.preprocess import preprocess, read_image
 from dat_deploy.runners import EngineDescription, Runner
 from dat_deploy.validate.gates import Gates
@@ -241,7 +240,7 @@ def _compared(
     reference: Logits,
     unreadable: list[tuple[Path, str]],
 ) -> Accuracy:
-    names = class_names(about.network)
+    names = about.network.answer.class_names
     finite = _finite(engine)
     first = reference.argmax(axis=1)
     # what is not finite has no first class, and so agrees with nothing

@@ -14,27 +14,27 @@ import torch
 from numpy.typing import NDArray
 
 from dat_deploy.errors import DatDeployError
+from dat_deploy.export.boundaries import block_boundaries
 from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.export.subgraph import model_up_to, operator_model
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import preprocess_files
-from dat_deploy.networks.dat.boundaries import Block, Step, block_boundaries, network_blocks
-from dat_deploy.networks.dat.model import DAT
+from dat_deploy.networks.family import Block, Step, family_of
+from dat_deploy.networks.operators import operator_weights
+from dat_deploy.plugins.eager import eager_output
+from dat_deploy.plugins.operator import Operator
 from dat_deploy.precision import PRECISIONS
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.runners.base import Graph, graph_in_batches
 from dat_deploy.validate.bisect_report import PHOTOGRAPHS, BisectReport, Progress, Run
 from dat_deploy.validate.defaults import FP32_TOLERANCE
 from dat_deploy.validate.hooks import captured
-from dat_deploy.validate.operator_alone import mistakes, operator_output
 from dat_deploy.validate.reference import Reference, open_reference
 from dat_deploy.validate.stress import stress_images
 
 __all__ = ["find_difference"]
 
 Array = NDArray[Any]
-
-FAR_AWAY = 8.0  # a sampling location from which no displacement reaches a bias table
 
 
 def find_difference(
@@ -90,8 +90,13 @@ class _Search:
     ) -> None:
         self.runner, self.reference, self.progress = runner, reference, progress
         self.about = runner.description
-        self.blocks = sum(len(stage.blocks) for stage in self.about.network.stages)
-        self.limit = int(2 * math.log2(self.blocks) + 4)
+        self.network_blocks = list(family_of(self.about.network).blocks(self.about.network))
+        if not self.network_blocks:
+            raise DatDeployError(
+                f"a network of {self.about.network.family} cannot be cut into blocks, so none is found."
+            )
+        self.blocks = sum(any(step.operator != "" for step in block.steps) for block in self.network_blocks)
+        self.limit = int(2 * math.log2(self.blocks or len(self.network_blocks)) + 4)
         self.runs: list[Run] = []
         self.part: str | None = None
         self.hint = ""
@@ -170,7 +175,7 @@ class _Search:
 
     def blocks_before(self, output: str) -> list[Block]:
         """What an output follows from, in order; of a sampled point's, the last is cut short."""
-        blocks = network_blocks(self.about.network)
+        blocks = self.network_blocks
         kind, _, place = output.rpartition("_") if output != "logits" else ("logits", "", "")
         if kind == "logits":
             return blocks
@@ -208,14 +213,14 @@ class _Search:
         """Of steps in a chain, of which the last ends wrong and what is before the first is right."""
         tried_alone = False
         while len(steps) > 1:
-            if len(steps) == 2 and steps[0].is_operator:
+            if len(steps) == 2 and steps[0].operator:
                 tried_alone = True
                 steps = steps[1:] if self.is_right_alone(block, steps[0]) else steps[:1]
                 continue
             middle = len(steps) // 2
             steps = steps[middle:] if self.is_right(block, steps[middle - 1]) else steps[:middle]
         (step,) = steps
-        may_try = step.is_operator and not tried_alone and len(self.runs) < self.limit
+        may_try = bool(step.operator) and not tried_alone and len(self.runs) < self.limit
         if may_try and self.is_right_alone(block, step):
             self.hint = "fed with PyTorch's inputs it is right, so what is allowed of them may be too much"
         return step
@@ -251,27 +256,29 @@ class _Search:
         record = self.record(block, step)
         self.progress(f"{block.name}: {step.name} alone")
         graph = self.runner.open_graph(operator_model(self.model, record))
-        inputs = {name: torch.from_numpy(value) for name, value in self.operator_inputs(block, record).items()}
-        module = self.reference.model.get_submodule(block.name)
-        exact = operator_output(module, record, inputs)
+        inputs = {name: torch.from_numpy(value) for name, value in self.operator_inputs(block, step).items()}
+        weights = operator_weights(self.reference.model, block, step)
+        operator, attributes = Operator(record.operator), record.attributes
+        exact = eager_output(operator.name, weights | inputs, attributes)
         allowed = self.scale * max(1.0, float(np.abs(exact).max()))
         if self.dtype is not None:
             of_locations = self.dtype if self.about.rounds_locations else torch.float32
-            rounded = operator_output(module, record, inputs, self.dtype, of_locations)
+            rounded = eager_output(operator.name, weights | inputs, attributes, self.dtype, of_locations)
             allowed = max(allowed, 2 * float(np.abs(rounded - exact).max()))
         got = self.fed(graph, inputs)
         found = Run(f"{block.name}: {step.name} alone", record.output, _error(got, exact), allowed)
         self.runs.append(found)
         if not found.passed:
-            if step.name == "deformable_attention":
-                # Without the bias, which far points do not have, is it right?
-                far = {**inputs, "sampling_locations": torch.full_like(inputs["sampling_locations"], FAR_AWAY)}
-                if _error(self.fed(graph, far), operator_output(module, record, far)) <= allowed:
-                    self.part = "bias"
-            for label, output in mistakes(module, record, inputs):
-                if _error(got, output) <= allowed:
-                    self.hint = f"it behaves as if {label}"
-                    break
+            for part, without in operator.parts.items():  # without it, is the rest right?
+                rest = without(inputs)
+                if _error(self.fed(graph, rest), eager_output(operator.name, weights | rest, attributes)) <= allowed:
+                    self.part = part
+            in_float64 = {name: value.double() for name, value in (weights | inputs).items()}
+            with torch.inference_mode():
+                for label, output in operator.mistakes(in_float64, attributes):
+                    if _error(got, output.numpy()) <= allowed:
+                        self.hint = f"it behaves as if {label}"
+                        break
         return found.passed
 
     def check_limit(self) -> None:
@@ -281,17 +288,10 @@ class _Search:
     def fed(self, graph: Graph, inputs: Mapping[str, torch.Tensor]) -> Array:
         return graph_in_batches(self.about, graph, {name: value.numpy() for name, value in inputs.items()})
 
-    def operator_inputs(self, block: Block, record: OperatorRecord) -> dict[str, Array]:
-        steps = {step.name: step for step in block.steps}
-        sources = {
-            "qkv": "proj_qkv",
-            "query": "proj_q",
-            "key": "proj_k",
-            "value": block.steps[0].name if record.operator == "deformable_sample" else "proj_v",
-            "sampling_locations": "conv_offset",
-        }
-        found = {parameter: steps[sources[parameter]] for parameter in record.inputs}
-        return {parameter: self.exact[step.module, step.side] for parameter, step in found.items()}
+    def operator_inputs(self, block: Block, step: Step) -> dict[str, Array]:
+        steps = {each.name: each for each in block.steps}
+        sources = {name: steps[source] for name, source in step.inputs}
+        return {name: self.exact[source.module, source.side] for name, source in sources.items()}
 
     def record(self, block: Block, step: Step) -> OperatorRecord:
         try:
@@ -303,13 +303,13 @@ class _Search:
             ) from None
 
     def tensor(self, block: Block, step: Step) -> str:
-        if step.is_operator:
+        if step.operator:
             return self.record(block, step).output
         if step.side == "locations":
-            return self.record(block, block.steps[3]).inputs["sampling_locations"]
+            return self.record(block, block.steps[3]).locations[0]
         return self.boundaries[step.ends]
 
-    def networks(self) -> list[tuple[DAT, torch.dtype]]:
+    def networks(self) -> list[tuple[torch.nn.Module, torch.dtype]]:
         """The reference, with the type of its images, and in a lower precision the same network in that."""
         exact = (self.reference.model, torch.float32)
         if self.dtype is None:
@@ -401,6 +401,6 @@ def _image(image: Array, dtype: torch.dtype) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _outputs(network: DAT, image: Array, dtype: torch.dtype) -> list[Array]:
+def _outputs(network: torch.nn.Module, image: Array, dtype: torch.dtype) -> list[Array]:
     results = network(_image(image, dtype))
     return [result.float().numpy() for result in (results if isinstance(results, tuple) else (results,))]

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dat_deploy.engine.passport import read_passport
-from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import FileMetadata, load_onnx
+from dat_deploy.networks.family import family_of
 from dat_deploy.precision import PRECISIONS
 from dat_deploy.runners import Outputs
 from dat_deploy.validate.accuracy import accuracy_rows, compare_on_data
@@ -100,7 +101,7 @@ class PreprocessingCheck(CheckKind):
     at_each_size = True
 
     def run(self, comparison: "Comparison") -> Iterator[Check]:
-        own, trained = comparison.about.preprocessing, Preprocessing.from_variant(comparison.about.network)
+        own, trained = comparison.about.preprocessing, comparison.about.network.preprocessing
         changed = [
             f"{name} is {getattr(own, name)}, trained with {getattr(trained, name)}"
             for name in ("image_size", "resize_size", "interpolation", "crop", "mean", "std", "color")
@@ -246,7 +247,7 @@ class PrecisionCheck(CheckKind):
 
     def _of_file(self, comparison: "Comparison") -> Check:
         from dat_deploy.export.census import precision_census
-        from dat_deploy.export.precision import asked_differently
+        from dat_deploy.export.precision import nodes_in_another_precision
         from dat_deploy.export.quantized_graph import quantized_differently
         from dat_deploy.export.records import operator_records
 
@@ -255,9 +256,9 @@ class PrecisionCheck(CheckKind):
         assert path is not None
         metadata = FileMetadata.from_properties(dict(model.metadata_props), path)
         records = operator_records(model.metadata_props)
-        locations = [r.inputs["sampling_locations"] for r in records if "sampling_locations" in r.inputs]
+        locations = [name for record in records for name in record.locations]
         if PRECISIONS[metadata.precision].is_exported:
-            wrong = asked_differently(
+            wrong = nodes_in_another_precision(
                 model, metadata.precision, locations, fp32=metadata.fp32_added, no_fp32=metadata.fp32_removed
             )
         else:
@@ -285,31 +286,41 @@ class CoordinatesCheck(CheckKind):
 
         from dat_deploy.export.records import operator_records
         from dat_deploy.export.subgraph import operator_model
-        from dat_deploy.validate.operator_alone import operator_output, stress_inputs
-        from dat_deploy.validate.stress import LOCATIONS
+        from dat_deploy.networks.operators import operator_weights
+        from dat_deploy.plugins.eager import LOCATIONS, eager_output, stress_inputs
+        from dat_deploy.plugins.operator import specification
 
-        graph, about, network = comparison.graph, comparison.about, comparison.reference.model
+        graph, about = comparison.graph, comparison.about
+        if not about.network.sampled_blocks:
+            return []
         if graph is None:
             return [self.row("coordinates", None, FP32_TOLERANCE, "only an ONNX file can be cut into operators")]
         # the first of its module: `--sampling-locations` calls the attention again, with values that are constant
-        deformable = [r for r in operator_records(graph.metadata_props) if "sampling_locations" in r.inputs]
+        deformable = [record for record in operator_records(graph.metadata_props) if record.locations]
         records = list({(r.name.partition("/")[0], r.operator): r for r in reversed(deformable)}.values())[::-1]
         if not records:
             return [self.row("coordinates", None, FP32_TOLERANCE, "the file's metadata no longer lists its operators")]
+        sampled = {block.name: block for block in about.network.sampled_blocks}
+        blocks = family_of(about.network).blocks(about.network)
+        steps = {(block.name, step.operator): (block, step) for block in blocks for step in block.steps}
         precision = PRECISIONS[about.answer_precision]
         worst: dict[str, Check] = {}
         for record in records:
             comparison.progress(f"coordinates: {record.name}")
             run = comparison.runner.open_graph(operator_model(graph, record))
-            module = network.get_submodule(record.name.partition("/")[0])
+            module = record.name.partition("/")[0]
+            sizes = sampled[module].sizes(about.batch or 2)
+            weights = operator_weights(comparison.reference.model, *steps[module, record.operator])
             for kind in LOCATIONS:
-                inputs = stress_inputs(record, network, kind, about.batch or 2)
-                exact = operator_output(module, record, inputs)
+                inputs = stress_inputs(specification(record.operator), record.inputs, sizes, kind)
+                exact = eager_output(record.operator, weights | inputs, record.attributes)
                 tolerance = FP32_TOLERANCE
                 if precision.is_half:  # eight bits leave the operators alone
                     # in a lower precision the points would move, and any fault be in the tolerance
                     of_locations = precision.dtype if about.rounds_locations else torch.float32
-                    rounded = operator_output(module, record, inputs, precision.dtype, of_locations)
+                    rounded = eager_output(
+                        record.operator, weights | inputs, record.attributes, precision.dtype, of_locations
+                    )
                     tolerance = 2 * float(np.abs(rounded - exact).max())
                 got = run({name: value.numpy() for name, value in inputs.items()})
                 detail = f"{len(records)} operators, worst {record.name}"
@@ -326,9 +337,10 @@ class DriftCheck(CheckKind):
     in_numbers = True
 
     def run(self, comparison: "Comparison") -> Iterator[Check]:
-        from dat_deploy.validate.drift import block_drift, distances_px
+        from dat_deploy.validate.drift import block_drift
 
-        network, expected = comparison.about.network, comparison.locations
+        blocks = {block.name: block for block in comparison.about.network.sampled_blocks}
+        expected = comparison.locations
         if not expected:
             return
         got = comparison.engine_locations
@@ -341,14 +353,12 @@ class DriftCheck(CheckKind):
         if gate is None and not precision.is_exported:
             allowed = dict.fromkeys(expected, INT8_DRIFT_PX)
         elif gate is None and precision.is_half:
-            for block, locations in comparison.rounded_locations.items():
-                allowed[block] += ROUNDED_DRIFTS * float(distances_px(locations, expected[block], network, block).max())
-        blocks = [
-            block_drift(block, got[block], locations, network, allowed[block]) for block, locations in expected.items()
-        ]
-        comparison.drift = tuple(blocks)
-        worst = max(blocks, key=lambda block: block.share)
-        detail = f"{len(blocks)} blocks, worst {worst.block}: median {worst.median:.1e}, p99 {worst.p99:.1e} px"
+            for name, locations in comparison.rounded_locations.items():
+                allowed[name] += ROUNDED_DRIFTS * float(blocks[name].distances_px(locations, expected[name]).max())
+        drift = [block_drift(blocks[name], got[name], where, allowed[name]) for name, where in expected.items()]
+        comparison.drift = tuple(drift)
+        worst = max(drift, key=lambda block: block.share)
+        detail = f"{len(drift)} blocks, worst {worst.block}: median {worst.median:.1e}, p99 {worst.p99:.1e} px"
         yield self.row("drift of sampling locations", worst.largest, worst.allowed, detail, "px")
 
 

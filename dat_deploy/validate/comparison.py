@@ -126,16 +126,16 @@ class Comparison:
     @cached_property
     def locations(self) -> dict[str, Locations]:
         """What PyTorch's blocks sample on `drift_images`, by their names."""
-        images = self.drift_images
-        return self.reference.remembered("locations", images, lambda: network_locations(self.reference.model, images))
+        images, network, model = self.drift_images, self.about.network, self.reference.model
+        return self.reference.remembered("locations", images, lambda: network_locations(network, model, images))
 
     @cached_property
     def rounded_locations(self) -> dict[str, Locations]:
         """The same in the engine's half precision."""
         images = self.drift_images
-        network, takes = self.reference.rounded(*self.lowered)
+        half, takes = self.reference.rounded(*self.lowered)
         return self.reference.remembered(
-            ("locations", *self.lowered), images, lambda: network_locations(network, images, takes)
+            ("locations", *self.lowered), images, lambda: network_locations(self.about.network, half, images, takes)
         )
 
     @cached_property
@@ -145,7 +145,7 @@ class Comparison:
             self.runner,
             self.graph,
             self.drift_images,
-            list(self.locations),
+            self.about.network.sampled_blocks,
             lambda b: self.progress(f"drift: {b}"),
         )
 

@@ -1,7 +1,7 @@
 """How far from PyTorch's the points lie that an engine samples, for each deformable block."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from dat_deploy.export.records import operator_records
 from dat_deploy.export.subgraph import model_up_to
-from dat_deploy.networks.dat.model import DAT
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of
+from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners import Runner
 from dat_deploy.runners.base import Images
 
-__all__ = ["BlockDrift", "Locations", "block_drift", "distances_px", "engine_locations", "network_locations"]
+__all__ = ["BlockDrift", "Locations", "block_drift", "engine_locations", "network_locations"]
 
 Locations = NDArray[np.float32]  # B, G, Hk, Wk, 2, last axis (y, x)
 
@@ -45,15 +45,21 @@ class BlockDrift:
         return self.largest / self.allowed if self.allowed and not math.isnan(self.largest) else math.inf
 
 
-def network_locations(model: DAT, images: Images, dtype: torch.dtype = torch.float32) -> dict[str, Locations]:
+def network_locations(
+    network: Network, model: torch.nn.Module, images: Images, dtype: torch.dtype = torch.float32
+) -> dict[str, Locations]:
     """What the blocks of a network in PyTorch sample, by their names."""
     with torch.inference_mode():
-        _, sampled = model.forward_features(torch.from_numpy(images).to(dtype))
-    return {block: points.locations.float().numpy() for block, points in sampled.items()}
+        sampled = family_of(network).sampling_locations(model, torch.from_numpy(images).to(dtype))
+    return {block: locations.float().numpy() for block, locations in sampled.items()}
 
 
 def engine_locations(
-    runner: Runner, model: ir.Model | None, images: Images, blocks: list[str], progress: Callable[[str], None]
+    runner: Runner,
+    model: ir.Model | None,
+    images: Images,
+    blocks: Sequence[SampledBlock],
+    progress: Callable[[str], None],
 ) -> dict[str, Locations] | None:
     """What the blocks of an engine sample; None if it cannot be had.
 
@@ -62,10 +68,9 @@ def engine_locations(
     Args:
         model: the file of an engine that is one.
     """
-    names = [f"sampling_locations_{'_'.join(block.split('.')[1::2])}" for block in blocks]
-    if set(names) <= set(runner.description.outputs):
+    if {block.locations for block in blocks} <= set(runner.description.outputs):
         outputs = runner.outputs(images)
-        return {block: outputs[name] for block, name in zip(blocks, names, strict=True)}
+        return {block.name: outputs[block.locations] for block in blocks}
     if model is None:
         return None
     tensors = {
@@ -73,26 +78,19 @@ def engine_locations(
         for record in operator_records(model.metadata_props)
         if record.operator == "deformable_sample"
     }
-    if set(tensors) != set(blocks):
+    if set(tensors) != {block.name for block in blocks}:
         return None
     found = {}
     for block in blocks:
-        progress(block)
-        found[block] = runner.open_graph(model_up_to(model, tensors[block]))({"image": images})
+        progress(block.name)
+        found[block.name] = runner.open_graph(model_up_to(model, tensors[block.name]))({"image": images})
     return found
 
 
-def distances_px(first: Locations, second: Locations, network: Variant, block: str) -> NDArray[np.float64]:
-    """Between points, in pixels of the block's feature map: corners are aligned, so -1 to 1 are H - 1 pixels."""
-    height, width = network.feature_map(int(block.split(".")[1]))
-    steps = (first.astype(np.float64) - second) * np.array([(height - 1) / 2, (width - 1) / 2])
-    return np.asarray(np.hypot(steps[..., 0], steps[..., 1]).ravel())
-
-
-def block_drift(block: str, got: Locations, expected: Locations, network: Variant, allowed: float) -> BlockDrift:
+def block_drift(block: SampledBlock, got: Locations, expected: Locations, allowed: float) -> BlockDrift:
     """One row."""
-    distances = distances_px(got, expected, network, block)
+    distances = block.distances_px(got, expected)
     if not np.isfinite(distances).all():
-        return BlockDrift(block, distances.size, math.nan, math.nan, math.nan, allowed)
+        return BlockDrift(block.name, distances.size, math.nan, math.nan, math.nan, allowed)
     median, p99 = np.quantile(distances, [0.5, 0.99])
-    return BlockDrift(block, distances.size, float(median), float(p99), float(distances.max()), allowed)
+    return BlockDrift(block.name, distances.size, float(median), float(p99), float(distances.max()), allowed)

@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 
 from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.networks.dat.model import reference_points
+from dat_deploy.networks.family import Network
+from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners import Outputs, Runner, engine_path, engine_with_path, open_runner
 from dat_deploy.runners.base import Graph, Images
 from dat_deploy.validate import ValidationReport, validate
@@ -119,13 +120,18 @@ def _apply(
             model.graph.outputs[index] = result
 
 
-def _locations(model: ir.Model) -> tuple[ir.Value, tuple[int, int], tuple[int, int]]:
-    """The first block's sampling locations, the size of its feature map and of its sampled grid."""
+def _network(model: ir.Model) -> Network:
+    return FileMetadata.from_properties(dict(model.metadata_props), Path("file")).network
+
+
+def _block(model: ir.Model, record: OperatorRecord) -> SampledBlock:
+    return next(block for block in _network(model).sampled_blocks if record.name.startswith(f"{block.name}/"))
+
+
+def _locations(model: ir.Model) -> tuple[ir.Value, SampledBlock]:
+    """Sampling locations of the first block, and that block."""
     record = _record(model, "deformable_sample")
-    network = FileMetadata.from_properties(dict(model.metadata_props), Path("file")).network
-    stage = int(record.name.split(".")[1])
-    size = network.feature_map(stage)
-    return _values(model)[record.inputs["sampling_locations"]], size, network.stages[stage].sampled_map(*size)
+    return _values(model)[record.inputs["sampling_locations"]], _block(model, record)
 
 
 def _swap_x_and_y(model: ir.Model) -> None:
@@ -134,14 +140,13 @@ def _swap_x_and_y(model: ir.Model) -> None:
 
 def _flip_align_corners(model: ir.Model) -> None:
     # with corners aligned -1 is the first pixel's centre, without them its edge: the same as a scale of size / size - 1
-    locations, size, _ = _locations(model)
-    _apply(model, locations, "Mul", [side / (side - 1) for side in size], takes_name=False)
+    locations, block = _locations(model)
+    _apply(model, locations, "Mul", [side / (side - 1) for side in block.feature_map], takes_name=False)
 
 
 def _scale_offsets(model: ir.Model) -> None:
-    locations, _, sampled = _locations(model)
-    network = FileMetadata.from_properties(dict(model.metadata_props), Path("file")).network
-    centres = reference_points(*sampled, half_pixel=network.half_pixel_queries).numpy()
+    locations, block = _locations(model)
+    centres = block.reference_points()
     _apply(model, locations, "Sub", centres, takes_name=True)
     scaled = _locations(model)[0]
     _apply(model, scaled, "Mul", [1.1, 1.1], takes_name=True)
@@ -149,21 +154,20 @@ def _scale_offsets(model: ir.Model) -> None:
 
 
 def _shift_by_half_a_pixel(model: ir.Model) -> None:
-    locations, size, _ = _locations(model)
-    _apply(model, locations, "Add", [1 / (side - 1) for side in size], takes_name=True)
+    locations, block = _locations(model)
+    _apply(model, locations, "Add", [1 / (side - 1) for side in block.feature_map], takes_name=True)
 
 
 def _round_locations(model: ir.Model) -> None:
-    locations, *_ = _locations(model)
+    locations, _ = _locations(model)
     _apply(model, locations, "Cast", takes_name=True, to=ir.DataType.FLOAT16)
     _apply(model, _locations(model)[0], "Cast", takes_name=True, to=ir.DataType.FLOAT)
 
 
 def _transpose_heads(model: ir.Model) -> None:
     record = _record(model, "deformable_attention")
-    network = FileMetadata.from_properties(dict(model.metadata_props), Path("file")).network
-    stage = network.stages[int(record.name.split(".")[1])]
-    order = np.arange(stage.channels).reshape(stage.heads, stage.head_dim).T.ravel()
+    channels, heads = _block(model, record).channels, record.attributes["num_heads"]
+    order = np.arange(channels).reshape(heads, channels // heads).T.ravel()
     _apply(model, _values(model)[record.output], "Gather", order, takes_name=False, axis=-1)
 
 
@@ -173,7 +177,7 @@ def _reverse_channels(model: ir.Model) -> None:
 
 def _reverse_classes(model: ir.Model) -> None:
     logits = model.graph.outputs[0]
-    classes = FileMetadata.from_properties(dict(model.metadata_props), Path("file")).network.classes
+    classes = len(_network(model).answer.class_names)
     _apply(model, logits, "Gather", np.arange(classes)[::-1], takes_name=True, axis=1)
 
 

@@ -1,9 +1,10 @@
 """What an engine may lose before it fails; every gate has a default for the precision, and can be set."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from dat_deploy.errors import DatDeployError
+from dat_deploy.precision import PRECISIONS
 
 __all__ = ["OF_DATA", "OF_LABELS", "Gates", "check_gates", "default_gates"]
 
@@ -40,17 +41,6 @@ class Gates:
     exact: tuple[str, ...] = ()
 
 
-# Half precision rounds at 2^-11 (fp16) or 2^-8 (bf16) in every layer, so images between two classes flip either way: up
-# to one in a hundred or fifty, while top-1 stays where it was. Eight bits lose accuracy; a point is what users of
-# quantized vision transformers put up with. Measured on `demo`: README, Accuracy.
-_DEFAULTS = {
-    "fp32": Gates(top1_drop=0.1, top5_drop=0.1, disagreement=0.1, cosine_distance=1e-6),
-    "fp16": Gates(top1_drop=0.1, top5_drop=0.1, disagreement=1.0, cosine_distance=1e-4),
-    "bf16": Gates(top1_drop=0.1, top5_drop=0.1, disagreement=2.0, cosine_distance=1e-2),
-    "int8": Gates(top1_drop=1.0, top5_drop=1.0, disagreement=5.0, cosine_distance=0.2),
-}
-
-
 def check_gates(changes: Mapping[str, float] | None) -> dict[str, float]:
     """`changes` with `_` between words.
 
@@ -58,7 +48,7 @@ def check_gates(changes: Mapping[str, float] | None) -> dict[str, float]:
         DatDeployError: if there is no such gate, or a value is negative or not a number.
     """
     names = [field.name for field in fields(Gates) if field.name != "exact"]
-    given = {}
+    gates = {}
     for name, value in (changes or {}).items():
         field = name.replace("-", "_")
         if field not in names:
@@ -66,11 +56,11 @@ def check_gates(changes: Mapping[str, float] | None) -> dict[str, float]:
             raise DatDeployError(f"there is no gate '{name}'; gates are {shown}.")
         if not value >= 0:  # nor NaN
             raise DatDeployError(f"gate '{name}' got {value}; it takes the largest value that passes, from 0 on.")
-        given[field] = value
-    return given
+        gates[field] = value
+    return gates
 
 
 def default_gates(precision: str, changes: Mapping[str, float] | None = None) -> Gates:
     """Those of a precision, with `changes` by name, `-` or `_` between words; raises as `check_gates`."""
-    given = check_gates(changes)
-    return replace(_DEFAULTS[precision], **given, exact=tuple(given))
+    exact = check_gates(changes)
+    return Gates(**{**PRECISIONS[precision].gates, **exact}, exact=tuple(exact))

@@ -7,14 +7,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dat_deploy.networks.dat.model import DAT
-
 __all__ = ["captured"]
 
 
 @torch.inference_mode()
 def captured(
-    network: DAT,
+    network: torch.nn.Module,
     sources: Sequence[tuple[str, str]],
     images: NDArray[np.float32],
     dtype: torch.dtype = torch.float32,

@@ -9,17 +9,12 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from numpy.typing import NDArray
 
 from dat_deploy.benchmark.plotting import check_matplotlib
 from dat_deploy.files import atomic_output
-from dat_deploy.images.preprocess import Preprocessing
-from dat_deploy.networks.dat.model import reference_points
-from dat_deploy.networks.dat.sampling import pixels_from_locations
-from dat_deploy.networks.dat.variants import Variant
 from dat_deploy.validate.plotting import figure_from_drift, figure_from_errors, figure_from_flips, svg_from_figure
 from dat_deploy.validate.report import Check, ValidationReport
-from dat_deploy.visualize.plotting import BlockPoints, figure_from_points
+from dat_deploy.visualize.plotting import block_points, figure_from_points
 
 __all__ = ["html_from_report", "write_page"]
 
@@ -92,14 +87,15 @@ def _pictures(report: ValidationReport) -> list[str]:
     if trace is None or trace.engine_locations is None or not trace.locations:
         return []
     pictures = []
-    about = replace(report.engine, network=trace.network, preprocessing=Preprocessing.from_variant(trace.network))
+    blocks = [(block, (block.groups, *block.sampled_map)) for block in trace.network.sampled_blocks]
+    about = replace(report.engine, network=trace.network, preprocessing=trace.network.preprocessing)
     for index, image in enumerate(trace.images[:PICTURES]):
         photograph = image.transpose(1, 2, 0) * about.preprocessing.std + about.preprocessing.mean
         points = [
             [
-                _block_points(block, locations[block][index].astype(np.float64), trace.network)
-                for block in trace.locations
-                if np.isfinite(locations[block][index]).all()
+                block_points(block, locations[block.name][index], np.full(shares, 1 / math.prod(shares[1:])))
+                for block, shares in blocks
+                if np.isfinite(locations[block.name][index]).all()
             ]
             for locations in (trace.locations, trace.engine_locations)
         ]
@@ -111,19 +107,3 @@ def _pictures(report: ValidationReport) -> list[str]:
         figure.savefig(data, format="png", dpi=90)
         pictures.append(base64.b64encode(data.getvalue()).decode())
     return pictures
-
-
-def _block_points(block: str, locations: NDArray[np.float64], network: Variant) -> BlockPoints:
-    _, stage, _, index = block.split(".")
-    groups, height, width, _ = locations.shape
-    unmoved = reference_points(height, width, half_pixel=network.half_pixel_queries).double().numpy()
-    if network.stages[int(stage)].offset_range_factor < 0:
-        unmoved = unmoved.clip(-1, 1)
-    sizes = network.feature_map(int(stage)), network.image_size
-    return BlockPoints(
-        stage=int(stage),
-        block=int(index),
-        pixels=pixels_from_locations(locations, *sizes).reshape(groups, -1, 2),
-        unmoved=pixels_from_locations(unmoved, *sizes).reshape(-1, 2),
-        attention=np.ones((groups, height * width)),
-    )

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from dat_deploy.errors import ExportError, ImageError, ShapeError, UnsupportedError, VerificationError
 from dat_deploy.files import atomic_output, check_output
-from dat_deploy.images.labels import class_names
+from dat_deploy.images.arrays import describe_array, read_npy
 from dat_deploy.images.mistakes import diagnose
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import (
@@ -119,7 +119,7 @@ class PreprocessingReport:
 
     @property
     def passed(self) -> bool:
-        trained = Preprocessing.from_variant(self.engine.network)
+        trained = self.engine.network.preprocessing
         return (
             self.golden_passed
             and self.engine.preprocessing == trained
@@ -130,7 +130,7 @@ class PreprocessingReport:
     def verdict(self) -> str:
         """The outcome in one sentence."""
         name = self.engine.name
-        if self.engine.preprocessing != Preprocessing.from_variant(self.engine.network):
+        if self.engine.preprocessing != self.engine.network.preprocessing:
             return (
                 f"{name} says another preprocessing than its network was trained with: {self.engine.preprocessing}. "
                 f"Export it again."
@@ -193,11 +193,11 @@ def check_preprocessing(
         ShapeError: if an array has another shape than the engine takes, or holds another number of images.
         ExportError: if the engine's file does not say what the golden picture gives.
     """
-    recorded = engine_metadata(engine)
-    if recorded is not None and not recorded.golden_sha256:
+    metadata = engine_metadata(engine)
+    if metadata is not None and not metadata.golden_sha256:
         raise ExportError(
             f"{engine} has no golden_sha256 in its metadata, so nothing says what its preprocessing gave where it was "
-            f"exported; dat-deploy {recorded.version} made it before there was one. Export it again."
+            f"exported; dat-deploy {metadata.version} made it before there was one. Export it again."
         )
     outline = check_engine(engine, checkpoint=checkpoint)
     check_images(images or ())
@@ -209,20 +209,20 @@ def check_preprocessing(
             elsewhere += photographs()
         except UnsupportedError as error:
             notes.append(f"the golden picture alone was compared: {error}")
-    given = [_read_array(Path(path), sources, outline) for path in arrays or ()]  # before anything takes time
+    outputs = [_read_array(Path(path), sources, outline) for path in arrays or ()]  # before anything takes time
     with open_runner(engine, checkpoint=checkpoint) as runner:
         about = runner.description
         judge = _Judge(runner, sources, elsewhere, tolerance_units)
         rows = [judge.compare_pil()]
-        rows += [judge.compare(str(path), array) for path, array in zip(arrays or (), given, strict=True)]
+        rows += [judge.compare(str(path), array) for path, array in zip(arrays or (), outputs, strict=True)]
     if not judge.names:
         notes.append(f"{about.name} is a backbone: it names no classes, so no flips were counted.")
     elif "random weights" in about.weights_source:
         notes.append(f"the engine holds {about.weights_source}, so its labels and their flips mean little.")
     return PreprocessingReport(
         engine=about,
-        golden_here=golden_sha256(about.preprocessing if recorded is None else recorded.preprocessing),
-        golden_expected=None if recorded is None else recorded.golden_sha256,
+        golden_here=golden_sha256(about.preprocessing if metadata is None else metadata.preprocessing),
+        golden_expected=None if metadata is None else metadata.golden_sha256,
         comparisons=tuple(rows),
         notes=tuple(notes),
     )
@@ -297,7 +297,7 @@ def _written_out(source: Source, preprocessing: Preprocessing) -> Floats:
 
 
 @dataclass(frozen=True)
-class _Given:
+class _PipelineOutput:
     """An array as [B, 3, H, W]; layout: the mistake that this undid, if any."""
 
     batch: Array
@@ -305,9 +305,9 @@ class _Given:
     layout: str = ""
 
 
-def _read_array(path: Path, sources: Sequence[Source], about: EngineOutline) -> _Given:
+def _read_array(path: Path, sources: Sequence[Source], about: EngineOutline) -> _PipelineOutput:
     """Raises ImageError if the file holds no array of finite numbers, ShapeError if it is of another shape."""
-    array = _read_npy(path)
+    array = read_npy(path)
     height, width = about.image_size
     what = "the golden picture" if None in sources else _images(len(sources))
     batch, layout = array[None] if array.ndim == 3 else array, ""
@@ -329,51 +329,13 @@ def _read_array(path: Path, sources: Sequence[Source], about: EngineOutline) -> 
                 f"array '{path}' holds NaN or infinity for {_name(source)}; accepted are finite numbers. Look for a "
                 f"division by a std of zero."
             )
-    return _Given(np.array(batch), _looks_like(array, layout, about.preprocessing), layout)
+    return _PipelineOutput(
+        np.array(batch), describe_array(array, about.preprocessing, channels_last=bool(layout)), layout
+    )
 
 
 def _images(count: int) -> str:
     return f"{count} {'image' if count == 1 else 'images'}"
-
-
-def _read_npy(path: Path) -> Array:
-    """A .npy file's array of real numbers, mapped into memory; nothing is unpickled."""
-    form = np.lib.format
-    try:
-        if not path.is_file():
-            raise ImageError(f"array '{path}' does not exist, or is no file; accepted are .npy files. Check the path.")
-        with path.open("rb") as file:
-            old = form.read_magic(file) == (1, 0)
-            dtype = (form.read_array_header_1_0 if old else form.read_array_header_2_0)(file)[2]
-        if dtype.kind in "fiu":
-            mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-            return mapped
-    except (OSError, ValueError, EOFError) as error:
-        raise ImageError(
-            f"array '{path}' is no whole .npy file ({' '.join(str(error).split())}); accepted is what numpy.save "
-            f"writes. Save the array again."
-        ) from error
-    held = "Python objects, which only pickle could read" if dtype.hasobject else f"elements of type {dtype}"
-    raise ImageError(
-        f"array '{path}' holds {held}; accepted are arrays of float32. Save it with: numpy.save(file, "
-        f"array.astype('float32'))"
-    )
-
-
-def _looks_like(array: Array, layout: str, preprocessing: Preprocessing) -> str:
-    mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
-    lowest, highest = float(array.min()), float(array.max())
-    black, white = float((-mean / std).min()), float(((1 - mean) / std).max())
-    if array.dtype.kind != "f" or (lowest >= 0 and highest > 2 * white):
-        kind = "8-bit samples, not normalised"
-    elif lowest >= 0 and highest <= 1:
-        kind = "samples in 0..1, not normalised"
-    elif black - 1 <= lowest and highest <= white + 1:  # a resize that does not clip oversteps a little
-        kind = "normalised samples"
-    else:
-        kind = f"not normalised with this mean and std, which give {black:.2f} to {white:.2f}"
-    ordered = ", channels last" if layout else ""
-    return f"{array.dtype} {list(array.shape)}{ordered}, from {lowest:.2f} to {highest:.2f}: {kind}"
 
 
 class _Judge:
@@ -384,14 +346,12 @@ class _Judge:
     """
 
     def __init__(self, runner: Runner, sources: list[Source], elsewhere: list[Source], tolerance_units: float) -> None:
-        self.names = class_names(runner.description.network)
+        self.names = runner.description.network.answer.class_names
         self.preprocessing = runner.description.preprocessing
         self.runner, self.sources, self.elsewhere = runner, sources, elsewhere
         self.tolerance_units = tolerance_units
-        self.packaged = self._batch(
-            lambda source: preprocess(_picture(source), self.preprocessing), sources + elsewhere
-        )
-        self.labels = self._labels(self.packaged)
+        self.ours = self._batch(lambda source: preprocess(_picture(source), self.preprocessing), sources + elsewhere)
+        self.labels = self._labels(self.ours)
 
     def compare_pil(self) -> PipelineComparison:
         batch = self._batch(lambda source: _written_out(source, self.preprocessing), self.sources + self.elsewhere)
@@ -402,21 +362,21 @@ class _Judge:
             else replace(row, explanation="this package or Pillow is damaged here, install both again")
         )
 
-    def compare(self, name: str, given: _Given) -> PipelineComparison:
-        row = replace(self._row(name, given.batch), looks_like=given.looks_like)
-        layout = (given.layout,) if given.layout else ()
+    def compare(self, name: str, output: _PipelineOutput) -> PipelineComparison:
+        row = replace(self._row(name, output.batch), looks_like=output.looks_like)
+        layout = (output.layout,) if output.layout else ()
         if row.passed and not layout:
             return row
         if row.max_units <= self.tolerance_units:
-            why = f"explained by {given.layout}" if layout else "rounding flips labels of images between two classes"
+            why = f"explained by {output.layout}" if layout else "rounding flips labels of images between two classes"
             return replace(row, mistakes=layout, explanation=why)
-        found = diagnose(given.batch, [_picture(source) for source in self.sources[:2]], self.preprocessing)
-        if found is None:
+        diagnosis = diagnose(output.batch, [_picture(source) for source in self.sources[:2]], self.preprocessing)
+        if diagnosis is None:
             why = "no known mistake explains it"
             return replace(
-                row, mistakes=layout, explanation=f"{given.layout}, and beside that {why}" if layout else why
+                row, mistakes=layout, explanation=f"{output.layout}, and beside that {why}" if layout else why
             )
-        pipeline, left_units = found
+        pipeline, left_units = diagnosis
         mistakes = layout + pipeline.mistakes
         why = f"explained by {' and '.join(mistakes)}, within {left_units:.2f} units"
         if not self.elsewhere:
@@ -427,7 +387,7 @@ class _Judge:
 
     def _row(self, name: str, batch: Array) -> PipelineComparison:
         std = np.array(self.preprocessing.std)[:, None, None]
-        units = np.abs(batch - self.packaged[: len(batch)].astype(np.float64)) * std * 255
+        units = np.abs(batch - self.ours[: len(batch)].astype(np.float64)) * std * 255
         flips = self._flips(batch, 0)
         return PipelineComparison(
             name=name,

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dat_deploy.errors import DatDeployError
-from dat_deploy.networks.dat.model import DAT, half_network
+from dat_deploy.networks.family import family_of
 from dat_deploy.runners import EngineDescription, Outputs
 from dat_deploy.runners.pytorch_runner import PytorchRunner
 
@@ -66,7 +66,7 @@ class Reference(PytorchRunner):
             self._answers[key] = _frozen(compute())
         return self._answers[key]  # type: ignore[no-any-return]  # of what `compute` gives
 
-    def rounded(self, dtype: torch.dtype, locations_too: bool) -> tuple[DAT, torch.dtype]:
+    def rounded(self, dtype: torch.dtype, locations_too: bool) -> tuple[torch.nn.Module, torch.dtype]:
         """The same network in a lower precision, and the type of the images that it takes.
 
         Args:
@@ -75,7 +75,9 @@ class Reference(PytorchRunner):
         key = ("rounded", dtype, locations_too)
         if key not in self._answers:
             self._answers[key] = (
-                copy.deepcopy(self.model).to(dtype) if locations_too else half_network(self.model, dtype)
+                copy.deepcopy(self.model).to(dtype)
+                if locations_too
+                else family_of(self.description.network).rounded(self.model, dtype)
             )
         return self._answers[key], dtype if locations_too else torch.float32
 

@@ -101,7 +101,7 @@ def _check(engine: str) -> None:
     if not parse_engine(engine)[0].takes_exported:
         raise DatDeployError(f"faults are put into ONNX files, and '{engine}' is none; name a FILE.onnx.")
     outline = check_engine(engine)
-    if outline.batch == 1 or outline.network.features or outline.file_precision != "fp32":
+    if outline.batch == 1 or outline.network.answer.kind != "classes" or outline.file_precision != "fp32":
         raise DatDeployError(
             f"the self-test takes an fp32 file that classifies batches, and {engine} is none; export it with "
             f"--batch dynamic and --precision fp32, without --features."

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dat_deploy.export.boundaries import block_boundaries
 from dat_deploy.export.subgraph import model_up_to
-from dat_deploy.networks.dat.boundaries import block_boundaries, network_blocks
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Network, family_of
 from dat_deploy.precision import PRECISIONS
 from dat_deploy.runners.base import graph_in_batches
 from dat_deploy.validate.comparison import Comparison
@@ -43,7 +43,7 @@ class Trace:
         errors: in the order of the network; none if the engine cannot be cut.
     """
 
-    network: Variant
+    network: Network
     images: NDArray[np.float32]
     locations: dict[str, Locations]
     engine_locations: dict[str, Locations] | None
@@ -63,13 +63,14 @@ def _errors(comparison: Comparison) -> list[BlockError]:
     if model is None or not names:
         return []
     image = comparison.photos[:1]
-    ends = {block.name: block.steps[-1] for block in network_blocks(comparison.about.network)}
+    network = comparison.about.network
+    ends = {block.name: block.steps[-1] for block in family_of(network).blocks(network)}
     sources = [(step.module, step.side) for step in ends.values()]
     exact = captured(comparison.reference.model, sources, image)
     rounded = None
     if PRECISIONS[comparison.about.answer_precision].is_half:
-        network, takes = comparison.reference.rounded(*comparison.lowered)
-        rounded = captured(network, sources, image, takes)
+        half, takes = comparison.reference.rounded(*comparison.lowered)
+        rounded = captured(half, sources, image, takes)
     rows = []
     for block, step in ends.items():
         comparison.progress(f"trace: {block}")

@@ -12,10 +12,9 @@ from dat_deploy.benchmark.plotting import check_plot
 from dat_deploy.errors import DatDeployError, ShapeError, VerificationError
 from dat_deploy.files import check_output
 from dat_deploy.images.preprocess import check_images, preprocess, read_image
-from dat_deploy.networks.dat.sampling import pixels_from_locations
-from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner
-from dat_deploy.visualize.plotting import BlockPoints, distances_px, plot_points
+from dat_deploy.visualize.plotting import BlockPoints, block_points, distances_px, plot_points
 
 # What loads torch is imported after the checks, so that a wrong argument is told at once.
 
@@ -102,18 +101,21 @@ def visualize(
         points = [_sampled_points(runner, image_nchw) for runner in runners]
     photograph = image_nchw[0].transpose(1, 2, 0) * preprocessing.std + preprocessing.mean
     plot_points(photograph.clip(0, 1), image.name, described, points, output, force=force)
-    blocks = tuple(_summary(described[0].network, versions) for versions in zip(*points, strict=True))
+    blocks = tuple(
+        _summary(block, versions)
+        for block, versions in zip(described[0].network.sampled_blocks, zip(*points, strict=True), strict=True)
+    )
     return Visualization(output, image, described, blocks)
 
 
 def _check_has_points(about: EngineOutline) -> None:
-    blocks = about.network.deformable_blocks
+    blocks = about.network.sampled_blocks
     if not blocks:
         raise DatDeployError(
-            f"{about.name}: variant '{about.variant}' has no deformable block (letter D), so it samples no points. "
+            f"{about.name}: variant '{about.variant}' has no deformable block, so it samples no points. "
             f"Name an engine of a variant that has some, such as pytorch:tiny."
         )
-    if about.outputs is not None and not {f"sampling_locations_{i}_{j}" for i, j in blocks} <= set(about.outputs):
+    if about.outputs is not None and not {block.locations for block in blocks} <= set(about.outputs):
         raise DatDeployError(
             f"{about.name} gives {', '.join(about.outputs)} and no sampling locations. "
             f"Export it again with --sampling-locations to see its points."
@@ -122,7 +124,7 @@ def _check_has_points(about: EngineOutline) -> None:
 
 def _check_same_network(described: Sequence[EngineDescription]) -> None:
     first, last = described[0], described[-1]
-    if first.preprocessing != last.preprocessing or first.network.stages != last.network.stages:
+    if first.preprocessing != last.preprocessing or first.network.sampled_blocks != last.network.sampled_blocks:
         raise ShapeError(
             f"{first.name} is {_network(first)}, {last.name} is {_network(last)}; a drift is between "
             f"points of one network at one image size. Name two engines of one variant, or give --image-size."
@@ -140,30 +142,12 @@ def _network(about: EngineDescription) -> str:
 
 
 def _sampled_points(runner: Runner, image_nchw: NDArray[np.float32]) -> list[BlockPoints]:
-    from dat_deploy.networks.dat.model import reference_points
-
     about = runner.description
-    network = about.network
     outputs = runner.in_batches(image_nchw)
-    points = []
-    for i, j in network.deformable_blocks:
-        locations = _finite(about, f"sampling_locations_{i}_{j}", outputs)  # G, Hk, Wk, 2
-        attention = _finite(about, f"attention_{i}_{j}", outputs)  # G, Hk, Wk
-        groups, height, width = attention.shape
-        unmoved = reference_points(height, width, half_pixel=network.half_pixel_queries).double().numpy()
-        if network.stages[i].offset_range_factor < 0:
-            unmoved = unmoved.clip(-1, 1)  # as the network does with the sum
-        sizes = network.feature_map(i), network.image_size
-        points.append(
-            BlockPoints(
-                stage=i,
-                block=j,
-                pixels=pixels_from_locations(locations, *sizes).reshape(groups, -1, 2),
-                unmoved=pixels_from_locations(unmoved, *sizes).reshape(-1, 2),
-                attention=attention.reshape(groups, -1) * (height * width),
-            )
-        )
-    return points
+    return [
+        block_points(block, _finite(about, block.locations, outputs), _finite(about, block.attention, outputs))
+        for block in about.network.sampled_blocks
+    ]
 
 
 def _finite(about: EngineDescription, name: str, outputs: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
@@ -178,14 +162,12 @@ def _finite(about: EngineDescription, name: str, outputs: dict[str, NDArray[np.f
     return values
 
 
-def _summary(network: Variant, versions: Sequence[BlockPoints]) -> BlockSummary:
+def _summary(block: SampledBlock, versions: Sequence[BlockPoints]) -> BlockSummary:
     """Of one block, as the first engine has it."""
     first = versions[0]
     offsets = first.offsets_px
     drift = distances_px(first.pixels, versions[1].pixels) if len(versions) > 1 else None
-    (top, left), (bottom, right) = pixels_from_locations(
-        np.array([[-1, -1], [1, 1]]), network.feature_map(first.stage), network.image_size
-    )
+    (top, left), (bottom, right) = block.borders
     y, x = np.moveaxis(first.pixels, -1, 0)
     outside = (y < top) | (y > bottom) | (x < left) | (x > right)
     return BlockSummary(

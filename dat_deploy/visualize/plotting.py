@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dat_deploy.files import atomic_output
+from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners.base import EngineDescription
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["VISIBLE_DRIFT_PX", "BlockPoints", "distances_px", "figure_from_points", "plot_points"]
+__all__ = ["VISIBLE_DRIFT_PX", "BlockPoints", "block_points", "distances_px", "figure_from_points", "plot_points"]
 
 VISIBLE_DRIFT_PX = 0.5  # from here on a line joins the two engines' points
 
@@ -51,6 +52,18 @@ class BlockPoints:
     def offsets_px(self) -> NDArray[np.float64]:
         """[G, Ns], how far each point was moved."""
         return distances_px(self.pixels, self.unmoved)
+
+
+def block_points(block: SampledBlock, locations: NDArray[np.float64], attention: NDArray[np.float64]) -> BlockPoints:
+    """Of one image: [G, Hk, Wk, 2] locations, [G, Hk, Wk] attention."""
+    groups, height, width = attention.shape
+    return BlockPoints(
+        stage=block.stage,
+        block=block.block,
+        pixels=block.pixels(locations).reshape(groups, -1, 2),
+        unmoved=block.pixels(block.unmoved()).reshape(-1, 2),
+        attention=attention.reshape(groups, -1) * (height * width),
+    )
 
 
 def distances_px(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -94,6 +107,7 @@ def figure_from_points(
 
     height, width = photograph.shape[:2]
     stages = sorted({block.stage for block in points[0]})
+    feature_maps = {block.stage: block.feature_map for block in engines[0].network.sampled_blocks}
     columns = len(stages) if len(stages) < 3 else 2
     rows = -(-len(stages) // columns)
     panel_width, panel_height = (_PANEL_INCHES * side / max(height, width) for side in (width, height))
@@ -115,7 +129,7 @@ def figure_from_points(
         axes.spines[:].set_visible(False)
         in_stage = [[block for block in blocks if block.stage == stage] for blocks in points]
         _draw_points(axes, in_stage, unit_area)
-        title = _panel_title(in_stage, engines[0].network.feature_map(stage))
+        title = _panel_title(in_stage, feature_maps[stage])
         axes.set_title(title, loc="left", fontsize=9, color=_INK, linespacing=1.3)
     groups = max(len(block.attention) for block in points[0])
     _draw_key(figure.add_subplot(grid[-1, :]), groups, unit_area, engines)

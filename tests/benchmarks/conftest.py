@@ -1,6 +1,5 @@
 """What the tests of the GPU benchmark share: its modules, and a GPU that is none."""
 
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -76,9 +75,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[dispatch.Job]:
         launched.append(job)
 
     monkeypatch.setattr(dispatch.Job, "run", run)
-    for operator in ATTRIBUTES:
-        module = importlib.import_module(f"dat_deploy.plugins.{operator}.torch_op")
-        monkeypatch.setattr(module, "kernel_computes", lambda *_: True)
+    monkeypatch.setattr(dispatch, "kernel_computes", lambda _: True)
     return launched
 
 

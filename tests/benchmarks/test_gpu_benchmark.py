@@ -245,8 +245,8 @@ class Hiding:
 sys.meta_path = [Hiding if each is finder else each for each in sys.meta_path]
 sys.path[:0] = {[str(ROOT), str(ROOT / "benchmarks")]!r}
 import gpu, gpu_kit, gpu_networks, gpu_operators, gpu_plan, gpu_report, gpu_timing, gpu_record, triton.testing
-import dat_deploy.benchmark, dat_deploy.engine.aotinductor, dat_deploy.runners.aotinductor_runner, torch._inductor
-import dat_deploy.engine.build, dat_deploy.engine.package, dat_deploy.metadata
+import dat_deploy.benchmark, dat_deploy.engine.aotinductor.package, dat_deploy.runners.aotinductor_runner
+import dat_deploy.engine.build, dat_deploy.metadata, torch._inductor
 print(sorted(hidden & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)  # noqa: S603  # fixed

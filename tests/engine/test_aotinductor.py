@@ -18,11 +18,10 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from dat_deploy.engine import aotinductor
-from dat_deploy.engine.aotinductor import compile_package
+from dat_deploy.engine.aotinductor import package as aotinductor
+from dat_deploy.engine.aotinductor.package import compile_package
 from dat_deploy.engine.passport import Passport, Profile, sha256, versions, write_engine
 from dat_deploy.errors import EngineBuildError, EngineRunError, ShapeError, UnsupportedError
-from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.networks.dat.checkpoint import load_model
 from dat_deploy.networks.dat.model import DAT, half_network
@@ -95,7 +94,7 @@ def lively(variant: Variant) -> DAT:
 def package(model: DAT, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The network for batch 1 and 3."""
     path = tmp_path_factory.mktemp("aotinductor") / "every-block.pt2"
-    compile_package(model, path, batches=[1, 3])
+    compile_package(model, model.variant, path, batches=[1, 3])
     return path
 
 
@@ -113,7 +112,7 @@ def beside(package: Path, model: DAT, **changes: object) -> Path:
         lowering="reference",
         precision="fp32",
         opset_version=0,
-        preprocessing=Preprocessing.from_variant(model.variant),
+        preprocessing=model.variant.preprocessing,
         class_names=(),
         weights_sha256="",
         weights_source="a test",
@@ -128,7 +127,7 @@ def beside(package: Path, model: DAT, **changes: object) -> Path:
         versions=versions(),
         architectures=("cpu",),
         profiles=(Profile.parse("1"), Profile.parse("3")),
-        outputs=tuple(model.output_names),
+        outputs=model.variant.output_names(),
         layers={},
         kinds={},
         engine_layers=None,
@@ -231,7 +230,7 @@ def test_what_depends_on_nothing_is_folded_and_the_rest_is_not():
 def test_half_precision_errs_like_eager_half_precision(plain_blocks, images, tmp_path, precision):
     """Not more than twice as much, against float32."""
     package, model = tmp_path / "half.pt2", plain_blocks
-    compile_package(model, package, batches=[1], precision=precision)
+    compile_package(model, model.variant, package, batches=[1], precision=precision)
     changes = {"profiles": (Profile.parse("1"),)}
     with AotinductorRunner(beside(package, model, **changes), "half.pt2", threads=1) as runner:
         logits = runner(images[:1])
@@ -330,7 +329,7 @@ def test_a_file_that_is_no_package_is_refused(model, tmp_path):
 def test_without_a_compiler_it_says_so(model, tmp_path, capfd):
     missing = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
     with missing, pytest.raises(UnsupportedError) as error:
-        compile_package(model, tmp_path / "p.pt2", batches=[1])
+        compile_package(model, model.variant, tmp_path / "p.pt2", batches=[1])
     assert str(error.value).startswith("AOTInductor needs a C++ compiler to compile every-block for batch 1: ")
     assert str(error.value).endswith(" Install g++, or name one in CXX.")
     assert "\n" not in str(error.value)
@@ -354,7 +353,7 @@ def test_errors_of_the_compiler_are_one_sentence(model, tmp_path, monkeypatch, r
 
     monkeypatch.setattr(aotinductor, "_compiled", fail)
     with pytest.raises(kind) as error:
-        compile_package(model, tmp_path / "p.pt2", batches=[1])
+        compile_package(model, model.variant, tmp_path / "p.pt2", batches=[1])
     assert str(error.value).startswith(words)
     assert len(str(error.value)) < 1200
 
@@ -362,7 +361,7 @@ def test_errors_of_the_compiler_are_one_sentence(model, tmp_path, monkeypatch, r
 def test_cuda_is_refused_without_a_device(model, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UnsupportedError, match="sees no CUDA device here; build this package on one"):
-        compile_package(model, tmp_path / "p.pt2", batches=[1], device="cuda")
+        compile_package(model, model.variant, tmp_path / "p.pt2", batches=[1], device="cuda")
 
 
 class NoGpu:
@@ -406,7 +405,7 @@ def test_the_packages_of_real_networks(
     model: DAT = request.getfixturevalue(f"{name.replace('-', '_')}_model")
     said: list[str] = []
     report: Callable[[str], None] = said.append
-    compile_package(model, tmp_path / f"{name}.pt2", batches=[1, 3], progress=report)
+    compile_package(model, model.variant, tmp_path / f"{name}.pt2", batches=[1, 3], progress=report)
     assert said == ["compiling batch 1", "compiling batch 3", "writing the package"]
     answers = answers_of_a_stranger(tmp_path / f"{name}.pt2", noise[:3], tmp_path)
     assert max(errors(model, answers, noise[:3])) < TOLERANCE

@@ -22,7 +22,7 @@ from dat_deploy.engine.tensorrt.network import ParsedNetwork, parsed_network
 from dat_deploy.errors import DatDeployError, EngineBuildError, OutputError, ShapeError, UnsupportedError
 from dat_deploy.export import export
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.plugins.tensorrt import registry
 
 pytestmark = pytest.mark.usefixtures("rtx")
 Exported = Callable[[str, str, str], Path]
@@ -103,7 +103,7 @@ def test_every_variant_is_built_in_every_lowering(variant: str, precision: str, 
 def _network(path: Path, *, plugins: bool) -> ParsedNetwork:
     trt = import_tensorrt("tensorrt-rtx")
     if plugins:
-        trt_plugin.register_plugins(trt)
+        registry.register_plugins(trt)
     return parsed_network(trt, onnx.load(path), Log(trt), plugins=plugins)
 
 
@@ -175,7 +175,7 @@ def test_normalization_is_one_layer_in_fp32(exported: Exported) -> None:
 
 
 def test_bodies_are_taken_although_plugins_are_registered(exported: Exported) -> None:
-    trt_plugin.register_plugins(import_tensorrt("tensorrt-rtx"))
+    registry.register_plugins(import_tensorrt("tensorrt-rtx"))
     parsed = _network(exported("mini", "fp16", "function"), plugins=False)
     assert parsed.plugins == {}
     assert parsed.kinds["SOFTMAX"] == 6
@@ -192,7 +192,7 @@ def test_without_a_gpu_auto_takes_the_plugins_and_says_so(exported: Exported, tm
 def test_without_plugins_auto_takes_gather_and_says_why(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trt_plugin, "reasons_against_plugins", lambda trt: ["Triton is not installed"])
+    monkeypatch.setattr(registry, "reasons_against_plugins", lambda trt: ["Triton is not installed"])
     report = build(exported("mini", "fp32", "function"), tmp_path / "x.engine", backend="tensorrt-rtx")
     assert report.passport.metadata.lowering == "gather"
     assert report.notes == (
@@ -204,8 +204,10 @@ def test_without_plugins_auto_takes_gather_and_says_why(
 def test_the_lowering_plugin_without_plugins_is_refused(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trt_plugin, "reasons_against_plugins", lambda trt: ["Triton is not installed"])
-    with pytest.raises(UnsupportedError, match=r"plugins cannot be used .*: .*Triton is not installed.*gather instead"):
+    monkeypatch.setattr(registry, "reasons_against_plugins", lambda trt: ["Triton is not installed"])
+    with pytest.raises(
+        UnsupportedError, match=r"plugins cannot be used .*: .*Triton is not installed.*gather.*instead"
+    ):
         build(exported("mini", "fp32", "function"), tmp_path / "x.engine", backend="tensorrt-rtx", lowering="plugin")
     assert not list(tmp_path.iterdir())
 
@@ -254,7 +256,7 @@ REFUSED = {
     "no such lowering": ({"lowering": "fast"}, EngineBuildError, "no lowering 'fast'. Lowerings: auto, function,"),
     "no such plugin form": ({"plugin_form": "c++"}, EngineBuildError, "no plugin form 'c++'. Forms: auto, IPluginV3,"),
     "no batch": ({"batches": []}, ShapeError, "no batch to build for"),
-    "batch 0": ({"batches": ["0"]}, ShapeError, "--batch got '0'"),
+    "batch 0": ({"batches": ["0"]}, ShapeError, "`batches` got '0'"),
     "another image size": ({"image_size": (448, 448)}, ShapeError, "is made for images of 224x224, not 448x448"),
     "inlined already": ({"lowering": "plugin"}, EngineBuildError, "has its operators inlined (lowering 'hat')"),
     "an unknown architecture": ({"architectures": [90]}, UnsupportedError, "does not build for sm_90; it knows sm_75,"),
@@ -267,12 +269,12 @@ REFUSED = {
     "plugins for another lowering": (
         {"plugin_form": "IPluginV3"},
         EngineBuildError,
-        "--plugins IPluginV3 is for --lowering plugin, and this is hat",
+        '`plugin_form="IPluginV3"` is for `lowering="plugin"`, and this is hat',
     ),
     "what is for aotinductor": (
         {"precision": "fp16"},
         EngineBuildError,
-        "--precision is for --backend aotinductor; tensorrt-rtx builds what a file holds.",
+        "`precision` is for backend aotinductor; tensorrt-rtx builds what a file holds.",
     ),
     "no tensorrt": ({"backend": "tensorrt"}, UnsupportedError, "package tensorrt is not installed"),
 }
@@ -321,7 +323,7 @@ def test_files_that_cannot_be_built_are_told_apart(tmp_path: Path) -> None:
 def test_an_engine_or_a_passport_is_not_replaced_unasked(exported: Exported, tmp_path: Path) -> None:
     target = tmp_path / "x.engine"
     passport_path(target).write_text("{}")
-    with pytest.raises(OutputError, match=r"x.engine.json exists; pass --force"):
+    with pytest.raises(OutputError, match=r"x.engine.json exists; pass `force=True`"):
         build(exported("mini", "fp32", "hat"), target, backend="tensorrt-rtx")
     assert not target.exists()
 
@@ -343,7 +345,7 @@ def test_tensorrt_needs_a_gpu_to_build(exported: Exported, tmp_path: Path, monke
         build(exported("mini", "fp32", "hat"), tmp_path / "x.engine")
     assert str(caught.value) == (
         f"TensorRT builds on a GPU, and torch {torch.__version__} sees none here. Build where one is, or with "
-        f"--backend tensorrt-rtx, which needs none for that."
+        f'`backend="tensorrt-rtx"`, which needs none for that.'
     )
 
 
@@ -417,7 +419,7 @@ def test_running_out_of_memory_while_building_is_told(
             build(exported("mini", "fp32", "hat"), tmp_path / "x.engine", backend="tensorrt-rtx")
         assert str(caught.value) == (
             "TensorRT could not build the engine; it said: Unexpected exception std::bad_alloc. "
-            "Try a smaller --batch, --workspace-mib, or a machine with more memory."
+            "Try smaller `batches`, `workspace_bytes`, or a machine with more memory."
         )
     assert not answers
     assert not list(tmp_path.iterdir())
@@ -441,6 +443,6 @@ def test_tensorrt_itself_is_driven_alike(
         "EngineBuildError: TensorRT 11.4.0.106 makes no network of the kind STRONGLY_TYPED | PREFER"
     )
     assert found[6] == (
-        "UnsupportedError: the kernels for sm_90 run on no other architecture, and --arch also has sm_100. Build an "
-        "engine for each, or begin with one below 90."
+        "UnsupportedError: the kernels for sm_90 run on no other architecture, and `architectures` also has sm_100. "
+        "Build an engine for each, or begin with one below 90."
     )

@@ -22,7 +22,7 @@ from dat_deploy.errors import ShapeError, UnsupportedError
 from dat_deploy.networks.dat.checkpoint import load_model
 from dat_deploy.networks.dat.model import half_network
 from dat_deploy.networks.dat.variants import Variant
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.plugins.tensorrt.calls import launch_counts
 from dat_deploy.precision import PRECISIONS
 from dat_deploy.runners import open_runner
 from dat_deploy.runners.base import Runner
@@ -151,7 +151,7 @@ def on_device(runner: Runner, images: torch.Tensor) -> torch.Tensor:
 
 
 def launches() -> int:
-    return sum(trt_plugin.launch_counts().values())
+    return sum(launch_counts().values())
 
 
 # Answers
@@ -269,9 +269,9 @@ def test_a_replay_calls_no_python(
 ) -> None:
     runner, passport = opened(engine, precision), built_here(engine, precision).passport
     tensor = torch.from_numpy(images).to(DEVICE)
-    before = trt_plugin.launch_counts()
+    before = launch_counts()
     logits = [on_device(runner, tensor)]
-    captured = {name: count - before[name] for name, count in trt_plugin.launch_counts().items()}
+    captured = {name: count - before[name] for name, count in launch_counts().items()}
     if passport.plugin_form == "IPluginV3":
         assert {name for name, count in captured.items() if count} == set(passport.plugins)
         assert all(captured[name] >= count for name, count in passport.plugins.items())

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from dat_deploy.engine.build import BuildReport
-from dat_deploy.engine.inspector import count_types, fused_attention, inspect, layers_from_json
+from dat_deploy.engine.inspector import inspect
+from dat_deploy.engine.tensorrt.layers import count_types, fused_attention, layers_from_json
 
 # As TensorRT 10 writes it, and 11, which has other names for tensors and types.
 LAYERS_10 = {

@@ -15,7 +15,6 @@ from dat_deploy.engine.tensorrt.lowering_choice import (
     Choice,
     LoweringVerdict,
     choose_lowering,
-    small_network,
     try_lowerings,
 )
 from dat_deploy.errors import EngineBuildError, VerificationError
@@ -40,7 +39,7 @@ def faulty(lowering: str, model: onnx.ModelProto, images: np.ndarray) -> tuple[d
 
 
 def test_the_network_tried_has_one_block_of_each_kind() -> None:
-    small = small_network(VARIANTS["pp-base"])
+    small = VARIANTS["pp-base"].small()
     assert [stage.blocks for stage in small.stages] == ["ND", "ND", "ND", "D"]
     assert small.image_size == VARIANTS["pp-base"].image_size
 
@@ -106,7 +105,7 @@ def test_if_none_is_right_none_is_taken(exported: Callable[[str, str, str], Path
         choose(exported)
     assert str(caught.value) == (
         "no lowering is right with tensorrt 10.16.1.11, sm_89, driver 580.65: plugin not built: no plugins; function "
-        "wrong: 70 times what is allowed, in slot 2. Use --backend aotinductor, and report this."
+        'wrong: 70 times what is allowed, in slot 2. Use `backend="aotinductor"`, and report this.'
     )
     gpu(RIGHT)  # after what was wrong has been mended
     assert choose(exported).lowering == "gather"

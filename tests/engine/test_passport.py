@@ -106,12 +106,12 @@ def test_an_engine_without_passport_is_refused(engine: Path) -> None:
         open_runner(str(engine))
     assert str(caught.value) == (
         f"{engine} has no passport mini.engine.json beside it, so nothing says what it holds; copy both files, or "
-        f"build the engine again, see: dat-deploy build --help"
+        f"build the engine again, see `build()`."
     )
 
 
 def test_a_missing_engine_is_told_from_a_missing_passport(tmp_path: Path) -> None:
-    with pytest.raises(EngineBuildError, match=r"there is no file .*none\.engine\. Build one with: dat-deploy build"):
+    with pytest.raises(EngineBuildError, match=r"there is no file .*none\.engine\. Build one with: `build\("):
         open_runner(str(tmp_path / "none.engine"))
 
 

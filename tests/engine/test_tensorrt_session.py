@@ -132,7 +132,7 @@ def test_a_batch_without_a_profile_is_refused_with_what_to_build(engine: FakeEng
         open_session(engine).run(np.zeros((7, 3, 4, 6), np.float32))
     assert str(caught.value) == (
         "x.engine has no profile for batch 7; it takes 1, 8, 2-4-6. Split or fill up the batch, or build it again "
-        "with: dat-deploy build --batch 1,8,2-4-6,7"
+        "with `batches=['1', '8', '2-4-6', '7']`."
     )
 
 
@@ -226,7 +226,7 @@ def test_tensorrt_rtx_is_refused_on_a_gpu_that_it_does_not_know(
         check_fits(built.passport, fake_tensorrt(None), "x.engine")
     assert str(caught.value) == (
         "TensorRT-RTX 1.7.1.116 does not run on sm_90; it knows sm_75, sm_89, sm_120 and later. "
-        "Build with --backend tensorrt or aotinductor."
+        'Build with `backend="tensorrt"` or `"aotinductor"`.'
     )
     monkeypatch.setattr(tensorrt_session, "gpu_architecture", lambda: 121)
     check_fits(built.passport, fake_tensorrt(None), "x.engine")

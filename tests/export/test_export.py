@@ -19,7 +19,7 @@ from dat_deploy.export import LOWERINGS, OPSET_VERSIONS, export, onnx_model, rel
 from dat_deploy.export.lowering import lower
 from dat_deploy.images.labels import imagenet_class_names
 from dat_deploy.images.photographs import photographs
-from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import FileMetadata, read_metadata
 from dat_deploy.networks.dat.checkpoint import load_model, save_checkpoint
 from dat_deploy.networks.dat.model import DAT
@@ -66,7 +66,7 @@ def test_metadata_says_what_the_file_is(mini, mini_onnx):
         lowering="hat",
         precision="fp32",
         opset_version=18,
-        preprocessing=Preprocessing.from_variant(mini),
+        preprocessing=mini.preprocessing,
         class_names=imagenet_class_names(),
         weights_sha256=metadata.weights_sha256,
         weights_source="seeded random weights (seed 0)",
@@ -78,7 +78,7 @@ def test_metadata_says_what_the_file_is(mini, mini_onnx):
 
 def test_a_file_of_dynamic_size_has_the_golden_hash_of_its_default_size(mini_pp, mini_pp_dynamic):
     metadata = read_metadata(mini_pp_dynamic["function"])
-    assert metadata.preprocessing == Preprocessing.from_variant(mini_pp)
+    assert metadata.preprocessing == mini_pp.preprocessing
     assert metadata.golden_sha256 == golden_sha256(metadata.preprocessing)
 
 
@@ -108,7 +108,7 @@ def test_opset_20_is_refused_with_its_reason(tmp_path):
         export("tiny", tmp_path / "tiny.onnx", opset_version=20)
     assert str(error.value) == (
         "opset 20 is not supported; it takes 17, 18 or 19. From opset 20 on, TensorRT up to 11.1 reads GridSample's "
-        "'linear' as nearest (NVIDIA/TensorRT#4646). Use --opset 18."
+        "'linear' as nearest (NVIDIA/TensorRT#4646). Use `opset_version=18`."
     )
     assert not list(tmp_path.iterdir())
 
@@ -370,7 +370,7 @@ def test_existing_file_is_kept_unless_forced(tmp_path):
     path.write_text("mine")
     with pytest.raises(OutputError) as error:
         export("tiny", path)
-    assert str(error.value) == f"{path} exists; pass --force to replace it, or choose another name."
+    assert str(error.value) == f"{path} exists; pass `force=True` to replace it, or choose another name."
     assert path.read_text() == "mine"
 
 
@@ -404,7 +404,7 @@ def test_file_of_another_tool_is_refused(tmp_path):
         read_metadata(path)
     assert str(error.value) == (
         f"{path} was not exported by dat-deploy: it has no dat_deploy.* metadata. "
-        f"Export it with: dat-deploy export --variant VARIANT --output other.onnx"
+        f'Export it with: `export(variant=variant, output="other.onnx")`'
     )
 
 

@@ -17,7 +17,8 @@ from dat_deploy.errors import ExportError
 from dat_deploy.export import LOWERINGS, export, read_metadata, relower
 from dat_deploy.export.records import operator_records
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
-from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
+from dat_deploy.plugins.onnx_domain import DOMAIN_NAME
+from dat_deploy.plugins.specification import PLUGIN_ATTRIBUTES
 
 INLINED = ("gather", "gridsample", "hat")
 ATTRIBUTES = {
@@ -186,7 +187,7 @@ def test_lowering_of_an_inlined_file_cannot_change(exported, tmp_path):
         relower(exported("mini", "fp32", "hat"), tmp_path / "x.onnx", "gather")
     assert str(error.value) == (
         "the operators of this file are already inlined, so its lowering cannot change. "
-        "Export it again with --lowering, or start from a file of lowering 'function' or 'plugin'."
+        "Export it again with `lowering`, or start from a file of lowering 'function' or 'plugin'."
     )
     assert not list(tmp_path.iterdir())
 

@@ -24,7 +24,6 @@ from dat_deploy.export.precision import cast_graph
 from dat_deploy.export.records import operator_records
 from dat_deploy.export.subgraph import operator_model
 from dat_deploy.images.photographs import photographs
-from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.networks.dat.checkpoint import load_model
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.runners import open_runner
@@ -175,7 +174,7 @@ def test_fp16_agrees_with_pytorch_on_104_views_of_photographs(mini, mini_fp16):
         for left, top in ((0, 0), (width - side, 0), (0, height - side), (width - side, height - side)):
             crop = photo.resize((224, 224), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
             views += [np.asarray(crop), np.asarray(crop)[:, ::-1]]
-    about = Preprocessing.from_variant(mini)
+    about = mini.preprocessing
     images = ((np.stack(views) / 255 - about.mean) / about.std).transpose(0, 3, 1, 2).astype(np.float32)
     assert len(images) == 104
     expected = pytorch_logits(load_model(mini), images)
@@ -385,22 +384,22 @@ def test_added_island_wins_over_a_removed_one(mini_graph):
         ),
         (
             {"precision": "fp32", "fp32": ["stages.3"]},
-            "--fp32 and --no-fp32 change what stays in float32 in a lower precision; with --precision fp32 everything "
-            "does. Leave them out, or add --precision fp16.",
+            '`fp32` and `no_fp32` change what stays in float32 in a lower precision; with `precision="fp32"` '
+            'everything does. Leave them out, or add `precision="fp16"`.',
         ),
         (
             {"precision": "fp16", "fp32": ["stage.3"]},
-            "--fp32 'stage.3' names no module of this network. Did you mean stages.3 or stages.2 or stages.1? "
+            "`fp32` 'stage.3' names no module of this network. Did you mean stages.3 or stages.2 or stages.1? "
             "Modules are in: cls_head, cls_norm, down_projs, patch_proj, stages.",
         ),
         (
             {"precision": "fp16", "no_fp32": ["zzz"]},
-            "--no-fp32 'zzz' names no module of this network. "
+            "`no_fp32` 'zzz' names no module of this network. "
             "Modules are in: cls_head, cls_norm, down_projs, patch_proj, stages.",
         ),
         (
             {"precision": "bf16", "no_fp32": ["stages.0.mlps"]},
-            "--no-fp32 'stages.0.mlps' names modules in which nothing is in float32 by default. Did you mean "
+            "`no_fp32` 'stages.0.mlps' names modules in which nothing is in float32 by default. Did you mean "
             "stages.0 or stages.3.attns or stages.3? Modules are in: cls_norm, down_projs, patch_proj, stages.",
         ),
     ],
@@ -424,7 +423,7 @@ def test_weight_too_large_for_fp16_is_named_with_the_ways_out(mini_graph):
         cast_graph(with_large_weight(), "fp16")
     assert str(error.value) == (
         "weight 'stages.1.mlps.0.linear1.bias' holds 7e+04, which float16 does not reach. Keep its module in float32 "
-        "with --fp32 stages.1.mlps.0.linear1, or export with --precision bf16."
+        'with `fp32=["stages.1.mlps.0.linear1"]`, or export with `precision="bf16"`.'
     )
     cast_graph(with_large_weight(), "bf16")
     kept = cast_graph(with_large_weight(), "fp16", fp32=["stages.1.mlps.0.linear1"])

@@ -22,7 +22,7 @@ from dat_deploy.export import export, read_metadata, relower
 from dat_deploy.export.quantize import METHODS, QuantizeReport, quantize
 from dat_deploy.export.records import operator_records
 from dat_deploy.images.photographs import photographs
-from dat_deploy.images.preprocess import Preprocessing, preprocess, read_image
+from dat_deploy.images.preprocess import preprocess, read_image
 from dat_deploy.metadata import Calibration
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.runners import open_runner
@@ -250,7 +250,7 @@ def test_range_of_the_image_is_what_the_method_says(method, files, pictures, tmp
 
 
 def preprocessed(path: Path) -> np.ndarray:
-    return preprocess(read_image(path), Preprocessing.from_variant(MINI))
+    return preprocess(read_image(path), MINI.preprocessing)
 
 
 def test_logits_stay_close_on_onnx_runtime_and_openvino(files, reports, pictures):
@@ -446,7 +446,7 @@ def test_a_file_of_another_tool_is_refused(pictures, tmp_path):
     )
     assert refusal(ExportError, path, tmp_path / "out.onnx", pictures) == (
         f"{path} was not exported by dat-deploy: it has no dat_deploy.* metadata. "
-        f"Export it with: dat-deploy export --variant VARIANT --output other.onnx"
+        f'Export it with: `export(variant=variant, output="other.onnx")`'
     )
 
 
@@ -458,8 +458,8 @@ def test_a_file_that_is_not_in_fp32_is_refused(precision, report, pictures, tmp_
     said.value = json.dumps(precision)
     onnx.save(model, path)
     assert refusal(ExportError, path, tmp_path / "out.onnx", pictures) == (
-        f"{path} is {precision} already; quantize takes fp32. Export it again with --precision fp32, or find the file "
-        f"that it was made from."
+        f'{path} is {precision} already; quantize takes fp32. Export it again with `precision="fp32"`, or find the '
+        f"file that it was made from."
     )
 
 
@@ -521,8 +521,8 @@ def test_export_itself_names_the_way_to_int8(tmp_path):
     with pytest.raises(ExportError) as error:
         export(MINI, tmp_path / "int8.onnx", precision="int8")
     assert str(error.value) == (
-        "--precision int8 needs images to measure ranges on. Export in fp32, then: "
-        "dat-deploy quantize FILE.onnx --data FOLDER"
+        '`precision="int8"` needs images to measure ranges on. Export in fp32, then: '
+        '`quantize("FILE.onnx", data="FOLDER")`'
     )
 
 
@@ -530,7 +530,8 @@ def test_output_is_replaced_with_force_alone(files, pictures, tmp_path):
     path = tmp_path / "out.onnx"
     path.write_text("mine")
     arguments = (files["function"], path, pictures)
-    assert refusal(OutputError, *arguments) == f"{path} exists; pass --force to replace it, or choose another name."
+    sentence = f"{path} exists; pass `force=True` to replace it, or choose another name."
+    assert refusal(OutputError, *arguments) == sentence
     assert path.read_text() == "mine"
     assert quantize(*arguments, images=2, force=True).path == path
     assert read_metadata(path).precision == "int8"

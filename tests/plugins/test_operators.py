@@ -20,8 +20,9 @@ from dat_deploy.errors import ShapeError
 from dat_deploy.export.lowering import function_bodies
 from dat_deploy.export.options import LOWERINGS
 from dat_deploy.networks.dat.model import REFERENCE
-from dat_deploy.plugins.catalogue import MODULES
-from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
+from dat_deploy.plugins.onnx_domain import DOMAIN_NAME
+from dat_deploy.plugins.operator import OPERATORS, Operator, specification
+from dat_deploy.plugins.specification import PLUGIN_ATTRIBUTES
 
 BODIED = [lowering for lowering in LOWERINGS if lowering != "plugin"]
 Inputs = dict[str, Tensor]
@@ -29,7 +30,7 @@ Inputs = dict[str, Tensor]
 
 def bodies(operator: str) -> list[str]:
     """The lowerings with bodies that differ; `test_lowerings_share_bodies` says which share one."""
-    table = MODULES[operator].BODIES
+    table = Operator(operator).onnx_function.BODIES
     return [name for i, name in enumerate(BODIED) if table[name] not in [table[other] for other in BODIED[:i]]]
 
 
@@ -57,9 +58,10 @@ def session(
     Of the inputs in `free` no size is known.
     """
     node = onnx.helper.make_node(operator, list(inputs), ["out"], domain=DOMAIN_NAME, **attributes, **PLUGIN_ATTRIBUTES)
-    weights = ("relative_position_bias_table", "padding_qkv")
+    roles = specification(operator).roles
     shapes = {
-        name: list(value.shape) if name in weights else ["batch", *value.shape[1:]] for name, value in inputs.items()
+        name: ["batch", *value.shape[1:]] if roles[name].leads_with_batch else list(value.shape)
+        for name, value in inputs.items()
     }
     graph = onnx.helper.make_graph(
         [node],
@@ -109,7 +111,7 @@ def assert_body_is_exact(operator: str, lowering: str, inputs: Inputs, attribute
     ],
 )
 def test_lowerings_share_bodies(operator, shared):
-    table = MODULES[operator].BODIES
+    table = Operator(operator).onnx_function.BODIES
     assert [{name for name in BODIED if table[name] is table[first]} for first in bodies(operator)] == shared
     for same in shared:  # what is written into a file, and not the functions alone
         assert len({body_of(operator, lowering, 18).SerializeToString() for lowering in same}) == 1
@@ -267,7 +269,7 @@ def test_neighborhood_body_reads_its_sizes_at_run_time(lowering):
 
 
 @pytest.mark.parametrize("opset", [17, 19])
-@pytest.mark.parametrize(("operator", "lowering"), [(name, each) for name in MODULES for each in bodies(name)])
+@pytest.mark.parametrize(("operator", "lowering"), [(name, each) for name in OPERATORS for each in bodies(name)])
 def test_bodies_mean_the_same_in_opset(operator, lowering, opset, locations):
     points = locations("network", (2, 2, 4, 4), (5, 6))
     inputs, attributes = {

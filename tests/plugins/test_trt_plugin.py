@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import inspect
 import math
 import re
 import subprocess
@@ -21,8 +20,10 @@ import torch
 from dat_deploy.engine.tensorrt import library as tensorrt_library
 from dat_deploy.errors import ShapeError, UnsupportedError
 from dat_deploy.plugins.launch import Configuration
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
-from dat_deploy.plugins.tensorrt.registry import OPERATORS, Node, specification
+from dat_deploy.plugins.operator import OPERATORS, Operator, specification
+from dat_deploy.plugins.tensorrt import iplugin_v3, registry
+from dat_deploy.plugins.tensorrt.calls import last_error, launch_counts
+from dat_deploy.plugins.tensorrt.node import NAMESPACE, VERSION, Node, numbered
 
 HALF = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
 ONNX_TYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64, **HALF}
@@ -40,7 +41,7 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "window_attention": {"num_heads": 3, "window_size": 7, "shift_size": 4},
     "neighborhood_attention": {"num_heads": 3, "kernel_size": 7, "dilation": 1},
 }
-TABLES = trt_plugin.TABLES
+TABLES = ("padding_qkv", "relative_position_bias_table")  # one for all images
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +54,10 @@ def tensorrt_rtx() -> Any:
 @pytest.fixture
 def rtx(tensorrt_rtx: Any) -> Iterator[Any]:
     """TensorRT-RTX with the plugins registered, and no error of another test's build."""
-    trt_plugin.last_error()
-    trt_plugin.register_plugins(tensorrt_rtx)
+    last_error()
+    registry.register_plugins(tensorrt_rtx)
     yield tensorrt_rtx
-    trt_plugin.deregister_plugins(tensorrt_rtx)
+    registry.deregister_plugins(tensorrt_rtx)
 
 
 @dataclass
@@ -149,15 +150,6 @@ def types_of(operator: str, dtype: torch.dtype = torch.float16) -> tuple[torch.d
 # Specifications.
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_a_specification_names_the_arguments_of_the_torch_operator(operator):
-    specified = specification(operator)
-    parameters = inspect.signature(specified.operator).parameters
-    assert list(parameters) == [*specified.inputs, *specified.attributes]
-    assert [parameters[name].annotation for name in specified.attributes] == list(specified.attributes.values())
-    assert set(specified.inputs) == set(specified.kernel.INPUTS)
-
-
 def test_exported_nodes_have_the_attributes_that_the_plugins_declare(exported):
     for network in ("mini", "mini-pp"):
         path = exported(network, "fp32", "plugin")
@@ -166,8 +158,8 @@ def test_exported_nodes_have_the_attributes_that_the_plugins_declare(exported):
         for node in nodes:
             specified = specification(node.op_type)
             attributes = {attribute.name: attribute for attribute in node.attribute}
-            assert attributes.pop("plugin_namespace").s.decode() == trt_plugin.NAMESPACE
-            assert attributes.pop("plugin_version").s.decode() == trt_plugin.VERSION
+            assert attributes.pop("plugin_namespace").s.decode() == NAMESPACE
+            assert attributes.pop("plugin_version").s.decode() == VERSION
             assert set(attributes) == set(specified.attributes)
             assert {attribute.type for attribute in attributes.values()} <= {onnx.AttributeProto.INT}
             assert len(node.input) == len(specified.inputs)
@@ -199,7 +191,7 @@ def test_each_operator_of_a_network_is_one_plugin_layer(network, batch, rtx, exp
     else:
         assert shapes["neighborhood_attention", (b, 56, 56, 16)] == 1
         assert shapes["deformable_attention", (b, 7, 7, 128)] == 1
-    assert trt_plugin.last_error() is None
+    assert last_error() is None
 
 
 @pytest.mark.slow
@@ -208,8 +200,8 @@ def test_a_network_builds_without_a_gpu(variant, rtx, tiny_onnx, pp_tiny_onnx):
     parsed = parse(rtx, {"tiny": tiny_onnx, "pp-tiny": pp_tiny_onnx}[variant]["plugin"].read_bytes())
     assert parsed is not None
     serialized = parsed.build(1, 4, 8, size=(224, 224))
-    assert serialized is not None, trt_plugin.last_error()
-    for operator in {trt_plugin.OPERATORS[i] for i in ((0, 1, 2) if variant == "tiny" else (0, 1, 3))}:
+    assert serialized is not None, last_error()
+    for operator in {OPERATORS[i] for i in ((0, 1, 2) if variant == "tiny" else (0, 1, 3))}:
         assert operator.encode() in serialized
 
 
@@ -221,13 +213,13 @@ def test_a_network_builds_without_a_gpu(variant, rtx, tiny_onnx, pp_tiny_onnx):
 def test_an_operator_builds_in_every_type(operator, dtype, table_dtype, rtx):
     for batch in (4, "batch"):
         parsed = parse(rtx, one_operator(operator, dtype, table_dtype=table_dtype, batch=batch))
-        assert parsed is not None, trt_plugin.last_error()
+        assert parsed is not None, last_error()
         (layer,) = parsed.plugin_layers
         assert layer.name == "the node"
         names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
         assert layer.get_output(0).dtype == getattr(rtx.DataType, names[dtype])
         assert tuple(layer.get_output(0).shape) == (4 if batch == 4 else -1, *OUTPUTS[operator])
-        assert parsed.build(1, 4, 8) is not None, trt_plugin.last_error()
+        assert parsed.build(1, 4, 8) is not None, last_error()
 
 
 SIXTY_FIVE = {"qkv": ("batch", 14, 14, 3 * 65), "relative_position_bias_table": (169, 1)}
@@ -293,11 +285,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_no_kernel_takes_is_refused_when_parsed(case, rtx, capfd):
     settings, sentence = REFUSED[case]
     assert parse(rtx, one_operator(**settings)) is None
-    error = trt_plugin.last_error()
+    error = last_error()
     assert str(error) == sentence
     assert isinstance(error, UnsupportedError if case == "large heads" else ShapeError)
     assert sentence in capfd.readouterr().err
-    assert trt_plugin.last_error() is None
+    assert last_error() is None
 
 
 def test_a_profile_that_does_not_fit_is_refused_when_built(rtx, capfd):
@@ -308,7 +300,7 @@ def test_a_profile_that_does_not_fit_is_refused_when_built(rtx, capfd):
     profile.set_shape("qkv", (1, 14, 14, 288), (1, 15, 14, 288), (1, 28, 14, 288))
     config.add_optimization_profile(profile)
     assert parsed.builder.build_serialized_network(parsed.network, config) is None
-    assert str(trt_plugin.last_error()) == (
+    assert str(last_error()) == (
         "the node: window_attention got a map of 15x14, window_size 7 and shift_size 4; it takes windows that tile the "
         "map, and a shift of less than a window."
     )
@@ -388,13 +380,13 @@ def test_registering_again_changes_nothing_and_deregistering_takes_all_out(tenso
         creators = tensorrt_rtx.get_plugin_registry().all_creators
         return sorted(each.name for each in creators if each.plugin_namespace == "dat_deploy")
 
-    trt_plugin.deregister_plugins(tensorrt_rtx)  # those of another test's build
+    registry.deregister_plugins(tensorrt_rtx)  # those of another test's build
     assert registered() == []
     for _ in range(2):
-        trt_plugin.register_plugins(tensorrt_rtx)
+        registry.register_plugins(tensorrt_rtx)
         assert registered() == sorted(OPERATORS)
     for _ in range(2):
-        trt_plugin.deregister_plugins(tensorrt_rtx)
+        registry.deregister_plugins(tensorrt_rtx)
         assert registered() == []
     assert "[E]" not in "".join(capfd.readouterr())
 
@@ -426,7 +418,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(stream)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(trt_plugin, "_on_stream", on_stream)
+    monkeypatch.setattr(iplugin_v3, "_on_stream", on_stream)
     return seen
 
 
@@ -434,28 +426,28 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     recorder = Recorder()
     for operator in OPERATORS:
-        kernel = specification(operator).kernel
+        kernel = Operator(operator).kernel
         launch = kernel.launch
         monkeypatch.setattr(kernel, "launch", lambda *args, launch=launch: replace(launch(*args), kernel=recorder))
-    trt_plugin._launch.cache_clear()
+    iplugin_v3._launch.cache_clear()
     yield recorder
-    trt_plugin._launch.cache_clear()
+    iplugin_v3._launch.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_enqueue_launches_what_the_torch_operator_launches(operator, dtype, recorder, streams):
-    specified, node = specification(operator), node_of(operator)
+    node = node_of(operator)
     shapes, types = SHAPES[operator], types_of(operator, dtype)
     addresses = [4096 * (i + 1) for i in range(len(shapes))]
     problem = node.problem(shapes, types)
-    configurations = specified.kernel.configurations(problem)
-    numbered = sorted(configurations, key=repr)
-    choices = {0: configurations[0], 1000: configurations[0], **dict(enumerate(numbered, start=1))}
+    configurations = node.kernel.configurations(problem)
+    ordered = sorted(configurations, key=repr)
+    choices = {0: configurations[0], 1000: configurations[0], **dict(enumerate(ordered, start=1))}
     for i, (tactic, configuration) in enumerate(choices.items(), start=1):
-        trt_plugin._enqueue(node, shapes, types, tactic, addresses, 512, 77)
-        expected = specified.kernel.launch(problem, configuration)
-        pointers = dict(zip(specified.inputs, zip(addresses, types, strict=True), strict=True))
+        iplugin_v3._enqueue(node, shapes, types, tactic, addresses, 512, 77)
+        expected = node.kernel.launch(problem, configuration)
+        pointers = dict(zip(node.specification.inputs, zip(addresses, types, strict=True), strict=True))
         inputs = len(expected.inputs)
         assert recorder.grid == expected.grid
         *sent, output = recorder.arguments
@@ -471,7 +463,7 @@ def test_an_enqueue_goes_to_the_launch_of_its_shapes_and_is_counted(rtx, recorde
     fields = rtx.PluginFieldCollection([])
     plugin = creator_of(rtx, "deformable_sample").create_plugin("", fields, rtx.TensorRTPhase.RUNTIME)
     contexts = [plugin.attach_to_context(None) for _ in range(2)]
-    before = trt_plugin.launch_counts()
+    before = launch_counts()
     assert set(before) == set(OPERATORS)
     for batch, context in zip((1, 5), contexts, strict=True):
         shapes = [(batch, *shape[1:]) for shape in SHAPES["deformable_sample"]]
@@ -483,14 +475,14 @@ def test_an_enqueue_goes_to_the_launch_of_its_shapes_and_is_counted(rtx, recorde
         assert (value.data_ptr(), locations.data_ptr(), out.data_ptr()) == (256, 512, 1024)
         assert scalars == [14, 14, 49]
         assert recorder.grid == (batch * 3 * 2, 1, 1)  # images, groups, blocks of 32 points
-    after = trt_plugin.launch_counts()
+    after = launch_counts()
     launched = {name: after[name] - before[name] for name in OPERATORS}
     assert launched == {**dict.fromkeys(OPERATORS, 0), "deformable_sample": 2}
 
 
 def test_an_empty_batch_launches_nothing(recorder, streams):
     shapes = tuple((0, *shape[1:]) for shape in SHAPES["deformable_sample"])
-    trt_plugin._enqueue(node_of("deformable_sample"), shapes, types_of("deformable_sample"), 0, [0, 0], 0, 0)
+    iplugin_v3._enqueue(node_of("deformable_sample"), shapes, types_of("deformable_sample"), 0, [0, 0], 0, 0)
     assert recorder.grid is None
     assert streams == []
 
@@ -500,14 +492,14 @@ def test_a_failed_enqueue_raises_and_is_remembered(rtx):
     fields = rtx.PluginFieldCollection([])
     plugin = creator_of(rtx, "deformable_sample").create_plugin("", fields, rtx.TensorRTPhase.RUNTIME)
     inputs = [described(rtx, SHAPES["deformable_sample"][0], "HALF").desc, described(rtx, POINTS, "FLOAT").desc]
-    before = trt_plugin.launch_counts()
+    before = launch_counts()
     with pytest.raises(UnsupportedError) as raised:
         plugin.enqueue(inputs, [], [256, 512], [1024], 0, 3)
     assert str(raised.value) == (
         f"torch {torch.__version__} sees no GPU, and the plugins launch through it; install torch for CUDA."
     )
-    assert trt_plugin.last_error() is raised.value
-    assert trt_plugin.launch_counts() == before
+    assert last_error() is raised.value
+    assert launch_counts() == before
 
 
 def test_triton_takes_an_address_for_the_tensor_there():
@@ -516,7 +508,7 @@ def test_triton_takes_an_address_for_the_tensor_there():
 
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         tensor = torch.empty(64, dtype=dtype)
-        pointer = trt_plugin._Pointer(tensor.data_ptr(), dtype)
+        pointer = iplugin_v3._Pointer(tensor.data_ptr(), dtype)
         settings = (False, True, True)
         assert native_specialize_impl(CUDABackend, pointer, *settings) == native_specialize_impl(
             CUDABackend, tensor, *settings
@@ -524,13 +516,13 @@ def test_triton_takes_an_address_for_the_tensor_there():
 
 
 def test_the_number_of_a_tactic_does_not_depend_on_the_batch():
-    specified = specification("window_attention")
+    kernel = Operator("window_attention").kernel
     orders, numbers = set(), set()
     for batch in (1, 8, 64, 512):
-        problem = specified.kernel.problem((batch, 56, 56, 288), 3, 7, 4, 2, 2)
-        configurations: list[Configuration] = specified.kernel.configurations(problem)
+        problem = kernel.problem((batch, 56, 56, 288), 3, 7, 4, 2, 2)
+        configurations: list[Configuration] = kernel.configurations(problem)
         orders.add(tuple(configurations))
-        numbers.add(tuple(trt_plugin._numbered(configurations).items()))
+        numbers.add(tuple(numbered(configurations).items()))
     assert len(orders) > 1
     assert len(numbers) == 1
 
@@ -538,7 +530,7 @@ def test_the_number_of_a_tactic_does_not_depend_on_the_batch():
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_what_is_compiled_in_does_not_depend_on_the_batch(operator):
     """So the kernel that is compiled ahead of time for one image serves every batch."""
-    node, kernel = node_of(operator), specification(operator).kernel
+    node, kernel = node_of(operator), Operator(operator).kernel
     names = specification(operator).inputs
     launches = []
     for batch in (1, 2, 64, 512):
@@ -547,8 +539,8 @@ def test_what_is_compiled_in_does_not_depend_on_the_batch(operator):
             for name, shape in zip(names, SHAPES[operator], strict=True)
         )
         problem = node.problem(shapes, types_of(operator))
-        numbered = trt_plugin._numbered(kernel.configurations(problem))
-        launches.append({number: kernel.launch(problem, each) for number, each in numbered.items()})
+        tactics = numbered(kernel.configurations(problem))
+        launches.append({number: kernel.launch(problem, each) for number, each in tactics.items()})
     for number, first in launches[0].items():
         for other in launches[1:]:
             for field in ("kernel", "inputs", "constants", "num_warps", "num_stages"):
@@ -556,16 +548,16 @@ def test_what_is_compiled_in_does_not_depend_on_the_batch(operator):
 
 
 def test_the_measured_configuration_is_taken_where_tensorrt_names_none(monkeypatch):
-    specified = specification("deformable_sample")
-    problem = specified.kernel.problem(*SHAPES["deformable_sample"], 2)
-    *_, last = specified.kernel.configurations(problem)
+    kernel = Operator("deformable_sample").kernel
+    problem = kernel.problem(*SHAPES["deformable_sample"], 2)
+    *_, last = kernel.configurations(problem)
     other = replace(last, num_warps=32)
     arguments = (node_of("deformable_sample"), SHAPES["deformable_sample"], types_of("deformable_sample"), 0)
-    for tuned, warps in ((last, last.num_warps), (other, specified.kernel.configurations(problem)[0].num_warps)):
-        monkeypatch.setattr(trt_plugin, "tuned_configuration", lambda *_, tuned=tuned: tuned)
-        trt_plugin._launch.cache_clear()
-        assert trt_plugin._launch(*arguments).num_warps == warps
-    trt_plugin._launch.cache_clear()
+    for tuned, warps in ((last, last.num_warps), (other, kernel.configurations(problem)[0].num_warps)):
+        monkeypatch.setattr(iplugin_v3, "tuned_configuration", lambda *_, tuned=tuned: tuned)
+        iplugin_v3._launch.cache_clear()
+        assert iplugin_v3._launch(*arguments).num_warps == warps
+    iplugin_v3._launch.cache_clear()
 
 
 def test_sizes_beyond_int32_are_refused():
@@ -577,7 +569,7 @@ def test_sizes_beyond_int32_are_refused():
     )
     batch = 2**30
     with pytest.raises(ShapeError) as error:
-        trt_plugin._launch(node, ((batch, 14, 14, 3), (batch, 3, 7, 7, 2)), types, 0)
+        iplugin_v3._launch(node, ((batch, 14, 14, 3), (batch, 3, 7, 7, 2)), types, 0)
     assert str(error.value) == (
         "deformable_sample would take 6442450944 programs; a launch has up to 2147483647. Split the batch."
     )
@@ -591,7 +583,7 @@ def a_tensorrt(name: str, version: str) -> Any:
 
 
 def register_for_sm_90(trt: Any) -> None:
-    trt_plugin.register_ahead_of_time(trt, 90)
+    registry.register_ahead_of_time(trt, 90)
 
 
 RTX_HAS_NONE = "TensorRT-RTX takes no plugins that are compiled ahead of time"
@@ -624,10 +616,10 @@ RTX_HAS_NONE = "TensorRT-RTX takes no plugins that are compiled ahead of time"
 )
 def test_versions_that_cannot_are_named(name, version, plugins, ahead_of_time):
     trt = a_tensorrt(name, version)
-    assert trt_plugin.reasons_against_plugins(trt) == plugins
-    assert trt_plugin.reasons_against_ahead_of_time(trt) == ahead_of_time
+    assert registry.reasons_against_plugins(trt) == plugins
+    assert registry.reasons_against_ahead_of_time(trt) == ahead_of_time
     for register, reasons, what in (
-        (trt_plugin.register_plugins, plugins, "the plugins"),
+        (registry.register_plugins, plugins, "the plugins"),
         (register_for_sm_90, ahead_of_time, "plugins that are compiled ahead of time"),
     ):
         if reasons:
@@ -639,16 +631,17 @@ def test_versions_that_cannot_are_named(name, version, plugins, ahead_of_time):
 def test_without_triton_there_are_no_plugins(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (reason,) = trt_plugin.reasons_against_plugins(a_tensorrt("tensorrt", "11.4.0"))
+    (reason,) = registry.reasons_against_plugins(a_tensorrt("tensorrt", "11.4.0"))
     assert reason == "Triton is not installed, which compiles the kernels; install it with: pip install triton"
     with pytest.raises(UnsupportedError):
-        trt_plugin.register_ahead_of_time(a_tensorrt("tensorrt", "11.4.0"), 90)
+        registry.register_ahead_of_time(a_tensorrt("tensorrt", "11.4.0"), 90)
 
 
 def test_importing_the_plugins_loads_neither_kernels_nor_tensorrt():
     code = (
-        "import sys; from dat_deploy.plugins import trt_plugin; [trt_plugin.specification(o) for o in "
-        "trt_plugin.OPERATORS]; print([m for m in sys.modules if 'tensorrt' in m or m.endswith('.kernel')])"
+        "import sys; from dat_deploy.plugins.tensorrt import registry; from dat_deploy.plugins.operator import *; "
+        "[specification(o) for o in OPERATORS]; "
+        "print([m for m in sys.modules if m.startswith('tensorrt') or m.endswith('.kernel')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603  # fixed
     assert done.stdout.strip() == "[]"
@@ -706,7 +699,7 @@ def test_tensorrt_is_given_ptx_of_every_operator(harness, libraries):
 
 
 def test_one_registry_takes_both_forms_in_turn(harness, libraries):
-    found = harness.run(libraries, "registry")
+    found = harness.run(libraries, "forms")
     quick, python = ["IPluginCreatorV3Quick"], ["_Creator"]
     assert found["steps"] == [["none"], quick, python, quick, quick, ["none"], python, python]
     taken = (

@@ -41,7 +41,14 @@ from dat_deploy.errors import (
 )
 from dat_deploy.metadata import read_metadata
 from dat_deploy.serving.triton import entrypoint
-from dat_deploy.serving.triton.entrypoint import Settings, Steps, Wanted, architecture_of, check_arguments, prepare
+from dat_deploy.serving.triton.entrypoint import (
+    ContainerSettings,
+    Requirements,
+    Steps,
+    architecture_of,
+    check_arguments,
+    prepare,
+)
 
 TENSORRT = "11.3.0.99"
 HARDENED = [
@@ -125,17 +132,17 @@ class Machine:
 
 
 @pytest.fixture
-def settings(demo_onnx: Path, tmp_path: Path) -> Settings:
-    return Settings(model=demo_onnx, cache=tmp_path / "cache", repository=tmp_path / "models")
+def settings(demo_onnx: Path, tmp_path: Path) -> ContainerSettings:
+    return ContainerSettings(model=demo_onnx, cache=tmp_path / "cache", repository=tmp_path / "models")
 
 
-def engine_path(settings: Settings, architecture: int = 90) -> Path:
+def engine_path(settings: ContainerSettings, architecture: int = 90) -> Path:
     source = hashlib.sha256(settings.model.read_bytes()).hexdigest()
     return settings.cache / f"demo-{source[:12]}-sm_{architecture}.engine"
 
 
 @pytest.fixture
-def engine(settings: Settings) -> Path:
+def engine(settings: ContainerSettings) -> Path:
     """Built and validated by an earlier start."""
     prepare(settings, Machine().steps())
     return engine_path(settings)
@@ -150,7 +157,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def test_the_first_start_builds_validates_and_packages_in_that_order(settings: Settings) -> None:
+def test_the_first_start_builds_validates_and_packages_in_that_order(settings: ContainerSettings) -> None:
     machine = Machine()
     command = prepare(settings, machine.steps())
     assert machine.done == ["build", "validate", "package"]
@@ -166,14 +173,16 @@ def test_the_first_start_builds_validates_and_packages_in_that_order(settings: S
     assert command == ["tritonserver", f"--model-repository={settings.repository}", *HARDENED]
 
 
-def test_the_second_start_serves_the_same_engine_at_once(settings: Settings, engine: Path) -> None:
+def test_the_second_start_serves_the_same_engine_at_once(settings: ContainerSettings, engine: Path) -> None:
     machine, before = Machine(), engine.read_bytes()
     prepare(settings, machine.steps())
     assert machine.done == ["package"]
     assert engine.read_bytes() == before
 
 
-def test_an_engine_whose_validation_was_interrupted_is_validated_not_built(settings: Settings, engine: Path) -> None:
+def test_an_engine_whose_validation_was_interrupted_is_validated_not_built(
+    settings: ContainerSettings, engine: Path
+) -> None:
     write_passport(engine, replace(read_passport(engine), verdict=None), force=True)
     machine = Machine()
     prepare(settings, machine.steps())
@@ -181,7 +190,9 @@ def test_an_engine_whose_validation_was_interrupted_is_validated_not_built(setti
 
 
 @pytest.mark.parametrize("passed", [True, False])
-def test_a_verdict_under_limits_of_somebody_else_does_not_count(settings: Settings, engine: Path, passed: bool) -> None:
+def test_a_verdict_under_limits_of_somebody_else_does_not_count(
+    settings: ContainerSettings, engine: Path, passed: bool
+) -> None:
     lenient = replace(PASSED, passed=passed, tolerance=10.0)
     record_verdict(engine, lenient, read_passport(engine).engine_sha256)
     machine = Machine()
@@ -189,7 +200,7 @@ def test_a_verdict_under_limits_of_somebody_else_does_not_count(settings: Settin
     assert machine.done == ["validate", "package"]
 
 
-WANTED = Wanted(TENSORRT, 90, "0" * 64, (Profile(1, 8, 32),), tool_version())
+WANTED = Requirements(TENSORRT, 90, "0" * 64, (Profile(1, 8, 32),), tool_version())
 
 
 @pytest.mark.parametrize(
@@ -214,7 +225,7 @@ def test_what_differs_is_named(demo_onnx: Path, change: dict[str, object], reaso
     assert WANTED.differences(changed) == ([] if reason is None else [reason])
 
 
-def test_another_gpu_has_an_engine_of_its_own_beside_the_first(settings: Settings, engine: Path) -> None:
+def test_another_gpu_has_an_engine_of_its_own_beside_the_first(settings: ContainerSettings, engine: Path) -> None:
     machine = Machine(capabilities=["8.9"])
     prepare(settings, machine.steps())
     assert machine.done == ["build", "validate", "package"]
@@ -223,7 +234,7 @@ def test_another_gpu_has_an_engine_of_its_own_beside_the_first(settings: Setting
 
 
 def test_another_tensorrt_builds_anew_and_says_why(
-    settings: Settings, engine: Path, capsys: pytest.CaptureFixture[str]
+    settings: ContainerSettings, engine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine = Machine(bindings="11.4.0.106", library=(11, 4, 0))
     prepare(settings, machine.steps())
@@ -232,7 +243,7 @@ def test_another_tensorrt_builds_anew_and_says_why(
     assert expected in capsys.readouterr().err
 
 
-def test_a_damaged_engine_is_built_anew(settings: Settings, engine: Path) -> None:
+def test_a_damaged_engine_is_built_anew(settings: ContainerSettings, engine: Path) -> None:
     engine.write_bytes(b"damaged")
     machine = Machine()
     prepare(settings, machine.steps())
@@ -240,7 +251,7 @@ def test_a_damaged_engine_is_built_anew(settings: Settings, engine: Path) -> Non
 
 
 def test_an_engine_that_is_wrong_is_never_served(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: ContainerSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine = Machine(verdict=FAILED)
     monkeypatch.setenv("DAT_DEPLOY_MODEL", str(settings.model))
@@ -258,7 +269,7 @@ def _never(command: list[str]) -> int:
 
 
 def test_skipping_validation_is_the_users_word_and_is_logged(
-    settings: Settings, capsys: pytest.CaptureFixture[str]
+    settings: ContainerSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine = Machine()
     prepare(replace(settings, validate=False), machine.steps())
@@ -270,7 +281,7 @@ def test_skipping_validation_is_the_users_word_and_is_logged(
 
 
 def test_weights_of_the_user_need_their_checkpoint_before_anything_is_built(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: ContainerSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     theirs = replace(read_metadata(settings.model), weights_source="dat_tiny_in1k_224.pth")
     monkeypatch.setattr(entrypoint, "read_metadata", lambda path: theirs)
@@ -289,7 +300,7 @@ def test_weights_of_the_user_need_their_checkpoint_before_anything_is_built(
     assert machine.done[3:] == ["package"]
 
 
-def test_without_a_gpu_it_says_how_to_give_one(settings: Settings) -> None:
+def test_without_a_gpu_it_says_how_to_give_one(settings: ContainerSettings) -> None:
     machine = Machine(capabilities=[])
     with pytest.raises(UnsupportedError) as caught:
         prepare(settings, machine.steps())
@@ -313,7 +324,7 @@ def test_gpus_of_several_kinds_are_refused() -> None:
         architecture_of(["[N/A]"])
 
 
-def test_bindings_of_another_tensorrt_than_the_servers_are_refused(settings: Settings) -> None:
+def test_bindings_of_another_tensorrt_than_the_servers_are_refused(settings: ContainerSettings) -> None:
     machine = Machine(library=(11, 1, 0))
     with pytest.raises(UnsupportedError) as caught:
         prepare(settings, machine.steps())
@@ -344,14 +355,14 @@ def test_a_missing_library_is_refused() -> None:
         entrypoint.library_version(SimpleNamespace(__version__="99.0.0"))  # type: ignore[arg-type]
 
 
-def test_without_tritonserver_nothing_is_built(settings: Settings) -> None:
+def test_without_tritonserver_nothing_is_built(settings: ContainerSettings) -> None:
     machine = Machine(tritonserver=False)
     with pytest.raises(UnsupportedError, match=r"^tritonserver is not on the PATH; run this in the server image"):
         prepare(settings, machine.steps())
     assert machine.done == []
 
 
-def test_on_the_cpu_the_file_itself_is_validated_and_served(settings: Settings) -> None:
+def test_on_the_cpu_the_file_itself_is_validated_and_served(settings: ContainerSettings) -> None:
     machine = Machine(capabilities=[], tritonserver=True)
     prepare(replace(settings, device="cpu", name="shop"), machine.steps())
     assert machine.done == ["validate", "package"]
@@ -359,7 +370,9 @@ def test_on_the_cpu_the_file_itself_is_validated_and_served(settings: Settings) 
     assert (machine.packaged["device"], machine.packaged["name"]) == ("cpu", "shop")
 
 
-def test_a_file_of_one_batch_is_packaged_for_that_batch(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_one_batch_is_packaged_for_that_batch(
+    settings: ContainerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fixed = replace(read_metadata(settings.model), batch=4)
     monkeypatch.setattr(entrypoint, "read_metadata", lambda path: fixed)
     machine = Machine()
@@ -389,14 +402,16 @@ def test_options_that_undo_the_hardening_are_refused(word: str) -> None:
         check_arguments(("--log-verbose=1", word))
 
 
-def test_other_options_are_passed_on(settings: Settings) -> None:
+def test_other_options_are_passed_on(settings: ContainerSettings) -> None:
     check_arguments(("--log-verbose=1", "--http-port", "9000"))
     command = prepare(replace(settings, arguments=("--log-verbose=1", "--http-port", "9000")), Machine().steps())
     assert command[-3:] == ["--log-verbose=1", "--http-port", "9000"]
 
 
 def test_settings_are_read_from_the_environment(demo_onnx: Path) -> None:
-    assert Settings.read({"DAT_DEPLOY_MODEL": str(demo_onnx), "DAT_DEPLOY_NAME": ""}, []) == Settings(model=demo_onnx)
+    assert ContainerSettings.read({"DAT_DEPLOY_MODEL": str(demo_onnx), "DAT_DEPLOY_NAME": ""}, []) == ContainerSettings(
+        model=demo_onnx
+    )
     environment = {
         "DAT_DEPLOY_MODEL": str(demo_onnx),
         "DAT_DEPLOY_CHECKPOINT": str(demo_onnx),
@@ -409,8 +424,8 @@ def test_settings_are_read_from_the_environment(demo_onnx: Path) -> None:
     }
     profiles = (Profile(1, 1, 1), Profile(8, 8, 8))
     cache, repository = Path("/cache"), Path("/models")
-    expected = Settings(demo_onnx, demo_onnx, "shop", profiles, "cpu", False, cache, repository)
-    assert Settings.read(environment, []) == expected
+    expected = ContainerSettings(demo_onnx, demo_onnx, "shop", profiles, "cpu", False, cache, repository)
+    assert ContainerSettings.read(environment, []) == expected
 
 
 @pytest.mark.parametrize(
@@ -432,11 +447,11 @@ def test_wrong_settings_are_refused(
     demo_onnx: Path, environment: dict[str, str], kind: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(kind) as caught:
-        Settings.read({"DAT_DEPLOY_MODEL": str(demo_onnx)} | environment, [])
+        ContainerSettings.read({"DAT_DEPLOY_MODEL": str(demo_onnx)} | environment, [])
     assert str(caught.value).startswith(sentence)
 
 
-def test_a_repository_with_other_models_is_refused(settings: Settings) -> None:
+def test_a_repository_with_other_models_is_refused(settings: ContainerSettings) -> None:
     (settings.repository / "stranger").mkdir(parents=True)
     machine = Machine()
     with pytest.raises(OutputError) as caught:
@@ -447,7 +462,9 @@ def test_a_repository_with_other_models_is_refused(settings: Settings) -> None:
     )
 
 
-def test_two_containers_on_one_volume_build_one_engine(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_containers_on_one_volume_build_one_engine(
+    settings: ContainerSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = Machine(), Machine()
     lock = Path(f"{engine_path(settings)}.lock")
     lock.parent.mkdir()
@@ -469,13 +486,13 @@ def test_two_containers_on_one_volume_build_one_engine(settings: Settings, capsy
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_volume_that_is_not_writable_is_named(settings: Settings) -> None:
+def test_a_volume_that_is_not_writable_is_named(settings: ContainerSettings) -> None:
     settings.cache.mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(OutputError, match=r"mount a volume there that user \d+ may write"):
         prepare(settings, Machine().steps())
 
 
-def test_a_cache_that_is_a_file_is_named(settings: Settings) -> None:
+def test_a_cache_that_is_a_file_is_named(settings: ContainerSettings) -> None:
     settings.cache.write_text("")
     with pytest.raises(OutputError) as caught:
         prepare(settings, Machine().steps())

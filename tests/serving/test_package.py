@@ -288,7 +288,7 @@ def test_a_backbone_has_maps_and_no_labels(engine: Engine, metadata: FileMetadat
 def test_a_file_of_any_image_size_is_warmed_up_at_its_own(metadata: FileMetadata) -> None:
     free = replace(metadata, network=VARIANTS["pp-tiny"], dynamic_image_size=True, class_names=())
     batches = model_config.batches_of_file(free, [4])
-    config = model_config.network_config("free", free, ["logits"], batches, model_config.Settings())
+    config = model_config.network_config("free", free, ["logits"], batches, model_config.ModelSettings())
     assert tuple(config.input[0].dims) == (3, -1, -1)
     assert tuple(config.model_warmup[0].inputs["image"].dims) == (3, 224, 224)
 
@@ -375,7 +375,7 @@ def test_force_replaces_a_model_of_this_command_and_nothing_else(demo_onnx: Path
     (output / "demo/2").mkdir()
     with pytest.raises(OutputError) as caught:
         package([demo_onnx], output)
-    assert str(caught.value) == f"{output}/demo exists; pass --force to replace it, or choose another --name."
+    assert str(caught.value) == f"{output}/demo exists; pass `force=True` to replace it, or choose another `name`."
     report = package([demo_onnx], output, force=True)
     assert configs(report)["demo"].max_batch_size == 32
     assert sorted(snapshot(output)) == list(report.files)
@@ -386,8 +386,8 @@ def test_force_replaces_a_model_of_this_command_and_nothing_else(demo_onnx: Path
         with pytest.raises(OutputError) as caught:
             package([demo_onnx], folder.parent, force=True)
         assert str(caught.value) == (
-            f"{folder} exists and was not written by dat-deploy package, so --force does not replace it. Remove it "
-            f"yourself, or choose another --name."
+            f"{folder} exists and was not written by dat-deploy package, so `force=True` does not replace it. "
+            f"Remove it yourself, or choose another `name`."
         )
         assert len(snapshot(folder)) == 1
 
@@ -396,7 +396,9 @@ def test_an_earlier_step_before_the_network_is_noted(demo_onnx: Path, tmp_path: 
     package([demo_onnx], tmp_path / "models", images=True)
     report = package([demo_onnx], tmp_path / "models", force=True)
     (note,) = report.notes
-    assert note == "demo_images is of an earlier run and was left as it was; write it anew with --images --force"
+    assert (
+        note == "demo_images is of an earlier run and was left as it was; write it anew with `images=True, force=True`"
+    )
 
 
 def test_the_folder_that_one_is_in_can_be_the_repository(
@@ -459,7 +461,7 @@ def test_missing_files_are_told(tmp_path: Path) -> None:
         f"there is no file {tmp_path}/a.onnx. Export one with: dat-deploy export --variant tiny --output a.onnx"
     )
     assert refusal(EngineBuildError, [], tmp_path / "m") == (
-        "no engine to package; give one, such as --engine tiny.onnx."
+        "no engine to package; give one, such as `engines=['tiny.onnx']`."
     )
     assert not (tmp_path / "m").exists()
 
@@ -479,7 +481,7 @@ def test_a_name_that_no_url_takes_is_told(name: str, demo_onnx: Path, tmp_path: 
         package([demo_onnx], tmp_path / "m", name=name)
     assert str(caught.value) == (
         f"'{name}' cannot be a model's name; it takes up to 63 letters, digits, '_', '.' and '-', and begins with a "
-        f"letter or digit, for URLs have it. Give another with --name."
+        f"letter or digit, for URLs have it. Give another with `name`."
     )
 
 
@@ -500,7 +502,7 @@ def test_a_gap_in_the_profiles_is_told(
     most = profiles[-1].split("-")[-1]
     assert refusal(EngineBuildError, [path], tmp_path / "m") == (
         f"{path} takes batch {' or '.join(profiles)}, and Triton forms any batch up to {most}, such as {missing}. "
-        f"Build it for a range: dat-deploy build demo.onnx --batch {rebuild}"
+        f"Build it for a range: `build('demo.onnx', batches=['{rebuild}'])`"
     )
 
 
@@ -518,7 +520,7 @@ def test_engines_that_differ_in_more_than_the_gpu_are_told(
     paths = [engine("a.engine"), engine("b.engine", architectures=("sm_80",), **changes)]
     assert refusal(EngineBuildError, paths, tmp_path / "m") == (
         f"{paths[1]} and {paths[0]} differ in {what}; the engines of one model differ in their architecture alone. "
-        f"Build them from one file alike, or package each under its own --name."
+        f"Build them from one file alike, or package each under its own `name`."
     )
 
 
@@ -548,28 +550,28 @@ def test_engines_of_the_same_gpu_or_none_are_told(engine: Engine, demo_onnx: Pat
     )
     assert refusal(EngineBuildError, [first, demo_onnx], tmp_path / "m") == (
         "2 files were given, and an ONNX file runs on every GPU by itself; several make one model only if they are "
-        "TensorRT engines for different GPUs. Package each under its own --name."
+        "TensorRT engines for different GPUs. Package each under its own `name`."
     )
 
 
 def test_what_triton_has_no_backend_for_is_told(engine: Engine, tmp_path: Path) -> None:
     rtx = engine("rtx.engine", backend="tensorrt-rtx")
     assert refusal(EngineBuildError, [rtx], tmp_path / "m") == (
-        f"{rtx} is an engine of tensorrt-rtx, which Triton has no backend for. Build one of TensorRT: dat-deploy build "
-        f"demo.onnx --backend tensorrt"
+        f"{rtx} is an engine of tensorrt-rtx, which Triton has no backend for. Build one of TensorRT: "
+        f"`build('demo.onnx', backend='tensorrt')`"
     )
     python = engine("python.engine", plugin_form="IPluginV3")
     assert refusal(EngineBuildError, [python], tmp_path / "m") == (
-        f"{python} has its plugins in Python, which tritonserver does not load. Build it with: dat-deploy build "
-        f"demo.onnx --plugins ahead-of-time, or with --lowering gather"
+        f"{python} has its plugins in Python, which tritonserver does not load. Build it with: "
+        f"`build('demo.onnx', plugin_form='ahead-of-time')`, or with `lowering='gather'`"
     )
     package([engine("aot.engine", plugin_form="ahead-of-time")], tmp_path / "aot")
     assert refusal(EngineBuildError, [tmp_path / "a.pt2"], tmp_path / "m") == (
-        f"{tmp_path}/a.pt2 is an AOTInductor package, which Triton has no backend for. Serve it with: dat-deploy serve "
-        f"--engine {tmp_path}/a.pt2"
+        f"{tmp_path}/a.pt2 is an AOTInductor package, which Triton has no backend for. Serve it with: "
+        f"`serve(engine='{tmp_path}/a.pt2')`"
     )
     assert refusal(EngineBuildError, [Path("pytorch:tiny")], tmp_path / "m") == (
-        "--engine got 'pytorch:tiny'; Triton serves FILE.onnx and TensorRT's FILE.engine."
+        "`engines` got 'pytorch:tiny'; Triton serves FILE.onnx and TensorRT's FILE.engine."
     )
     assert refusal(EngineBuildError, [engine("gpu.engine")], tmp_path / "m", device="cpu") == (
         f"{tmp_path}/gpu.engine is a TensorRT engine and runs on GPUs alone. Package an ONNX file for a CPU."
@@ -581,7 +583,7 @@ def test_a_file_of_operators_without_bodies_is_told(demo_onnx: Path, tmp_path: P
     relower(demo_onnx, path, "plugin")
     assert refusal(ExportError, [path], tmp_path / "m") == (
         f"{path} has lowering 'plugin': its operators have no body, which Triton's ONNX Runtime cannot run. Change it "
-        f"with: dat-deploy export --from {path} --lowering function"
+        f"with: `relower(source='{path}', lowering='function')`"
     )
 
 
@@ -597,8 +599,8 @@ def with_metadata(source: Path, path: Path, **changes: Any) -> Path:
 def test_bfloat16_on_a_cpu_is_told(demo_onnx: Path, tmp_path: Path) -> None:
     path = with_metadata(demo_onnx, tmp_path / "demo.onnx", precision="bf16")
     assert refusal(UnsupportedError, [path], tmp_path / "m", device="cpu") == (
-        f"{path} computes in bf16, for which ONNX Runtime has no kernels on a CPU. Export it with --precision fp32, or "
-        f"serve it with --device gpu."
+        f"{path} computes in bf16, for which ONNX Runtime has no kernels on a CPU. Export it with "
+        f"`precision='fp32'`, or serve it with `device='gpu'`."
     )
 
 
@@ -606,7 +608,7 @@ def test_other_preprocessing_here_is_a_wrong_answer(demo_onnx: Path, tmp_path: P
     path = with_metadata(demo_onnx, tmp_path / "demo.onnx", golden_sha256="0" * 64)
     assert refusal(VerificationError, [path], tmp_path / "m") == (
         f"{path}: the golden picture comes out otherwise here than at export, so images would be preprocessed "
-        f"otherwise. See what differs with: dat-deploy preprocess --check --engine {path}"
+        f"otherwise. See what differs with: `check_preprocessing(engine='{path}')`"
     )
 
 
@@ -616,35 +618,35 @@ def test_an_engine_that_failed_its_validation_is_a_wrong_answer(
     path = engine(verdict=bad_verdict)
     assert refusal(VerificationError, [path], tmp_path / "m") == (
         f"{path} failed its last validation, of 2026-11-21T00:00:00+00:00: it differs from PyTorch. Look into it "
-        f"with: dat-deploy validate --engine {path}"
+        f"with: `validate(engine='{path}')`"
     )
 
 
 def test_an_engine_that_was_never_validated_is_noted(engine: Engine, tmp_path: Path) -> None:
     path = engine(verdict=None)
     report = package([path], tmp_path / "m")
-    assert report.notes[0] == f"{path} was never validated: dat-deploy validate --engine {path}"
+    assert report.notes[0] == f"{path} was never validated: `validate(engine='{path}')`"
 
 
 SETTINGS: dict[str, tuple[type[DatDeployError], dict[str, Any], str]] = {
     "batch": (
         ShapeError,
         {"batches": [0]},
-        "--batch got '0'; it takes the batches to prefer, such as 8,32, each from 1 on.",
+        "`batches` got '0'; it takes the batches to prefer, such as 8,32, each from 1 on.",
     ),
     "device": (UnsupportedError, {"device": "tpu"}, "no device 'tpu'; a model is served on gpu or cpu."),
-    "instances": (ShapeError, {"instances": 0}, "--instances got 0; it takes a number from 1 to 2147483647."),
-    "delay": (ShapeError, {"queue_delay_us": -1}, "--queue-delay-us got -1; it takes a number from 0 to 2147483647."),
+    "instances": (ShapeError, {"instances": 0}, "`instances` got 0; it takes a number from 1 to 2147483647."),
+    "delay": (ShapeError, {"queue_delay_us": -1}, "`queue_delay_us` got -1; it takes a number from 0 to 2147483647."),
     "kserve alone": (
         DatDeployError,
         {"kserve": Path("x.yaml")},
-        "--kserve and --storage-uri go together: the file to write, and where the repository will be, such as "
+        "`kserve` and `storage_uri` go together: the file to write, and where the repository will be, such as "
         "s3://bucket/model_repository.",
     ),
     "no URI": (
         DatDeployError,
         {"kserve": Path("x.yaml"), "storage_uri": "models"},
-        "--storage-uri got 'models'; it takes where KServe finds the repository, such as s3://bucket/model_repository "
+        "`storage_uri` got 'models'; it takes where KServe finds the repository, such as s3://bucket/model_repository "
         "or pvc://volume/model_repository.",
     ),
 }
@@ -661,7 +663,7 @@ def test_settings_that_are_not_accepted_are_told(
 def test_an_output_that_is_no_folder_is_told(demo_onnx: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert refusal(OutputError, [demo_onnx], tmp_path / "file") == (
-        f"{tmp_path}/file is a file; --output takes a folder, such as model_repository."
+        f"{tmp_path}/file is a file; `output` takes a folder, such as model_repository."
     )
     assert refusal(OutputError, [demo_onnx], tmp_path / "a/b") == (
         f"folder {tmp_path}/a does not exist; make it first: mkdir -p {tmp_path}/a"

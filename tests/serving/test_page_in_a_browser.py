@@ -567,7 +567,7 @@ def test_an_engine_without_points_still_classifies_and_says_how_to_get_them(new_
         page.classify(BOOT)
         wanted = [(best["name"], written(best["probability"])) for best in server.ask(BOOT, 0)["predictions"]]
         assert shown(page) == wanted
-        assert page.text("#note") == "demo gives no sampled points. Export it with --sampling-locations for them."
+        assert page.text("#note") == "demo gives no sampled points. Export it with `sampling_locations=True` for them."
         assert page.js("at('canvas').checkVisibility() && !at('choice').checkVisibility()")
         assert page.canvas().max() > 200  # the picture, not toned
         assert page.complaints() == []

@@ -15,10 +15,10 @@ from dat_deploy.networks.dat.variants import VARIANTS
 from dat_deploy.serving.triton.preprocessing_graph import preprocessing_graph
 
 PREPROCESSINGS = {
-    "tiny": Preprocessing.from_variant(VARIANTS["tiny"]),  # 224 of 256
-    "base-384": Preprocessing.from_variant(VARIANTS["base-384"]),  # 384 of 438
-    "pp-base-384": Preprocessing.from_variant(VARIANTS["pp-base-384"]),  # no crop
-    "demo": Preprocessing.from_variant(VARIANTS["demo"]),  # enlarges Fashion-MNIST
+    "tiny": VARIANTS["tiny"].preprocessing,  # 224 of 256
+    "base-384": VARIANTS["base-384"].preprocessing,  # 384 of 438
+    "pp-base-384": VARIANTS["pp-base-384"].preprocessing,  # no crop
+    "demo": VARIANTS["demo"].preprocessing,  # enlarges Fashion-MNIST
     "odd": Preprocessing((33, 7), (36, 10), mean=(0.1, 0.2, 0.3), std=(0.3, 1.0, 7.0)),  # odd margins
 }
 SIZES = [(1, 1), (1, 9), (5, 1), (2, 3), (28, 28), (37, 53), (224, 224), (256, 256), (333, 517), (64, 1000), (600, 400)]

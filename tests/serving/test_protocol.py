@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dat_deploy.serving.own.protocol import InferRequest, RequestError, Wanted, infer_response, parse_infer
+from dat_deploy.serving.own.protocol import InferRequest, OutputRequest, RequestError, infer_response, parse_infer
 from dat_deploy.serving.tensors import TensorSpec
 
 IMAGE = TensorSpec("image", "FP32", (-1, 3, 2, 2))
@@ -46,9 +46,9 @@ def test_bytes_behind_the_json_are_the_images():
 
 
 def test_all_outputs_are_given_where_none_is_asked_for():
-    assert parse({"inputs": [image()]}).wanted == (Wanted("logits", False), Wanted("maps", False))
+    assert parse({"inputs": [image()]}).outputs == (OutputRequest("logits", False), OutputRequest("maps", False))
     binary = parse({"inputs": [image()], "parameters": {"binary_data_output": True}})
-    assert binary.wanted == (Wanted("logits", True), Wanted("maps", True))
+    assert binary.outputs == (OutputRequest("logits", True), OutputRequest("maps", True))
 
 
 def test_outputs_are_given_as_each_is_asked_for():
@@ -57,7 +57,7 @@ def test_outputs_are_given_as_each_is_asked_for():
         {"name": "logits", "parameters": {"classification": 2}},
     ]
     found = parse({"id": "7", "inputs": [image()], "outputs": outputs})
-    assert found.wanted == (Wanted("maps", True), Wanted("logits", False, 2))
+    assert found.outputs == (OutputRequest("maps", True), OutputRequest("logits", False, 2))
     assert found.id == "7"
 
 
@@ -157,14 +157,14 @@ def test_what_is_no_json_is_refused(text):
         parse_infer(text, None, IMAGE, (LOGITS,), most=1)
 
 
-def answer(wanted: tuple[Wanted, ...], **values: np.ndarray) -> tuple[bytes, dict[str, str]]:
-    request = InferRequest("a", np.zeros((1, 3, 2, 2), np.float32), wanted)
+def answer(outputs: tuple[OutputRequest, ...], **values: np.ndarray) -> tuple[bytes, dict[str, str]]:
+    request = InferRequest("a", np.zeros((1, 3, 2, 2), np.float32), outputs)
     return infer_response("demo", "1", request, values, ["cat", "dog: small", "é", "x"])
 
 
 def test_json_answer_holds_the_exact_numbers():
     logits = np.array([[0.1, -2.5, 3e-8, 7]], np.float32)
-    body, headers = answer((Wanted("logits", False),), logits=logits)
+    body, headers = answer((OutputRequest("logits", False),), logits=logits)
     found = json.loads(body)
     assert (found["model_name"], found["model_version"], found["id"]) == ("demo", "1", "a")
     output = found["outputs"][0]
@@ -175,7 +175,7 @@ def test_json_answer_holds_the_exact_numbers():
 
 def test_binary_answer_says_where_its_bytes_begin():
     logits, maps = np.ones((1, 4), np.float32), np.arange(2, dtype=np.float32).reshape(1, 1, 2)
-    body, headers = answer((Wanted("maps", True), Wanted("logits", True)), logits=logits, maps=maps)
+    body, headers = answer((OutputRequest("maps", True), OutputRequest("logits", True)), logits=logits, maps=maps)
     length = int(headers["inference-header-content-length"])
     sizes = [output["parameters"]["binary_data_size"] for output in json.loads(body[:length])["outputs"]]
     assert sizes == [8, 16]
@@ -183,7 +183,7 @@ def test_binary_answer_says_where_its_bytes_begin():
 
 
 def test_classification_names_the_best_classes():
-    body, _ = answer((Wanted("logits", False, 9),), logits=np.array([[1, 3, 2, -1.5]], np.float32))
+    body, _ = answer((OutputRequest("logits", False, 9),), logits=np.array([[1, 3, 2, -1.5]], np.float32))
     output = json.loads(body)["outputs"][0]
     assert (output["datatype"], output["shape"]) == ("BYTES", [1, 4])
     assert output["data"] == ["3.000000:1:dog: small", "2.000000:2:é", "1.000000:0:cat", "-1.500000:3:x"]
@@ -191,4 +191,4 @@ def test_classification_names_the_best_classes():
 
 def test_an_answer_that_is_not_finite_is_refused():
     with pytest.raises(RequestError, match="output 'logits' holds NaN or infinity for these images"):
-        answer((Wanted("logits", True),), logits=np.array([[1, np.nan, 1, 1]], np.float32))
+        answer((OutputRequest("logits", True),), logits=np.array([[1, np.nan, 1, 1]], np.float32))

@@ -130,7 +130,7 @@ def test_points_of_a_file_without_them_are_refused(demo_onnx):
     one, _ = replica(demo_onnx)
     reply = asyncio.run(one.classify(PICTURE.read_bytes(), 3, points=True, seconds=30))
     assert reply.status == 400
-    sentence = "demo gives no sampled points. Export it with --sampling-locations for them."
+    sentence = "demo gives no sampled points. Export it with `sampling_locations=True` for them."
     assert json.loads(reply.body) == {"error": sentence}
 
 

@@ -1,55 +1,43 @@
 """An exported file -> TensorRT engine with its passport."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import ModuleType
 
 import onnx_ir as ir
 import torch
 
-from dat_deploy.engine.inspector import count_types, deserialized, layers_of
-from dat_deploy.engine.passport import Passport, Profile, sha256, versions
+from dat_deploy.engine.backend import BuildRequest, BuiltEngine
+from dat_deploy.engine.passport import Passport, sha256, versions
 from dat_deploy.engine.source import EngineSource, check_plugin_form
-from dat_deploy.engine.tensorrt.build import serialized_engine
+from dat_deploy.engine.tensorrt.layers import count_types, deserialized, layers_of
 from dat_deploy.engine.tensorrt.library import import_tensorrt
 from dat_deploy.engine.tensorrt.lowering_choice import choose_lowering
+from dat_deploy.engine.tensorrt.serialize import serialized_engine
 from dat_deploy.engine.tensorrt.session import check_fits
 from dat_deploy.environment import driver_cuda_version, gpu_architecture
 from dat_deploy.errors import EngineRunError, UnsupportedError
 from dat_deploy.export.lowering import lower
-from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.plugins.tensorrt import registry
 
 __all__ = ["engine_and_passport"]
 
-Progress = Callable[[str], None]
 
-
-def engine_and_passport(
-    source: EngineSource,
-    *,
-    backend: str,
-    profiles: tuple[Profile, ...],
-    plugin_form: str,
-    architectures: Sequence[int],
-    timing_cache: Path | None,
-    workspace_bytes: int | None,
-    command: Sequence[str],
-    progress: Progress,
-) -> tuple[bytes, Passport, tuple[str, ...]]:
-    """An engine of TensorRT or TensorRT-RTX, its passport, and notes for the user; the arguments are those of `build`.
+def engine_and_passport(source: EngineSource, request: BuildRequest) -> BuiltEngine:
+    """An engine of TensorRT or TensorRT-RTX, for a request that was checked.
 
     Raises:
         DatDeployError: as `build`.
     """
+    backend, plugin_form, architectures = request.backend, request.plugin_form, request.architectures
     trt = import_tensorrt(backend)
     here = gpu_architecture()
     if backend == "tensorrt" and here is None:
         raise UnsupportedError(
             f"TensorRT builds on a GPU, and torch {torch.__version__} sees none here. Build where one is, or with "
-            f"--backend tensorrt-rtx, which needs none for that."
+            f'`backend="tensorrt-rtx"`, which needs none for that.'
         )
     metadata, model, size = source.metadata, source.model, source.image_size
     lowering = source.lowering
@@ -59,9 +47,9 @@ def engine_and_passport(
 
     notes: tuple[str, ...] = ()
     if lowering == "auto":
-        most = max(profile.most for profile in profiles)
+        most = max(profile.most for profile in request.profiles)
         choice = choose_lowering(
-            trt, backend, metadata, most, size, register_plugins=register_plugins, progress=progress
+            trt, backend, metadata, most, size, register_plugins=register_plugins, progress=request.progress
         )
         lowering, notes = choice.lowering, (choice.reason,)
         check_plugin_form(plugin_form, lowering)
@@ -72,13 +60,13 @@ def engine_and_passport(
         trt,
         backend,
         model,
-        profiles,
+        request.profiles,
         size,
         plugin_form=form,
         architectures=architectures,
-        timing_cache=timing_cache,
-        workspace_bytes=workspace_bytes,
-        progress=progress,
+        timing_cache=request.timing_cache,
+        workspace_bytes=request.workspace_bytes,
+        progress=request.progress,
     )
     passport = Passport(
         engine_sha256=sha256(built.content),
@@ -87,7 +75,7 @@ def engine_and_passport(
         backend_version=trt.__version__,
         versions=versions(),
         architectures=tuple(f"sm_{a}" for a in architectures or ([here] if here and backend == "tensorrt" else [])),
-        profiles=profiles,
+        profiles=request.profiles,
         outputs=tuple(value.name for value in model.graph.output),
         layers=built.layers,
         kinds=built.kinds,
@@ -97,14 +85,14 @@ def engine_and_passport(
         metadata=_of_engine(metadata, lowering, size),
         source=source.path.name,
         source_sha256=source.sha256,
-        rebuild=tuple(command),
+        rebuild=request.command,
     )
     try:
         check_fits(passport, trt, source.path.name)
     except UnsupportedError:
-        return built.content, passport, notes  # it was built for other GPUs, which will tell
-    passport, told = _confirmed(trt, built.content, passport)
-    return built.content, passport, (*notes, *told)
+        return BuiltEngine(built.content, passport, notes)  # it was built for other GPUs, which will tell
+    passport, doubts = _confirmed(trt, built.content, passport)
+    return BuiltEngine(built.content, passport, (*notes, *doubts))
 
 
 def _confirmed(trt: ModuleType, content: bytes, passport: Passport) -> tuple[Passport, tuple[str, ...]]:
@@ -113,42 +101,43 @@ def _confirmed(trt: ModuleType, content: bytes, passport: Passport) -> tuple[Pas
         layers = layers_of(trt, deserialized(trt, content))
     except (EngineRunError, ValueError, KeyError, AttributeError, TypeError) as error:  # of any JSON
         return passport, (f"the layers of the engine could not be listed ({error}), so its types are not confirmed.",)
-    found, parsed = sum(layer.is_plugin for layer in layers), sum(passport.plugins.values())
-    note = f"the network has {parsed} plugin layers and the engine {found}; look at dat-deploy inspect --layers."
-    return dataclasses.replace(passport, engine_layers=count_types(layers)), (note,) if found != parsed else ()
+    built, parsed = sum(layer.is_plugin for layer in layers), sum(passport.plugins.values())
+    note = f"the network has {parsed} plugin layers and the engine {built}; look at dat-deploy inspect --layers."
+    return dataclasses.replace(passport, engine_layers=count_types(layers)), (note,) if built != parsed else ()
 
 
 def _register_form(trt: ModuleType, backend: str, plugin_form: str, architectures: Sequence[int]) -> str:
-    """Make the plugins known to TensorRT in the form that was asked for; returns it.
+    """Make the plugins known to TensorRT in that form, or for `auto` in the best one; returns it.
 
     Raises:
         UnsupportedError: if that form cannot be used here.
     """
     against = {
-        "IPluginV3": trt_plugin.reasons_against_plugins(trt),
-        "ahead-of-time": trt_plugin.reasons_against_ahead_of_time(trt),
+        "IPluginV3": registry.reasons_against_plugins(trt),
+        "ahead-of-time": registry.reasons_against_ahead_of_time(trt),
     }
     form = plugin_form
     if form == "auto":
         form = "IPluginV3" if against["ahead-of-time"] else "ahead-of-time"
     if against[form]:
+        instead = '`lowering="gather"`' if against["IPluginV3"] else '`plugin_form="IPluginV3"`'
         raise UnsupportedError(
             f"the {form} plugins cannot be used with {backend} {trt.__version__} here: {'; '.join(against[form])}. "
-            f"Build with {'--plugins IPluginV3' if not against['IPluginV3'] else '--lowering gather'} instead."
+            f"Build with {instead} instead."
         )
     if form == "IPluginV3":
-        trt_plugin.register_plugins(trt)
+        registry.register_plugins(trt)
         return form
     from dat_deploy.plugins.ptx import newest_ptx_version
 
     targets = sorted(set(architectures)) or [gpu_architecture() or 0]
     if len(targets) > 1 and targets[0] >= 90:
         raise UnsupportedError(
-            f"the kernels for sm_{targets[0]} run on no other architecture, and --arch also has "
+            f"the kernels for sm_{targets[0]} run on no other architecture, and `architectures` also has "
             f"{', '.join(f'sm_{a}' for a in targets[1:])}. Build an engine for each, or begin with one below 90."
         )
     driver = driver_cuda_version()
-    trt_plugin.register_ahead_of_time(trt, targets[0], newest_ptx_version(targets[0], driver) if driver else None)
+    registry.register_ahead_of_time(trt, targets[0], newest_ptx_version(targets[0], driver) if driver else None)
     return form
 
 
@@ -158,7 +147,7 @@ def _of_engine(metadata: FileMetadata, lowering: str, size: tuple[int, int]) -> 
     if not metadata.dynamic_image_size:
         return metadata
     network = metadata.network.with_image_size(*size)
-    preprocessing = Preprocessing.from_variant(network)
+    preprocessing = network.preprocessing
     golden = golden_sha256(preprocessing) if metadata.golden_sha256 else ""
     return dataclasses.replace(
         metadata, network=network, preprocessing=preprocessing, golden_sha256=golden, dynamic_image_size=False

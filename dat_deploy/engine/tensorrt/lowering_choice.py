@@ -21,22 +21,21 @@ import torch
 from numpy.typing import NDArray
 
 from dat_deploy.engine.passport import Profile, sha256
-from dat_deploy.engine.tensorrt.build import serialized_engine
 from dat_deploy.engine.tensorrt.library import reasons_against_gpu
+from dat_deploy.engine.tensorrt.serialize import serialized_engine
 from dat_deploy.engine.tensorrt.session import Session
 from dat_deploy.environment import gpu_architecture, installed_version, nvidia_smi, tool_version
 from dat_deploy.errors import DatDeployError, OutputError, VerificationError
 from dat_deploy.export import export, relower
 from dat_deploy.files import atomic_output
 from dat_deploy.metadata import FileMetadata, load_onnx
-from dat_deploy.networks.dat.checkpoint import load_model
-from dat_deploy.networks.dat.model import half_network
-from dat_deploy.networks.dat.variants import Variant
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.networks.family import Network, family_of
+from dat_deploy.plugins.tensorrt import registry
 from dat_deploy.plugins.tuning import configurations_path
+from dat_deploy.precision import FULL, PRECISIONS
 from dat_deploy.typed_json import typed
 
-__all__ = ["Choice", "LoweringVerdict", "choose_lowering", "small_network", "stored_verdicts", "try_lowerings"]
+__all__ = ["Choice", "LoweringVerdict", "choose_lowering", "stored_verdicts", "try_lowerings"]
 
 CANDIDATES = ("plugin", "gather", "function", "hat", "gridsample")
 Outputs = dict[str, NDArray[np.float32]]
@@ -98,14 +97,14 @@ def choose_lowering(
     """
     architecture = gpu_architecture()
     if architecture is None:
-        against = trt_plugin.reasons_against_plugins(trt)
+        against = registry.reasons_against_plugins(trt)
         none_here = "no GPU is at hand to try the lowerings on"
         if not against:
             return Choice("plugin", f"{none_here}; took plugin, whose kernels are tested by themselves.")
         return Choice("gather", f"{none_here}, and the plugins cannot be used ({'; '.join(against)}); took gather.")
     reasons = reasons_against_gpu(trt, backend, architecture)
     if reasons:
-        lowering = "gather" if trt_plugin.reasons_against_plugins(trt) else "plugin"
+        lowering = "gather" if registry.reasons_against_plugins(trt) else "plugin"
         return Choice(lowering, f"{'; '.join(reasons)}, so nothing was tried; took {lowering}.")
     network = metadata.network.with_image_size(*image_size)
     where = f"{backend} {trt.__version__}, sm_{architecture}, driver {' '.join(nvidia_smi('driver_version')[:1])}"
@@ -116,46 +115,45 @@ def choose_lowering(
         def execute(lowering: str, model: onnx.ModelProto, images: NDArray[np.float32]) -> tuple[Outputs, float]:
             return _execute(trt, backend, lowering, model, images, register_plugins)
 
-        precision = "fp32" if metadata.precision == "int8" else metadata.precision  # of the operators in such a file
+        quantized = not PRECISIONS[metadata.precision].is_exported
+        precision = FULL.name if quantized else metadata.precision  # of the operators in such a file
         verdicts = try_lowerings(network, precision, batch, execute, progress=progress)
         if any(verdict.passed for verdict in verdicts):  # else something may be wrong that will be mended
             with contextlib.suppress(OSError, OutputError):  # without it, the next build tries again
                 _store(where, what, verdicts)
     passed = [verdict for verdict in verdicts if verdict.passed]
-    told = "; ".join(map(str, verdicts))
+    listed = "; ".join(map(str, verdicts))
     if not passed:
         raise VerificationError(
-            f"no lowering is right with {where}: {told}. Use --backend aotinductor, and report this."
+            f'no lowering is right with {where}: {listed}. Use `backend="aotinductor"`, and report this.'
         )
     best = min(passed, key=lambda verdict: verdict.ms or 0.0)
-    return Choice(best.lowering, f"took {best.lowering}, the fastest that is right with {where}: {told}.", verdicts)
+    return Choice(best.lowering, f"took {best.lowering}, the fastest that is right with {where}: {listed}.", verdicts)
 
 
-def _digest(network: Variant) -> str:
+def _digest(network: Network) -> str:
     """Of what else decides how the lowerings do: the blocks, and the versions that made the kernels and the files."""
     made_by = [tool_version(), *(installed_version(package) for package in ("torch", "triton", "onnxscript"))]
-    return sha256(json.dumps([dataclasses.asdict(small_network(network)), made_by]).encode())[:8]
-
-
-def small_network(network: Variant) -> Variant:
-    """A backbone with one block of each kind that a stage of `network` has, at its sizes."""
-    stages = tuple(dataclasses.replace(stage, blocks="".join(dict.fromkeys(stage.blocks))) for stage in network.stages)
-    return dataclasses.replace(network, name=f"{network.name}-blocks", stages=stages, features=(0, 1, 2, 3))
+    return sha256(json.dumps([dataclasses.asdict(network.small()), made_by]).encode())[:8]
 
 
 def try_lowerings(
-    network: Variant, precision: str, batch: int, execute: Execute, *, progress: Progress = lambda _: None
+    network: Network, precision: str, batch: int, execute: Execute, *, progress: Progress = lambda _: None
 ) -> tuple[LoweringVerdict, ...]:
-    """Build and run each lowering of `small_network(network)` on a batch of different images, against float64.
+    """Build and run each lowering of `network.small()` on a batch of different images, against float64.
 
     Args:
         execute: (lowering, model, images) -> outputs by name, and milliseconds of a call; what it raises is a verdict.
     """
-    small = small_network(network)
-    model = load_model(small)
+    small = network.small()
+    family = family_of(small)
+    weights = family.weights(small)
     images = np.random.default_rng(0).standard_normal((batch, 3, *small.image_size)).astype(np.float32)
-    exact = _eager(model.double(), images)
-    tolerances = _tolerances(small, precision, images, exact)
+    exact = _eager(family.module(small, weights).double(), small, images)
+    eager = family.module(small, weights)
+    if precision != "fp32":
+        eager = family.rounded(eager, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+    tolerances = _tolerances(precision, _eager(eager, small, images), exact)
     verdicts = []
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder, "function.onnx")
@@ -197,26 +195,26 @@ def _verdict(
 
 
 @torch.inference_mode()
-def _eager(model: torch.nn.Module, images: NDArray[np.float32]) -> Outputs:
+def _eager(model: torch.nn.Module, network: Network, images: NDArray[np.float32]) -> Outputs:
     """One image at a time, so that no slot can disturb another."""
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
-    maps: dict[str, list[Any]] = {}
+    outputs: dict[str, list[Any]] = {}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for image in torch.from_numpy(images):
-            for i, result in enumerate(model(image[None].to(device, dtype))):
-                maps.setdefault(f"feature_map_{i}", []).append(result.double().cpu().numpy())
-    return {name: np.concatenate(results) for name, results in maps.items()}
+            results = model(image[None].to(device, dtype))
+            results = results if isinstance(results, tuple) else (results,)
+            for name, result in zip(network.output_names(), results, strict=True):
+                outputs.setdefault(name, []).append(result.double().cpu().numpy())
+    return {name: np.concatenate(results) for name, results in outputs.items()}
 
 
-def _tolerances(small: Variant, precision: str, images: NDArray[np.float32], exact: Outputs) -> dict[str, float]:
+def _tolerances(precision: str, rounded: Outputs, exact: Outputs) -> dict[str, float]:
     """Twice the error of eager PyTorch in that precision, on the same images."""
-    model = load_model(small)
-    if precision != "fp32":
-        model = half_network(model, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
-    rounded = _eager(model, images)
-    least = 1e-4 if precision == "fp32" else 0.0  # two orders of summation differ by more than one does from exact
+    least = (
+        0.0 if PRECISIONS[precision].is_half else 1e-4
+    )  # two orders of summation differ by more than one does from exact
     return {name: max(least, 2 * float(np.abs(rounded[name] - exact[name]).max())) for name in exact}
 
 
@@ -257,6 +255,6 @@ def _store(where: str, what: str, verdicts: tuple[LoweringVerdict, ...]) -> None
     stored.setdefault(where, {})[what] = verdicts
     path = _verdicts_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {w: {k: [dataclasses.asdict(v) for v in found] for k, found in by.items()} for w, by in stored.items()}
+    plain = {w: {k: [dataclasses.asdict(v) for v in each] for k, each in by.items()} for w, by in stored.items()}
     with atomic_output(path, force=True) as temporary:
         temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")

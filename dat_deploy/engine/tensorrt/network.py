@@ -10,12 +10,14 @@ import onnx
 
 from dat_deploy.engine.tensorrt.library import Log
 from dat_deploy.errors import EngineBuildError, VerificationError
-from dat_deploy.plugins.onnx_domain import DOMAIN_NAME, PLUGIN_ATTRIBUTES
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.metadata import DOMAIN_NAME
+from dat_deploy.plugins.specification import PLUGIN_ATTRIBUTES
+from dat_deploy.plugins.tensorrt.calls import last_error
+from dat_deploy.precision import EXPORTED, PRECISIONS
 
 __all__ = ["ParsedNetwork", "parsed_network", "without_plugins"]
 
-_TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
+_NAMES = {row.tensorrt: row.name for row in PRECISIONS.values()}
 _CASTS = ("CAST", "QUANTIZE", "DEQUANTIZE")
 _PRODUCTS = ("CONVOLUTION", "MATRIX_MULTIPLY")
 
@@ -47,36 +49,35 @@ def parsed_network(
 
     Args:
         plugins: every operator is to become a plugin layer; they are registered. Else none is to.
-        ahead_of_time: take the plugins whose kernels are baked into the engine, see `plugins.trt_plugin`.
+        ahead_of_time: take the plugins whose kernels are baked into the engine, see `plugins.tensorrt.ahead_of_time`.
 
     Raises:
         EngineBuildError: if TensorRT does not take the file; its words are in the message.
         VerificationError: if the network is not what the file says.
     """
-    trt_plugin.last_error()  # of something earlier
+    last_error()  # of something earlier
     builder = trt.Builder(log.logger)
     flags = trt.NetworkDefinitionCreationFlag.__members__
-    wanted = ["STRONGLY_TYPED"] + ["PREFER_AOT_PYTHON_PLUGINS"] * ahead_of_time
-    network = builder.create_network(sum(1 << int(flags[name]) for name in wanted if name in flags))
+    kind_words = ["STRONGLY_TYPED"] + ["PREFER_AOT_PYTHON_PLUGINS"] * ahead_of_time
+    network = builder.create_network(sum(1 << int(flags[name]) for name in kind_words if name in flags))
     if network is None:
         raise EngineBuildError(
-            f"TensorRT {trt.__version__} makes no network of the kind {' | '.join(wanted)}; it said: {log.tail()}. "
-            f"Build with --plugins IPluginV3."
+            f"TensorRT {trt.__version__} makes no network of the kind {' | '.join(kind_words)}; it said: {log.tail()}. "
+            f'Build with `plugin_form="IPluginV3"`.'
         )
     parser = trt.OnnxParser(network, log.logger)
-    asked = model if plugins else without_plugins(model)
-    if not parser.parse(asked.SerializeToString()):
-        plugin = trt_plugin.last_error()
+    if not parser.parse((model if plugins else without_plugins(model)).SerializeToString()):
+        plugin = last_error()
         if plugin is not None:
             raise EngineBuildError(f"a plugin refused its node: {plugin}") from plugin
-        said = [parser.get_error(i).desc() for i in range(parser.num_errors)][:3] or [log.tail()]
-        words = " | ".join(" ".join(text.split()) for text in dict.fromkeys(said))
-        raise EngineBuildError(f"TensorRT cannot read the file: {words}. Export it again, or try --lowering gather.")
+        reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)][:3] or [log.tail()]
+        words = " | ".join(" ".join(text.split()) for text in dict.fromkeys(reasons))
+        raise EngineBuildError(f'TensorRT cannot read the file: {words}. Export it again, or try `lowering="gather"`.')
     operators = {node.name: node.op_type for node in model.graph.node if node.domain == DOMAIN_NAME}
     layers: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
-    found: Counter[str] = Counter()
-    dequantized: set[str] = set()  # tensors
+    built: Counter[str] = Counter()  # plugins
+    dequantized: dict[str, str] = {}  # tensor -> the precision that it had before
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         kind = layer.type.name
@@ -84,25 +85,32 @@ def parsed_network(
             continue
         kinds[kind] += 1
         read = [tensor.name for j in range(layer.num_inputs) if (tensor := layer.get_input(j)) is not None][:2]
-        is_quantized = bool(read) and dequantized.issuperset(read)
-        if kind == "DEQUANTIZE" or (kind == "SHUFFLE" and is_quantized):
-            dequantized.add(layer.get_output(0).name)
+        is_quantized = bool(read) and dequantized.keys() >= set(read)
+        if kind == "DEQUANTIZE":
+            dequantized[layer.get_output(0).name] = _precision(layer.get_input(0))
+        elif kind == "SHUFFLE" and is_quantized:
+            dequantized[layer.get_output(0).name] = dequantized[read[0]]
         if kind in _CASTS:
             layers["cast"] += 1
         elif kind in _PRODUCTS and is_quantized:
-            layers["int8"] += 1
+            layers[dequantized[read[-1]]] += 1
         else:
-            layers[_TYPES.get(layer.get_output(0).dtype.name, "integer")] += 1
+            precision = _precision(layer.get_output(0))
+            layers[precision if precision in EXPORTED else "integer"] += 1
         if kind.startswith("PLUGIN"):
-            found[operators.get(layer.name, layer.name)] += 1
+            built[operators.get(layer.name, layer.name)] += 1
     expected = Counter(operators.values()) if plugins else Counter()
-    if found != expected:
+    if built != expected:
         raise VerificationError(
-            f"TensorRT's network should have {_listed(expected)} as plugins, but has {_listed(found)}. "
-            f"Build with --lowering gather, and report this."
+            f"TensorRT's network should have {_listed(expected)} as plugins, but has {_listed(built)}. "
+            f'Build with `lowering="gather"`, and report this.'
         )
-    by_type = {name: layers[name] for name in ("int8", "fp16", "bf16", "fp32", "integer", "cast") if layers[name]}
-    return ParsedNetwork(network, builder, by_type, dict(kinds), dict(found), (parser, log))
+    by_type = {name: layers[name] for name in (*reversed(PRECISIONS), "integer", "cast") if layers[name]}
+    return ParsedNetwork(network, builder, by_type, dict(kinds), dict(built), (parser, log))
+
+
+def _precision(tensor: Any) -> str:
+    return _NAMES.get(tensor.dtype.name, "integer")
 
 
 def _listed(counts: Counter[str]) -> str:

@@ -16,7 +16,7 @@ from dat_deploy.engine.passport import Passport, Profile
 from dat_deploy.engine.tensorrt.library import Log, reasons_against_gpu
 from dat_deploy.environment import gpu_architecture
 from dat_deploy.errors import EngineRunError, ShapeError, UnsupportedError
-from dat_deploy.plugins.tensorrt import registry as trt_plugin
+from dat_deploy.plugins.tensorrt.calls import last_error
 
 __all__ = ["Session", "check_fits"]
 
@@ -48,7 +48,7 @@ def check_fits(passport: Passport, trt: ModuleType, name: str) -> None:
         )
     reasons = reasons_against_gpu(trt, passport.backend, architecture)
     if reasons:
-        raise UnsupportedError(f"{'; '.join(reasons)}. Build with --backend tensorrt or aotinductor.")
+        raise UnsupportedError(f'{"; ".join(reasons)}. Build with `backend="tensorrt"` or `"aotinductor"`.')
 
 
 class Session:
@@ -168,8 +168,8 @@ class Session:
             except RuntimeError as error:  # torch's, of CUDA: out of memory, or nothing can be captured
                 text = " ".join(str(error).split())[:500]
                 raise EngineRunError(
-                    f"{self._name} cannot be made ready for batch {batch}: {text} Close other engines, or build with a "
-                    f"smaller --batch."
+                    f"{self._name} cannot be made ready for batch {batch}: {text} Close other engines, or build it for "
+                    f"smaller `batches`."
                 ) from error
         return self._bindings[batch]
 
@@ -178,7 +178,7 @@ class Session:
         if context is None:
             raise EngineRunError(
                 f"TensorRT has no memory for another context of {self._name} at batch {batch}; it said: "
-                f"{self._log.tail()}. Close other engines, or build with a smaller --batch."
+                f"{self._log.tail()}. Close other engines, or build it for smaller `batches`."
             )
         shape = (batch, 3, *self._image_size)
         several = self._engine.num_optimization_profiles > 1
@@ -213,9 +213,9 @@ class Session:
             binding.graph.replay()
 
     def _launch(self, binding: "_Binding") -> None:
-        trt_plugin.last_error()  # of something earlier
+        last_error()  # of something earlier
         if not binding.context.execute_async_v3(self._stream.cuda_stream):
-            plugin = trt_plugin.last_error()
+            plugin = last_error()
             if plugin is not None:
                 raise EngineRunError(f"a plugin of {self._name} failed: {plugin}") from plugin
             raise EngineRunError(f"{self._name} failed; TensorRT said: {self._log.tail()}.")
@@ -247,6 +247,6 @@ def profile_of(profiles: Sequence[Profile], batch: int, name: str) -> int:
         listed = ", ".join(map(str, profiles))
         raise ShapeError(
             f"{name} has no profile for batch {batch}; it takes {listed}. Split or fill up the batch, or build it "
-            f"again with: dat-deploy build --batch {listed.replace(' ', '')},{batch}"
+            f"again with `batches={[*map(str, profiles), str(batch)]}`."
         )
     return min(taking, key=lambda i: abs(profiles[i].best - batch))

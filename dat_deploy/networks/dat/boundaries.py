@@ -1,52 +1,21 @@
-"""The tensors between the parts of a network: which there are, what they are in PyTorch, and their names in a file.
+"""The tensors between the parts of a network, as `networks.family.Block` says."""
 
-`bisect` compares an engine with PyTorch at them. An exported file lists their names in its metadata; the tensors around
-its operators are in the list of operators (`operator_records`), because lowering may rename those.
-"""
-
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-
-import onnx_ir as ir
 
 from dat_deploy.networks.dat.variants import Variant
+from dat_deploy.networks.family import Block, Step
 
-__all__ = ["Block", "Step", "block_boundaries", "network_blocks", "record_boundaries"]
+__all__ = ["network_blocks"]
 
-_PROPERTY = "dat_deploy.boundaries"  # of a file
+# The parameters of a block's module that are inputs of its operators, by those.
+_TABLE = ("relative_position_bias_table", "relative_position_bias_table")
+_WEIGHTS = {
+    "deformable_sample": (),
+    "deformable_attention": (_TABLE,),
+    "window_attention": (_TABLE,),
+    "neighborhood_attention": (("padding_qkv", "proj_qkv.bias"), _TABLE),
+}
 OPERATORS = {"L": "window_attention", "S": "window_attention", "N": "neighborhood_attention"}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One part of a block, up to one tensor.
-
-    Attributes:
-        name: as in the model, `linear1` or `layer_norms.2`, or that of one of our operators.
-        module: in PyTorch the tensor is this module's `side`: its `input`, its `output`, or its sampling `locations`.
-        ends: the module that makes the tensor; where `is_residual`, the sum that it goes into does. Empty for what the
-            list of operators names.
-    """
-
-    name: str
-    module: str
-    side: str = "output"
-    ends: str = ""
-    is_residual: bool = False
-    is_operator: bool = False
-
-
-@dataclass(frozen=True)
-class Block:
-    """What `bisect` names first, as in the model: `stages.2.attns.1`; its steps in order, the last ends it."""
-
-    name: str
-    steps: tuple[Step, ...]
-
-    @property
-    def is_deformable(self) -> bool:
-        return any(step.name == "deformable_attention" for step in self.steps)
 
 
 def network_blocks(variant: Variant) -> list[Block]:
@@ -58,16 +27,22 @@ def network_blocks(variant: Variant) -> list[Block]:
             blocks.append(_modules(f"down_projs.{index - 1}", [convolution, "norm"]))
         blocks += _stage(variant, index)
         if index in variant.features:
-            blocks.append(_module(f"norms.{index}"))
-    return blocks if variant.features else [*blocks, _module("cls_norm"), _module("cls_head")]
+            blocks.append(_module(f"norms.{index}", f"feature_map_{index}", is_branch=True))
+    return blocks if variant.features else [*blocks, _module("cls_norm"), _module("cls_head", "logits")]
 
 
 def _modules(name: str, parts: list[str]) -> Block:
     return Block(name, tuple(Step(part, f"{name}.{part}", ends=f"{name}.{part}") for part in parts))
 
 
-def _module(name: str) -> Block:
-    return Block(name, (Step(name, name, ends=name),))
+def _module(name: str, *outputs: str, is_branch: bool = False) -> Block:
+    return Block(name, (Step(name, name, ends=name, outputs=outputs),), is_branch)
+
+
+def _operator(name: str, reader: str, *outputs: str, **inputs: str) -> Step:
+    return Step(
+        name, reader, "input", operator=name, inputs=tuple(inputs.items()), weights=_WEIGHTS[name], outputs=outputs
+    )
 
 
 def _stage(variant: Variant, index: int) -> Iterator[Block]:
@@ -90,14 +65,22 @@ def _stage(variant: Variant, index: int) -> Iterator[Block]:
         if letter == "D":
             inner = (
                 projected["proj_q"],
-                Step("conv_offset", attention, "locations"),
-                Step("deformable_sample", f"{attention}.proj_k", "input", is_operator=True),
+                Step("conv_offset", attention, "locations", outputs=(f"sampling_locations_{index}_{i}",)),
+                _operator("deformable_sample", f"{attention}.proj_k", value=norms[0], sampling_locations="conv_offset"),
                 projected["proj_k"],
                 projected["proj_v"],
-                Step("deformable_attention", proj_out, "input", is_operator=True),
+                _operator(
+                    "deformable_attention",
+                    proj_out,
+                    f"attention_{index}_{i}",
+                    query="proj_q",
+                    key="proj_k",
+                    value="proj_v",
+                    sampling_locations="conv_offset",
+                ),
             )
         else:
-            inner = (projected["proj_qkv"], Step(OPERATORS[letter], proj_out, "input", is_operator=True))
+            inner = (projected["proj_qkv"], _operator(OPERATORS[letter], proj_out, qkv="proj_qkv"))
         yield Block(attention, (normalized, *inner, summed))
 
         mlp = f"{path}.mlps.{i}"
@@ -110,31 +93,3 @@ def _stage(variant: Variant, index: int) -> Iterator[Block]:
         steps.append(Step("act", f"{mlp}.act", ends=f"{mlp}.act"))
         steps.append(Step("linear2", *after, ends=f"{mlp}.linear2", is_residual=True))
         yield Block(mlp, tuple(steps))
-
-
-def record_boundaries(model: ir.Model, variant: Variant) -> None:
-    """Write the names of the tensors into the metadata of a graph whose nodes are named after modules.
-
-    They stay right: a result is called like its node, and no later pass removes or renames these nodes.
-    """
-    steps = [step for block in network_blocks(variant) for step in block.steps if step.ends]
-    wanted = {step.ends for step in steps}
-    made: dict[str, ir.Value] = {}
-    for node in model.graph:
-        module = str(node.name).rpartition("/")[0]
-        if module in wanted and node.outputs[0].dtype in (None, ir.DataType.FLOAT):
-            made[module] = node.outputs[0]  # the last one is the module's own result
-    names: dict[str, str] = {}
-    for step in steps:
-        value = made[step.ends]
-        if step.is_residual:
-            (reader,) = (node for node, _ in value.uses() if node.op_type == "Add")
-            value = reader.outputs[0]
-        names[step.ends] = str(value.name)
-    model.metadata_props[_PROPERTY] = json.dumps(names)
-
-
-def block_boundaries(properties: dict[str, str]) -> dict[str, str]:
-    """`Step.ends` -> name of the tensor, as a file's metadata lists them; none if it has no such list."""
-    names: dict[str, str] = json.loads(properties.get(_PROPERTY, "{}"))
-    return names

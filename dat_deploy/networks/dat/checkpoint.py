@@ -4,13 +4,12 @@ The only file that knows upstream's key names. How a file that nobody vouches fo
 `dat_deploy.networks.untrusted`.
 """
 
-import hashlib
 import itertools
 import math
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -20,16 +19,15 @@ import torch.nn.functional as F
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from dat_deploy.errors import CheckpointError
+from dat_deploy.errors import CheckpointError, VariantError
 from dat_deploy.files import atomic_output
-from dat_deploy.networks.dat.configuration import find_variant
 from dat_deploy.networks.dat.model import DAT
 from dat_deploy.networks.dat.variants import LARGEST, PATCH_SIZE, VARIANTS, Variant
+from dat_deploy.networks.family import Weights, find_network
 from dat_deploy.networks.untrusted import plain_text, read_tensors
 from dat_deploy.plugins.window_attention.reference import relative_position_index, shifted_window_mask
 
 __all__ = [
-    "Weights",
     "convert_checkpoint",
     "load_checkpoint",
     "load_model",
@@ -64,23 +62,6 @@ RENAMES = (
 )
 
 
-@dataclass(frozen=True)
-class Weights:
-    """The parameters of one network.
-
-    Attributes:
-        state_dict: float32, with the names and shapes of `dat_deploy.networks.dat.model.DAT`.
-        sha256: of the names, types, shapes and bytes in sorted order, so it does not depend on the kind of file.
-        source: the checkpoint's file name, or "seeded random weights (seed 0)".
-        notes: what the user must be told, one sentence each.
-    """
-
-    state_dict: dict[str, Tensor]
-    sha256: str
-    source: str
-    notes: tuple[str, ...] = ()
-
-
 def load_model(
     name_or_variant: str | Variant,
     checkpoint: Path | None = None,
@@ -92,7 +73,7 @@ def load_model(
     """The network in eval mode, without gradients; without a checkpoint, see `load_weights`.
 
     Args:
-        name_or_variant, image_size, features: see `find_variant`.
+        name_or_variant, image_size, features: see `find_network`.
         fused: see `DAT`.
 
     Raises:
@@ -100,7 +81,9 @@ def load_model(
         ShapeError: if the image size does not fit the variant.
         VariantError: if there is no such variant.
     """
-    variant = find_variant(name_or_variant, image_size=image_size, features=features)
+    variant = find_network(name_or_variant, image_size=image_size, features=features)
+    if not isinstance(variant, Variant):
+        raise VariantError(f"'{variant.name}' is no network of DAT; its family makes it: networks.family.family_of.")
     return model_from_weights(load_weights(variant, checkpoint), variant, fused=fused)
 
 
@@ -210,7 +193,7 @@ def seeded_weights(variant: Variant, seed: int = 0) -> Weights:
             gain = 0.3 if re.search(small, name) else 1.0
             values *= np.float32(gain / math.sqrt(math.prod(shape[1:])))
         state_dict[name] = torch.from_numpy(values)
-    return Weights(state_dict, _sha256(state_dict), f"seeded random weights (seed {seed})")
+    return Weights(state_dict, f"seeded random weights (seed {seed})")
 
 
 def official_state_dict_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
@@ -358,7 +341,7 @@ def _weights_from_official(
                 tensor = F.interpolate(tensor[None], size=size, mode="bicubic", align_corners=False)[0]
                 notes[f"stage {stage}: bias tables resized from {old} to {_sides(size)} (bicubic)"] = None
         state_dict[name] = tensor
-    return Weights(state_dict, _sha256(state_dict), path.name, tuple(notes))
+    return Weights(state_dict, path.name, tuple(notes))
 
 
 def _model_name(official_name: str, shape: Sequence[int]) -> str:
@@ -461,14 +444,6 @@ def _check_buffer(path: Path, name: str, tensor: Tensor, variant: Variant) -> No
 def _trained_side(variant: Variant, stage: int) -> int:
     """Side of the stage's feature map at the size the checkpoint was trained for."""
     return replace(variant, image_size=(variant.trained_size, variant.trained_size)).feature_map(stage)[0]
-
-
-def _sha256(state_dict: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state_dict.items()):
-        digest.update(f"{name} {_type_name(tensor)} {_sides(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def _sides(shape: Iterable[int]) -> str:

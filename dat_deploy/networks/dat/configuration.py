@@ -1,4 +1,4 @@
-"""Which network is meant: a released variant by its name, or an official configuration file.
+"""The network of an official configuration file.
 
 The options of such a file, their defaults and what they do are upstream's (LeapLabTHU/DAT, `config.py` and
 `models/dat.py`): commit 7edbb9b for the first paper, 32173fc for DAT+ and DAT++. A stranger may have made the file, so
@@ -9,7 +9,7 @@ this package would compute otherwise than upstream is refused; what matters in t
 import difflib
 import reprlib
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ import yaml
 
 from dat_deploy.errors import VariantError
 from dat_deploy.files import open_input
-from dat_deploy.networks.dat.variants import LARGEST, PATCH_SIZE, StageConfig, Variant, get_variant
+from dat_deploy.networks.dat.variants import LARGEST, PATCH_SIZE, StageConfig, Variant
 from dat_deploy.typed_json import typed
 
-__all__ = ["find_variant", "variant_from_config"]
+__all__ = ["variant_from_config"]
 
 SIZE_LIMIT_BYTES = 2**16  # the official files have 1.3 kB; so many brackets and commas take a second
 DEPTH_LIMIT = 16  # lists and mappings in each other; stage_spec has five
@@ -110,31 +110,6 @@ class Options:
         place = f"MODEL.DAT.{option}" if stage is None else f"MODEL.DAT.{option}[{stage}]"
         default = "" if option in self.given else " (upstream's default)"
         return VariantError(f"{place} is {_shown(value if stage is None else value[stage])}{default}; {accepted}.")
-
-
-def find_variant(
-    name: str | Variant, *, image_size: tuple[int, int] | None = None, features: Sequence[int] | None = None
-) -> Variant:
-    """The network that `name` means.
-
-    Args:
-        name: a released variant, a YAML file (`.yaml` or `.yml`), or the variant itself.
-        image_size: (height, width) in pixels, if not the variant's own.
-        features: see `Variant.as_backbone`.
-
-    Raises:
-        ShapeError: if the image size does not fit the variant.
-        VariantError: if there is no such variant, or the file is refused.
-    """
-    if isinstance(name, Variant):
-        variant = name
-    elif name.endswith((".yaml", ".yml")):
-        variant = variant_from_config(Path(name))
-    else:
-        variant = get_variant(name)
-    if image_size is not None:
-        variant = variant.with_image_size(*image_size)
-    return variant if features is None else variant.as_backbone(features)
 
 
 def variant_from_config(path: Path) -> Variant:

@@ -7,30 +7,17 @@ state dict (`stages.2.attns.1`), which `checkpoint.py` maps onto these.
 """
 
 import itertools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dat_deploy import plugins
 from dat_deploy.networks.dat.variants import PATCH_SIZE, StageConfig, Variant
-from dat_deploy.plugins.deformable_attention import reference as deformable_attention_reference
-from dat_deploy.plugins.deformable_sample import reference as deformable_sample_reference
-from dat_deploy.plugins.neighborhood_attention import reference as neighborhood_attention_reference
-from dat_deploy.plugins.window_attention import reference as window_attention_reference
+from dat_deploy.networks.operators import FUSED, REFERENCE, Operators
+from dat_deploy.networks.sampling import reference_axis
 
-__all__ = ["DAT", "FUSED", "REFERENCE", "Operators", "SampledPoints", "half_network", "reference_points"]
-
-
-class Operators(NamedTuple):
-    """Which implementation of the operators a network calls."""
-
-    deformable_sample: Callable[..., Tensor]
-    deformable_attention: Callable[..., Tensor]
-    window_attention: Callable[..., Tensor]
-    neighborhood_attention: Callable[..., Tensor]
+__all__ = ["DAT", "SampledPoints", "half_network", "reference_points"]
 
 
 class SampledPoints(NamedTuple):
@@ -46,32 +33,10 @@ class SampledPoints(NamedTuple):
     attention: Tensor | None
 
 
-REFERENCE = Operators(
-    deformable_sample_reference.deformable_sample,
-    deformable_attention_reference.deformable_attention,
-    window_attention_reference.window_attention,
-    neighborhood_attention_reference.neighborhood_attention,
-)
-FUSED = Operators(
-    plugins.deformable_sample, plugins.deformable_attention, plugins.window_attention, plugins.neighborhood_attention
-)
-
-
 def reference_points(height: int, width: int, *, half_pixel: bool, device: torch.device | None = None) -> Tensor:
-    """Where the points of the sampled grid are before any offset.
-
-    Args:
-        half_pixel: True for DAT, the centres of the grid, `(i + 0.5) / Hk · 2 - 1`; False for DAT+ and DAT++,
-            `(i + 0.5) / (Hk - 1) · 2 - 1`, of which the last runs past +1. Both were trained so.
-
-    Returns:
-        [Hk, Wk, 2] float32, last axis (y, x).
-    """
-
-    def axis(size: int) -> Tensor:
-        return (torch.arange(size, device=device) + 0.5) / (size if half_pixel else size - 1) * 2 - 1
-
-    return torch.stack(torch.meshgrid(axis(height), axis(width), indexing="ij"), dim=-1)
+    """[Hk, Wk, 2] float32, last axis (y, x): `reference_axis` along both."""
+    y, x = (reference_axis(torch.arange(size, device=device), size, half_pixel=half_pixel) for size in (height, width))
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
 
 
 def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -218,9 +183,10 @@ class DeformableAttention(nn.Module):
         return locations.reshape(batch, groups, sampled_height, sampled_width, 2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, locations: Tensor) -> Tensor:
-        return self.operators.deformable_attention(
+        out: Tensor = self.operators.deformable_attention(
             query, key, value, locations, self.relative_position_bias_table, self.num_heads, self.half_pixel
         )
+        return out
 
     def attention_received(self, query: Tensor, key: Tensor, locations: Tensor) -> Tensor:
         """[B, G, Hk, Wk], see `SampledPoints`.
@@ -378,15 +344,6 @@ class DAT(nn.Module):
         else:
             self.cls_norm = LayerNorm(widths[-1])
             self.cls_head = nn.Linear(widths[-1], variant.classes)
-
-    @property
-    def output_names(self) -> list[str]:
-        """Names of what `forward` returns, in order."""
-        names = [f"feature_map_{i}" for i in self.variant.features] or ["logits"]
-        if self.sampled_points:
-            blocks = self.variant.deformable_blocks
-            names += [f"{kind}_{i}_{j}" for kind in ("sampling_locations", "attention") for i, j in blocks]
-        return names
 
     def forward_features(self, image: Tensor) -> tuple[list[Tensor], dict[str, SampledPoints]]:
         """Everything between the image and the head.

@@ -5,18 +5,19 @@ Source: the official YAML files (LeapLabTHU/DAT) and the papers, CVPR 2022 (arXi
 M heads, D head dim, Ws window side, K neighborhood side.
 """
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dat_deploy.errors import ShapeError, VariantError
+from dat_deploy.networks.family import Answer, Network, Output, no_network
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "RELEASED", "VARIANTS", "StageConfig", "Variant", "get_variant", "stride"]
+if TYPE_CHECKING:
+    from dat_deploy.images.preprocess import Preprocessing
+    from dat_deploy.networks.sampling import SampledBlock
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+__all__ = ["RELEASED", "VARIANTS", "StageConfig", "Variant", "get_variant", "stride"]
 
 PATCH_SIZE = 4
 TOTAL_STRIDE = 32  # the patch and three halvings
@@ -96,7 +97,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Network):
     """A network with its evaluation preprocessing.
 
     Attributes:
@@ -148,6 +149,49 @@ class Variant:
             )
 
     @property
+    def is_released(self) -> bool:
+        row = VARIANTS.get(self.name)
+        return row is not None and (row.family, row.stages, row.classes) == (self.family, self.stages, self.classes)
+
+    @property
+    def answer(self) -> Answer:
+        """With its own class names; where it has none, ImageNet's for 1000 classes, "class N" for other counts."""
+        if self.features:
+            return Answer("maps")
+        if self.class_names or self.classes != 1000:
+            return Answer("classes", self.class_names or tuple(f"class {index}" for index in range(self.classes)))
+        from dat_deploy.images.labels import imagenet_class_names
+
+        return Answer("classes", imagenet_class_names())
+
+    @property
+    def preprocessing(self) -> "Preprocessing":
+        """Upstream's evaluation, whose published configurations are all square.
+
+        A rectangular image size keeps the cropped share of each side: the long side is resized to `resize_size` and the
+        short side in proportion (224x448 is cropped out of 256x512).
+        """
+        from dat_deploy.images.preprocess import Preprocessing
+
+        scale = self.resize_size / max(self.image_size)
+        height, width = (round(side * scale) for side in self.image_size)
+        return Preprocessing(image_size=self.image_size, resize_size=(height, width))
+
+    def outputs(self, *, sampled_points: bool = False) -> tuple[Output, ...]:
+        """`logits` [B, classes], or `feature_map_i` [B, C, H, W] of stage i; with `sampled_points`, of block j of stage
+        i `sampling_locations_i_j` [B, G, Hk, Wk, 2] and `attention_i_j` [B, G, Hk, Wk].
+        """
+        outputs = [
+            Output(f"feature_map_{i}", (self.stages[i].channels, *self.feature_map(i)), (1, 2), stride(i))
+            for i in self.features
+        ] or [Output("logits", (self.classes,))]
+        if sampled_points:
+            blocks = self.sampled_blocks
+            outputs += [Output(block.locations, (block.groups, *block.sampled_map, 2), (1, 2)) for block in blocks]
+            outputs += [Output(block.attention, (block.groups, *block.sampled_map), (1, 2)) for block in blocks]
+        return tuple(outputs)
+
+    @property
     def half_pixel_queries(self) -> bool:
         """See `plugins.deformable_attention`."""
         return self.family == "DAT"
@@ -161,10 +205,34 @@ class Variant:
         """Whether the same network, tables and all, takes images of any size in multiples of `side_multiple`."""
         return self.family != "DAT" and not self.has_windows
 
+    def check_any_size(self) -> None:
+        if not self.takes_any_size:
+            raise ShapeError(
+                f"variant '{self.name}' cannot have a dynamic image size: its windows and bias tables are made for "
+                f"one. Export it once for each with --image-size HEIGHTxWIDTH."
+            )
+
     @property
-    def deformable_blocks(self) -> list[tuple[int, int]]:
-        """(stage, block) of each deformable block, in order."""
-        return [(i, j) for i, stage in enumerate(self.stages) for j, letter in enumerate(stage.blocks) if letter == "D"]
+    def sampled_blocks(self) -> list["SampledBlock"]:
+        from dat_deploy.networks.sampling import SampledBlock
+
+        return [
+            SampledBlock(
+                name=f"stages.{i}.attns.{j}",
+                stage=i,
+                block=j,
+                channels=stage.channels,
+                groups=stage.offset_groups,
+                feature_map=self.feature_map(i),
+                sampled_map=stage.sampled_map(*self.feature_map(i)),
+                image_size=self.image_size,
+                half_pixel=self.half_pixel_queries,
+                is_clamped=stage.offset_range_factor < 0,
+            )
+            for i, stage in enumerate(self.stages)
+            for j, letter in enumerate(stage.blocks)
+            if letter == "D"
+        ]
 
     def feature_map(self, stage: int) -> tuple[int, int]:
         """(H, W) of the tensors inside stage `stage` (0 to 3)."""
@@ -254,6 +322,10 @@ class Variant:
                 f"they are some of 0,1,2,3, in this order, each once."
             )
         return replace(self, features=tuple(features))
+
+    def small(self) -> "Variant":
+        stages = tuple(replace(stage, blocks="".join(dict.fromkeys(stage.blocks))) for stage in self.stages)
+        return replace(self, name=f"{self.name}-blocks", stages=stages, features=(0, 1, 2, 3))
 
 
 def _dat(
@@ -387,6 +459,4 @@ def get_variant(name: str) -> Variant:
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4)
-    hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    raise VariantError(f"no variant '{name}'. {hint}Variants: {', '.join(VARIANTS)}.")
+    raise no_network(name, VARIANTS)

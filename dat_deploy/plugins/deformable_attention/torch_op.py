@@ -1,22 +1,14 @@
 """`torch.ops.dat_deploy.deformable_attention`: the kernel on CUDA, else the reference; one node for torch.export."""
 
-import torch
 from torch import Tensor
 
-from dat_deploy.plugins.deformable_attention import reference
-from dat_deploy.plugins.dispatch import (
-    kernel_computes,
-    launch_kernel,
-    operator,
-    require,
-    require_alike,
-    require_locations,
-)
+from dat_deploy.plugins.deformable_attention.specification import SPECIFICATION
+from dat_deploy.plugins.dispatch import compute, require, require_inputs, torch_operator
 
 __all__ = ["deformable_attention"]
 
 
-def _result_shape(
+def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -24,8 +16,8 @@ def _result_shape(
     relative_position_bias_table: Tensor,
     num_heads: int,
     half_pixel_queries: bool,
-) -> torch.Size:
-    name = "deformable_attention"
+) -> None:
+    name = SPECIFICATION.name
     require(
         query.ndim == 4 and query.shape[1:].numel() > 0, name, f"query of shape {list(query.shape)}", "[B, H, W, C]"
     )
@@ -36,12 +28,7 @@ def _result_shape(
         f"{channels} channels and {num_heads} heads",
         "heads that divide the channels",
     )
-    require_alike(
-        name,
-        {"query": query, "key": key, "value": value},
-        tables={"relative_position_bias_table": relative_position_bias_table},
-    )
-    require_locations(name, sampling_locations, query)
+    require_inputs(SPECIFICATION, query, key, value, sampling_locations, relative_position_bias_table)
     groups, sampled_height, sampled_width = sampling_locations.shape[1:4]
     keys = sampled_height * sampled_width
     require(
@@ -63,10 +50,9 @@ def _result_shape(
         f"relative_position_bias_table of shape {list(table.shape)}",
         f"one table a head, [{num_heads}, Th, Tw]",
     )
-    return query.shape
 
 
-@operator(_result_shape)
+@torch_operator(SPECIFICATION, _check)
 def deformable_attention(
     query: Tensor,
     key: Tensor,
@@ -101,31 +87,8 @@ def deformable_attention(
     Raises:
         ShapeError: if shapes, types or devices do not fit each other.
     """
-    table = relative_position_bias_table
-    shape = _result_shape(query, key, value, sampling_locations, table, num_heads, half_pixel_queries)
-    if not kernel_computes(query, query.shape[-1] // num_heads):
-        return reference.deformable_attention(
-            query, key, value, sampling_locations, table, num_heads, half_pixel_queries
-        )
-    from dat_deploy.plugins.deformable_attention import kernel
-
-    output = query.new_empty(shape)
-    problem = kernel.problem(
-        query.shape,
-        key.shape,
-        sampling_locations.shape,
-        table.shape,
-        num_heads,
-        half_pixel_queries,
-        query.element_size(),
-        table.element_size(),
+    return compute(
+        SPECIFICATION,
+        (query, key, value, sampling_locations, relative_position_bias_table),
+        (num_heads, half_pixel_queries),
     )
-    inputs = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "sampling_locations": sampling_locations.float(),
-        "relative_position_bias_table": table,
-    }
-    launch_kernel("deformable_attention", kernel, problem, inputs, output)
-    return output

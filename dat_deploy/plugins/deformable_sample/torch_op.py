@@ -2,37 +2,27 @@
 
 from torch import Tensor
 
-from dat_deploy.plugins.deformable_sample import reference
-from dat_deploy.plugins.dispatch import (
-    kernel_computes,
-    launch_kernel,
-    operator,
-    require,
-    require_alike,
-    require_locations,
-)
+from dat_deploy.plugins.deformable_sample.specification import SPECIFICATION
+from dat_deploy.plugins.dispatch import compute, require, require_inputs, torch_operator
 
 __all__ = ["deformable_sample"]
 
 
-def _result_shape(value: Tensor, sampling_locations: Tensor) -> tuple[int, int, int]:
-    name = "deformable_sample"
+def _check(value: Tensor, sampling_locations: Tensor) -> None:
+    name = SPECIFICATION.name
     require(value.ndim == 4, name, f"value of shape {list(value.shape)}", "[B, H, W, C]")
     require(value.shape[1:].numel() > 0, name, f"value of shape {list(value.shape)}", "maps that are not empty")
-    require_alike(name, {"value": value})
-    require_locations(name, sampling_locations, value)
-    batch, _, _, channels = value.shape
-    groups, sampled_height, sampled_width = sampling_locations.shape[1:4]
+    require_inputs(SPECIFICATION, value, sampling_locations)
+    channels, groups = value.shape[-1], sampling_locations.shape[1]
     require(
         groups > 0 and channels % groups == 0,
         name,
         f"{channels} channels and {groups} groups of locations",
         "groups that divide the channels",
     )
-    return batch, sampled_height * sampled_width, channels
 
 
-@operator(_result_shape)
+@torch_operator(SPECIFICATION, _check)
 def deformable_sample(value: Tensor, sampling_locations: Tensor) -> Tensor:
     """Read a channels-last feature map between its pixels, at points that a network chose.
 
@@ -51,13 +41,4 @@ def deformable_sample(value: Tensor, sampling_locations: Tensor) -> Tensor:
     Raises:
         ShapeError: if shapes, types or devices do not fit each other.
     """
-    shape = _result_shape(value, sampling_locations)
-    if not kernel_computes(value):
-        return reference.deformable_sample(value, sampling_locations)
-    from dat_deploy.plugins.deformable_sample import kernel
-
-    output = value.new_empty(shape)
-    problem = kernel.problem(value.shape, sampling_locations.shape, value.element_size())
-    inputs = {"value": value, "sampling_locations": sampling_locations.float()}
-    launch_kernel("deformable_sample", kernel, problem, inputs, output)
-    return output
+    return compute(SPECIFICATION, (value, sampling_locations), ())

@@ -2,23 +2,24 @@
 
 from torch import Tensor
 
-from dat_deploy.plugins.dispatch import kernel_computes, launch_kernel, operator, require, require_alike
-from dat_deploy.plugins.neighborhood_attention import reference
+from dat_deploy.plugins.dispatch import compute, require, require_inputs, torch_operator
+from dat_deploy.plugins.neighborhood_attention.reference import require_table
+from dat_deploy.plugins.neighborhood_attention.specification import SPECIFICATION
 
 __all__ = ["neighborhood_attention"]
 
 
-def _result_shape(
+def _check(
     qkv: Tensor,
     padding_qkv: Tensor,
     relative_position_bias_table: Tensor,
     num_heads: int,
     kernel_size: int,
     dilation: int,
-) -> tuple[int, int, int, int]:
-    name, table = "neighborhood_attention", relative_position_bias_table
+) -> None:
+    name, table = SPECIFICATION.name, relative_position_bias_table
     require(qkv.ndim == 4 and qkv.shape[1:].numel() > 0, name, f"qkv of shape {list(qkv.shape)}", "[B, H, W, 3C]")
-    batch, height, width, channels3 = qkv.shape
+    channels3 = qkv.shape[-1]
     require(
         num_heads > 0 and channels3 % (3 * num_heads) == 0,
         name,
@@ -28,18 +29,17 @@ def _result_shape(
     require(
         kernel_size > 0 and dilation > 0, name, f"kernel_size {kernel_size}, dilation {dilation}", "at least 1 each"
     )
-    require_alike(name, {"qkv": qkv}, tables={"padding_qkv": padding_qkv, "relative_position_bias_table": table})
+    require_inputs(SPECIFICATION, qkv, padding_qkv, table)
     require(
         tuple(padding_qkv.shape) == (channels3,),
         name,
         f"padding_qkv of shape {list(padding_qkv.shape)}",
         f"a value a channel of qkv, [{channels3}]",
     )
-    reference.require_table(table, num_heads, kernel_size)
-    return batch, height, width, channels3 // 3
+    require_table(table, num_heads, kernel_size)
 
 
-@operator(_result_shape)
+@torch_operator(SPECIFICATION, _check)
 def neighborhood_attention(
     qkv: Tensor,
     padding_qkv: Tensor,
@@ -70,15 +70,4 @@ def neighborhood_attention(
     Raises:
         ShapeError: if shapes, types or devices do not fit each other.
     """
-    table = relative_position_bias_table
-    shape = _result_shape(qkv, padding_qkv, table, num_heads, kernel_size, dilation)
-    if not kernel_computes(qkv, shape[-1] // num_heads):
-        return reference.neighborhood_attention(qkv, padding_qkv, table, num_heads, kernel_size, dilation)
-    from dat_deploy.plugins.neighborhood_attention import kernel
-
-    output = qkv.new_empty(shape)
-    element_bytes = qkv.element_size(), table.element_size()
-    problem = kernel.problem(qkv.shape, num_heads, kernel_size, dilation, *element_bytes)
-    inputs = {"qkv": qkv, "padding_qkv": padding_qkv, "relative_position_bias_table": table}
-    launch_kernel("neighborhood_attention", kernel, problem, inputs, output)
-    return output
+    return compute(SPECIFICATION, (qkv, padding_qkv, relative_position_bias_table), (num_heads, kernel_size, dilation))

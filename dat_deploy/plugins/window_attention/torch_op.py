@@ -2,18 +2,18 @@
 
 from torch import Tensor
 
-from dat_deploy.plugins.dispatch import kernel_computes, launch_kernel, operator, require, require_alike
-from dat_deploy.plugins.window_attention import reference
+from dat_deploy.plugins.dispatch import compute, require, require_inputs, torch_operator
+from dat_deploy.plugins.window_attention.specification import SPECIFICATION
 
 __all__ = ["window_attention"]
 
 
-def _result_shape(
+def _check(
     qkv: Tensor, relative_position_bias_table: Tensor, num_heads: int, window_size: int, shift_size: int
-) -> tuple[int, int, int, int]:
-    name, table = "window_attention", relative_position_bias_table
+) -> None:
+    name, table = SPECIFICATION.name, relative_position_bias_table
     require(qkv.ndim == 4 and qkv.shape[1:].numel() > 0, name, f"qkv of shape {list(qkv.shape)}", "[B, H, W, 3C]")
-    batch, height, width, channels3 = qkv.shape
+    _, height, width, channels3 = qkv.shape
     require(
         num_heads > 0 and channels3 % (3 * num_heads) == 0,
         name,
@@ -26,17 +26,16 @@ def _result_shape(
         f"a map of {height}x{width}, window_size {window_size} and shift_size {shift_size}",
         "windows that tile the map, and a shift of less than a window",
     )
-    require_alike(name, {"qkv": qkv}, tables={"relative_position_bias_table": table})
+    require_inputs(SPECIFICATION, qkv, table)
     require(
         tuple(table.shape) == ((2 * window_size - 1) ** 2, num_heads),
         name,
         f"relative_position_bias_table of shape {list(table.shape)}",
         f"a row a distance, [{(2 * window_size - 1) ** 2}, {num_heads}]",
     )
-    return batch, height, width, channels3 // 3
 
 
-@operator(_result_shape)
+@torch_operator(SPECIFICATION, _check)
 def window_attention(
     qkv: Tensor, relative_position_bias_table: Tensor, num_heads: int, window_size: int, shift_size: int
 ) -> Tensor:
@@ -60,13 +59,4 @@ def window_attention(
     Raises:
         ShapeError: if shapes, types or devices do not fit each other.
     """
-    table = relative_position_bias_table
-    shape = _result_shape(qkv, table, num_heads, window_size, shift_size)
-    if not kernel_computes(qkv, shape[-1] // num_heads):
-        return reference.window_attention(qkv, table, num_heads, window_size, shift_size)
-    from dat_deploy.plugins.window_attention import kernel
-
-    output = qkv.new_empty(shape)
-    problem = kernel.problem(qkv.shape, num_heads, window_size, shift_size, qkv.element_size(), table.element_size())
-    launch_kernel("window_attention", kernel, problem, {"qkv": qkv, "relative_position_bias_table": table}, output)
-    return output
+    return compute(SPECIFICATION, (qkv, relative_position_bias_table), (num_heads, window_size, shift_size))

@@ -88,15 +88,15 @@ class Batcher(Generic[Work, Result]):
 
     def _matching(self) -> list[Job[Work, Result]]:
         """The oldest job and those that fit into its batch, in their order."""
-        chosen: list[Job[Work, Result]] = []
+        jobs: list[Job[Work, Result]] = []
         images = 0
         for job in self._waiting:
-            if job.key == self._waiting[0].key and (not chosen or images + job.images <= self._most):
-                chosen.append(job)
+            if job.key == self._waiting[0].key and (not jobs or images + job.images <= self._most):
+                jobs.append(job)
                 images += job.images
             if images >= self._most:
                 break
-        return chosen
+        return jobs
 
     def _take(self) -> list[Job[Work, Result]]:
         """The next batch, without those that nobody waits for."""

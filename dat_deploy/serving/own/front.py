@@ -240,8 +240,8 @@ class Front:
             RequestError: 413 if it is too large; 408 if it stops coming.
         """
         limit = int(self._settings.max_body_mb * 1e6)
-        told, large = request.headers.get("content-length", ""), f"the body is larger than the {limit} bytes"
-        if told.isdigit() and int(told) > limit and "expect" in request.headers:  # it has not been sent yet
+        length, large = request.headers.get("content-length", ""), f"the body is larger than the {limit} bytes"
+        if length.isdigit() and int(length) > limit and "expect" in request.headers:  # it has not been sent yet
             raise RequestError(413, f"{large} that this server takes; send less at once.")
         parts: list[bytes] = []
         size = 0

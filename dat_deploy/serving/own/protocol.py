@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from dat_deploy.serving.tensors import TensorSpec
 
-__all__ = ["HEADER_LENGTH", "InferRequest", "RequestError", "Wanted", "error_body", "infer_response", "parse_infer"]
+__all__ = [
+    "HEADER_LENGTH",
+    "InferRequest",
+    "OutputRequest",
+    "RequestError",
+    "error_body",
+    "infer_response",
+    "parse_infer",
+]
 
 HEADER_LENGTH = "inference-header-content-length"
 """The HTTP header that says how many bytes of a body are JSON; the tensors' own bytes follow."""
@@ -39,7 +47,7 @@ class RequestError(Exception):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class OutputRequest:
     """An output that a request asks for: its values, in JSON or as bytes, or its `classes` best classes if not 0."""
 
     name: str
@@ -53,7 +61,7 @@ class InferRequest:
 
     id: str
     images_nchw: NDArray[np.float32]
-    wanted: tuple[Wanted, ...]
+    outputs: tuple[OutputRequest, ...]
 
 
 class _Strict(pydantic.BaseModel):
@@ -112,7 +120,7 @@ def parse_infer(
     images = _values(parsed.inputs[0], rest, image, most)
     if not np.isfinite(images).all():
         raise RequestError(400, f"input '{image.name}' holds NaN or infinity; it takes finite numbers.")
-    return InferRequest(parsed.id, images, _wanted(parsed, outputs))
+    return InferRequest(parsed.id, images, _output_requests(parsed, outputs))
 
 
 def infer_response(
@@ -129,20 +137,20 @@ def infer_response(
     """
     entries: list[dict[str, Any]] = []
     binaries: list[bytes] = []
-    for wanted in request.wanted:
-        tensor = values[wanted.name]
+    for output in request.outputs:
+        tensor = values[output.name]
         if not np.isfinite(tensor).all():
             raise RequestError(
                 400,
-                f"output '{wanted.name}' holds NaN or infinity for these images; their values are far outside those "
+                f"output '{output.name}' holds NaN or infinity for these images; their values are far outside those "
                 f"of normalised images. Preprocess them as the model's configuration says.",
             )
-        entry: dict[str, Any] = {"name": wanted.name, "datatype": "FP32", "shape": list(tensor.shape)}
+        entry: dict[str, Any] = {"name": output.name, "datatype": "FP32", "shape": list(tensor.shape)}
         texts: list[str] | None = None
-        if wanted.classes:
-            texts = _best(tensor, wanted.classes, names)
+        if output.classes:
+            texts = _best(tensor, output.classes, names)
             entry |= {"datatype": "BYTES", "shape": [len(tensor), len(texts) // len(tensor)]}
-        if wanted.binary:
+        if output.binary:
             raw = np.ascontiguousarray(tensor, "<f4").tobytes() if texts is None else _length_prefixed(texts)
             entry["parameters"] = {"binary_data_size": len(raw)}
             binaries.append(raw)
@@ -228,16 +236,16 @@ def _numbers(data: list[Any], place: str, count: int, shape: list[int]) -> NDArr
         return values.astype(np.float32).reshape(shape)
 
 
-def _wanted(parsed: _Body, outputs: Sequence[TensorSpec]) -> tuple[Wanted, ...]:
-    known = {output.name: output for output in outputs}
+def _output_requests(parsed: _Body, outputs: Sequence[TensorSpec]) -> tuple[OutputRequest, ...]:
+    specs = {output.name: output for output in outputs}
     binary = _flag(parsed.parameters, "binary_data_output", default=False)
     if not parsed.outputs:
-        return tuple(Wanted(name, binary) for name in known)
-    wanted: dict[str, Wanted] = {}
+        return tuple(OutputRequest(name, binary) for name in specs)
+    requests: dict[str, OutputRequest] = {}
     for output in parsed.outputs:
-        if output.name not in known:
-            raise RequestError(400, f"there is no output {output.name[:50]!r}; the model gives {', '.join(known)}.")
-        if output.name in wanted:
+        if output.name not in specs:
+            raise RequestError(400, f"there is no output {output.name[:50]!r}; the model gives {', '.join(specs)}.")
+        if output.name in requests:
             raise RequestError(400, f"output '{output.name}' is asked for twice; ask once.")
         if "shared_memory_region" in output.parameters:
             raise RequestError(400, f"output '{output.name}' is to go to shared memory, which this server does not do.")
@@ -248,8 +256,10 @@ def _wanted(parsed: _Body, outputs: Sequence[TensorSpec]) -> tuple[Wanted, ...]:
                 f"output '{output.name}' has classification {classes!r:.20}; it takes a number of classes, of output "
                 f"'logits' alone.",
             )
-        wanted[output.name] = Wanted(output.name, _flag(output.parameters, "binary_data", default=binary), classes)
-    return tuple(wanted.values())
+        requests[output.name] = OutputRequest(
+            output.name, _flag(output.parameters, "binary_data", default=binary), classes
+        )
+    return tuple(requests.values())
 
 
 def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
@@ -272,7 +282,7 @@ def _length_prefixed(texts: Sequence[str]) -> bytes:
 
 
 def _first(error: pydantic.ValidationError) -> str:
-    """Of what pydantic found, the first, without what was sent."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part)[:50] for part in found["loc"])
-    return f"{where}: {found['msg']}."[:300] if where else f"{found['msg']}."[:300]
+    """The first of what pydantic found, without what was sent."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part)[:50] for part in first["loc"])
+    return f"{where}: {first['msg']}."[:300] if where else f"{first['msg']}."[:300]

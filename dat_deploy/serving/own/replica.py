@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from dat_deploy.engine.passport import sha256
 from dat_deploy.errors import EngineRunError, ImageError, PassportError, ShapeError, VerificationError
-from dat_deploy.images.labels import class_names, top_k
+from dat_deploy.images.labels import top_k
 from dat_deploy.images.preprocess import image_from_bytes, preprocess
-from dat_deploy.networks.dat.sampling import pixels_from_locations
+from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners import EngineDescription, Outputs, engine_path, open_runner
 from dat_deploy.serving.engine_file import read_engine_file
 from dat_deploy.serving.own.batcher import Batcher, Job
@@ -112,7 +112,7 @@ class Replica:
         self._model, self._stuck_s = model, stuck_s
         self._started: dict[int, float] = {}  # of what the threads work on now
         self._runner = open_runner(model.engine, threads=threads)
-        self._names = class_names(self.about.network)
+        self._names = self.about.network.answer.class_names
         self._batcher: Batcher[NDArray[np.float32], _Answer] = Batcher(self._run, most=model.most_images, wait_s=wait_s)
         self._readers = ThreadPoolExecutor(2, "reader")
         self._engine = ThreadPoolExecutor(1, "engine")
@@ -179,7 +179,7 @@ class Replica:
             )
         if points and not self._blocks:
             raise RequestError(
-                400, f"{self._model.name} gives no sampled points. Export it with --sampling-locations for them."
+                400, f"{self._model.name} gives no sampled points. Export it with `sampling_locations=True` for them."
             )
         started = time.monotonic()
         try:
@@ -201,35 +201,19 @@ class Replica:
             "preprocessing": {"resize_size": rule.resize_size, "image_size": rule.image_size},
         }
         if points:
-            content["sampled_points"] = [self._points(answer.outputs, i, j) for i, j in self._blocks]
+            content["sampled_points"] = [_points(answer.outputs, block) for block in self._blocks]
         headers = {"content-type": "application/json"}
         return Reply(200, json.dumps(content).encode(), headers, 1, prepare_s, answer.queue_s, answer.calls)
 
     @property
-    def _blocks(self) -> tuple[tuple[int, int], ...]:
-        """The deformable blocks whose points the engine gives."""
-        blocks = self.about.network.deformable_blocks
-        return tuple(block for block in blocks if "sampling_locations_{}_{}".format(*block) in self.about.outputs)
+    def _blocks(self) -> list[SampledBlock]:
+        """Those whose points the engine gives."""
+        return [block for block in self.about.network.sampled_blocks if block.locations in self.about.outputs]
 
     def _read(self, body: bytes) -> tuple[NDArray[np.float32], tuple[int, int]]:
         """The image in `body` as the network takes it, [1, 3, H, W], and its own (width, height)."""
         image = image_from_bytes(body, "in the body", most_pixels=self._model.most_pixels)
         return preprocess(image, self.about.preprocessing)[None], image.size
-
-    def _points(self, outputs: Outputs, stage: int, block: int) -> dict[str, object]:
-        """Of one block, for the first image: [G, Ns, 2] in pixels of the network's input (y, x); [G, Ns] attention."""
-        locations = outputs[f"sampling_locations_{stage}_{block}"][0]  # G, Hk, Wk, 2
-        attention = outputs[f"attention_{stage}_{block}"][0]  # G, Hk, Wk
-        if not (np.isfinite(locations).all() and np.isfinite(attention).all()):
-            raise RequestError(400, "the sampled points hold NaN or infinity for this image; ask without points.")
-        network, groups = self.about.network, len(locations)
-        pixels = pixels_from_locations(locations.astype(np.float64), network.feature_map(stage), network.image_size)
-        return {
-            "stage": stage,
-            "block": block,
-            "points": pixels.reshape(groups, -1, 2).round(2).tolist(),
-            "attention": attention.reshape(groups, -1).round(6).tolist(),
-        }
 
     def _check_size(self, images: int, _: int, height: int, width: int) -> None:
         if self.about.dynamic_image_size and images * height * width > self._model.most_call_pixels:
@@ -287,3 +271,16 @@ class Replica:
             first += size
         whole = parts[0] if len(parts) == 1 else {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
         return whole, tuple(calls)
+
+
+def _points(outputs: Outputs, block: SampledBlock) -> dict[str, object]:
+    """Of one block, for the first image: [G, Ns, 2] in pixels of the network's input (y, x); [G, Ns] attention."""
+    locations, attention = outputs[block.locations][0], outputs[block.attention][0]
+    if not (np.isfinite(locations).all() and np.isfinite(attention).all()):
+        raise RequestError(400, "the sampled points hold NaN or infinity for this image; ask without points.")
+    return {
+        "stage": block.stage,
+        "block": block.block,
+        "points": block.pixels(locations).reshape(block.groups, -1, 2).round(2).tolist(),
+        "attention": attention.reshape(block.groups, -1).round(6).tolist(),
+    }

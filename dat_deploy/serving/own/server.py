@@ -73,7 +73,7 @@ def _served_model(settings: ServeSettings) -> tuple[EngineFile, ServedModel]:
     if runtime.target == "VARIANT":
         raise ServingError(
             f"'{settings.engine}' is no file; a server takes FILE.onnx, FILE.engine or FILE.pt2. "
-            f"Export it with: dat-deploy export --variant {target} --output {target}.onnx"
+            f"Export it with: `export(variant={target!r}, output={f'{target}.onnx'!r})`"
         )
     file = read_engine_file(Path(target))
     name = settings.name or file.metadata.variant
@@ -102,7 +102,7 @@ def _listening(settings: ServeSettings) -> Iterator[socket.socket]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
         raise ServingError(
-            f"cannot listen on {settings.host}:{settings.port}: {reason}. Choose another --host or --port, or stop "
+            f"cannot listen on {settings.host}:{settings.port}: {reason}. Choose another `host` or `port`, or stop "
             f"what listens there."
         ) from error
     with listener:
@@ -157,7 +157,7 @@ def _started(settings: ServeSettings, file: EngineFile, progress: Callable[[str]
         if gpus * settings.replicas > there:
             raise UnsupportedError(
                 f"{settings.engine} needs {gpus:g} GPU for each replica, {gpus * settings.replicas:g} in all, and Ray "
-                f"sees {there:g}. Serve an ONNX file on the CPU, or give each replica a share with --gpus."
+                f"sees {there:g}. Serve an ONNX file on the CPU, or give each replica a share with `gpus`."
             )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         ray_serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
@@ -178,7 +178,7 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, OverflowError) as error:
         raise ServingError(
-            f"no Ray cluster at --address {address}: {error}. Start one with: ray start --head"
+            f"no Ray cluster at `address={address!r}`: {error}. Start one with: ray start --head"
         ) from error
 
 
@@ -197,8 +197,8 @@ def _own_application(settings: ServeSettings, model: ServedModel) -> Iterator[st
             ray_serve.delete(name)  # first, for the place that its replicas take
         else:
             raise ServingError(
-                f"the Ray cluster has a server of a model '{model.name}' already; choose another --name, or pass "
-                f"--force to take its place, such as after it was killed."
+                f"the Ray cluster has a server of a model '{model.name}' already; choose another `name`, or pass "
+                f"`force=True` to take its place, such as after it was killed."
             )
     try:
         yield name
@@ -241,7 +241,7 @@ def _try_out(model: ServedModel, threads: int, gpus: float) -> None:
         )
         raise ServingError(
             f"no replica started within {_START_S:g} s; each needs {threads} CPU and {gpus:g} GPU, and Ray has "
-            f"{free or 'none'} free. Give it less with --threads and --gpus, or free some."
+            f"{free or 'none'} free. Give it less with `threads` and `gpus`, or free some."
         ) from error
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, DatDeployError):
@@ -293,7 +293,7 @@ class _RayReplicas:
     async def classify(self, body: bytes, top: int, *, points: bool, seconds: float) -> Reply:
         return await self._ask("classify", seconds, body, top, points=points)
 
-    async def _ask(self, method: str, seconds: float, *arguments: object, **named: object) -> Reply:
+    async def _ask(self, method: str, seconds: float, *arguments: object, **keywords: object) -> Reply:
         """One replica's reply; if it dies meanwhile, that of another.
 
         Raises:
@@ -306,7 +306,7 @@ class _RayReplicas:
 
         end = time.monotonic() + seconds
         for another in (True, False):
-            response = getattr(self._handle, method).remote(*arguments, **named, seconds=end - time.monotonic())
+            response = getattr(self._handle, method).remote(*arguments, **keywords, seconds=end - time.monotonic())
             try:
                 reply: Reply = await response
                 return reply
@@ -382,24 +382,24 @@ async def _answer(
     for number in handlers:
         loop.add_signal_handler(number, stop.set)
     _log_json_lines()
-    started = {"model": model.name, "engine": model.engine, "sha256": model.sha256, "version": tool_version()}
-    _log.info("starting", extra=started | {"settings": settings.model_dump()})
+    facts = {"model": model.name, "engine": model.engine, "sha256": model.sha256, "version": tool_version()}
+    _log.info("starting", extra=facts | {"settings": settings.model_dump()})
     watch = _Watch(application)
     watch.start()
     answering = asyncio.create_task(server.serve(sockets=[listener]))
-    told, known, age_s = False, 0, 0.0
+    is_first, replicas, age_s = True, 0, 0.0
     while not stop.is_set() and not answering.done() and age_s < _RAY_GONE_S:
         age_s = time.monotonic() - watch.seen
         running = watch.replicas if age_s < _RAY_LATE_S else 0
-        if running != known:
-            event = "replica started" if running > known else "replica ended"
+        if running != replicas:
+            event = "replica started" if running > replicas else "replica ended"
             _log.info(event, extra={"replicas": running, "ray_silent_s": round(age_s)})
-        known, front.ready = running, running > 0
+        replicas, front.ready = running, running > 0
         metrics.ready.set(front.ready)
         metrics.replicas.set(running)
-        if front.ready and not told:
+        if front.ready and is_first:
             ready()
-            told = True
+            is_first = False
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), _WATCH_S)
     _log.info("stopping", extra={"in_progress": front.in_progress})

@@ -15,7 +15,7 @@ _Positive = Annotated[int, pydantic.Field(ge=1)]
 
 
 class ServeSettings(pydantic.BaseModel):
-    """Everything that `serve` can be told; in a `--config` file each is a key.
+    """Everything that `serve` can be told; in a YAML file each is a key.
 
     Attributes:
         engine: `FILE.onnx`, `FILE.engine`, `FILE.pt2` or `RUNTIME:FILE`; on a cluster, a path that each node has.
@@ -77,23 +77,23 @@ def read_settings(config: Path | None, options: dict[str, Any]) -> ServeSettings
     Raises:
         ServingError: if the file cannot be read, or a setting is unknown, missing or out of range.
     """
-    found: Any = {}
+    content: Any = {}
     if config is not None:
         try:
-            found = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+            content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise ServingError(f"cannot read {config}: {' '.join(str(error).split())}") from error
-        if not isinstance(found, dict):
-            raise ServingError(f"{config} holds {found!r:.40}; it takes settings, such as 'engine: tiny.onnx'.")
-    given = {name: value for name, value in options.items() if value is not None}
-    if "engine" not in found | given:
-        raise ServingError("there is no engine to serve; name one: dat-deploy serve --engine tiny.onnx")
+        if not isinstance(content, dict):
+            raise ServingError(f"{config} holds {content!r:.40}; it takes settings, such as 'engine: tiny.onnx'.")
+    overrides = {name: value for name, value in options.items() if value is not None}
+    if "engine" not in content | overrides:
+        raise ServingError("there is no engine to serve; name one: `serve(engine='tiny.onnx')`")
     try:
-        return ServeSettings.model_validate(found | given)
+        return ServeSettings.model_validate(content | overrides)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        source = f"--{where.replace('_', '-')}" if where in given or config is None else f"{config}: {where}"
+        source = f"`{where}`" if where in overrides or config is None else f"{config}: {where}"
         accepted = ", ".join(ServeSettings.model_fields)
         reason = (
             f"is no setting; those are {accepted}"

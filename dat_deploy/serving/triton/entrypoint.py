@@ -2,8 +2,8 @@
 
     python -m dat_deploy.serving.triton.entrypoint [OPTION OF TRITONSERVER ...]
 
-Settings are environment variables, see `Settings`. Exit codes are those of `dat-deploy`: 2 says that the answer is
-wrong, 3 that this machine cannot do it; tritonserver has not started then.
+Settings are environment variables, see `ContainerSettings`. Exit codes are those of `dat-deploy`: 2 says that the
+answer is wrong, 3 that this machine cannot do it; tritonserver has not started then.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from dat_deploy.serving.triton.repository import package
 from dat_deploy.serving.triton.tritonserver import HARDENED, tritonserver_command
 from dat_deploy.validate import ValidationReport, validate
 
-__all__ = ["Settings", "Steps", "Wanted", "check_arguments", "main", "prepare"]
+__all__ = ["ContainerSettings", "Requirements", "Steps", "check_arguments", "main", "prepare"]
 
 # Each of these loads something else than what was validated, or takes the above back.
 REFUSED = (
@@ -46,7 +46,7 @@ _NO_WEIGHTS_OF_THE_USER = ("seeded random weights", "the weights that ship with 
 
 
 @dataclass(frozen=True)
-class Settings:
+class ContainerSettings:
     """What the user set, each by an environment variable.
 
     Attributes:
@@ -72,32 +72,32 @@ class Settings:
     arguments: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, environment: Mapping[str, str], arguments: Sequence[str]) -> "Settings":
+    def read(cls, environment: Mapping[str, str], arguments: Sequence[str]) -> "ContainerSettings":
         """Those of this environment; an empty variable is one that is not set.
 
         Raises:
             DatDeployError: if one has a value that it does not take, a file is missing, or an option is refused.
         """
-        given = {name: value for name, value in environment.items() if name.startswith("DAT_DEPLOY_") and value}
+        variables = {name: value for name, value in environment.items() if name.startswith("DAT_DEPLOY_") and value}
 
         def choice(name: str, values: tuple[str, ...]) -> str:
-            value = given.get(name, values[0])
+            value = variables.get(name, values[0])
             if value not in values:
                 raise DatDeployError(f"{name} got '{value}'; it takes {' or '.join(values)}.")
             return value
 
-        checkpoint, name = given.get("DAT_DEPLOY_CHECKPOINT"), given.get("DAT_DEPLOY_NAME")
+        checkpoint, name = variables.get("DAT_DEPLOY_CHECKPOINT"), variables.get("DAT_DEPLOY_NAME")
         if name is not None:
             check_model_name(name, "DAT_DEPLOY_NAME")
         settings = cls(
-            model=Path(given.get("DAT_DEPLOY_MODEL", cls.model)),
+            model=Path(variables.get("DAT_DEPLOY_MODEL", cls.model)),
             checkpoint=None if checkpoint is None else Path(checkpoint),
             name=name,
-            profiles=tuple(dict.fromkeys(map(Profile.parse, given.get("DAT_DEPLOY_BATCH", "1-8-32").split(",")))),
+            profiles=tuple(dict.fromkeys(map(Profile.parse, variables.get("DAT_DEPLOY_BATCH", "1-8-32").split(",")))),
             device=choice("DAT_DEPLOY_DEVICE", DEVICES),
             validate=choice("DAT_DEPLOY_VALIDATE", VALIDATE) == "auto",
-            cache=Path(given.get("DAT_DEPLOY_CACHE", cls.cache)),
-            repository=Path(given.get("DAT_DEPLOY_REPOSITORY", cls.repository)),
+            cache=Path(variables.get("DAT_DEPLOY_CACHE", cls.cache)),
+            repository=Path(variables.get("DAT_DEPLOY_REPOSITORY", cls.repository)),
             arguments=tuple(arguments[1:] if arguments[:1] == ["--"] else arguments),
         )
         if not settings.model.is_file():
@@ -114,7 +114,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Requirements:
     """What a cached engine must be to be served here.
 
     Attributes:
@@ -138,7 +138,7 @@ class Wanted:
             ("batch", ",".join(map(str, passport.profiles)), ",".join(map(str, self.profiles))),
             ("dat-deploy", passport.versions.get("dat-deploy", "unknown"), self.tool_version),
         )
-        reasons = [f"{what} is {was}, wanted {wanted}" for what, was, wanted in facts if was != wanted]
+        reasons = [f"{what} is {actual}, wanted {required}" for what, actual, required in facts if actual != required]
         if passport.plugin_form == "IPluginV3":
             reasons.append("its plugins need Python, which tritonserver has not")
         if passport.verdict is not None and not passport.verdict.passed and _usual(passport):
@@ -152,7 +152,7 @@ def _usual(passport: Passport) -> bool:
     return verdict is not None and verdict.tolerance is None and not verdict.gates
 
 
-def reasons_to_build(engine: Path, wanted: Wanted) -> list[str]:
+def reasons_to_build(engine: Path, requirements: Requirements) -> list[str]:
     """Why the cached engine cannot be served; empty if it can. Nothing is deserialised."""
     if not engine.is_file():
         return ["there is none yet"]
@@ -160,7 +160,7 @@ def reasons_to_build(engine: Path, wanted: Wanted) -> list[str]:
         passport, _ = open_engine(engine)
     except DatDeployError as error:
         return [str(error)]
-    return wanted.differences(passport)
+    return requirements.differences(passport)
 
 
 def architecture_of(capabilities: Sequence[str]) -> int:
@@ -219,10 +219,10 @@ def check_arguments(arguments: Sequence[str]) -> None:
     for word in arguments:
         option = word[2:].split("=")[0] if word.startswith("--") else None
         # tritonserver also takes the beginning of an option's name for the option, and the last one counts
-        taken = next((name for name in REFUSED if option is not None and name.startswith(option)), None)
-        if taken is not None:
+        name = next((name for name in REFUSED if option is not None and name.startswith(option)), None)
+        if name is not None:
             raise DatDeployError(
-                f"option '{word}' is not passed on to tritonserver: --{taken} is set here, so that what is served is "
+                f"option '{word}' is not passed on to tritonserver: --{name} is set here, so that what is served is "
                 f"what was validated; leave it out, or run tritonserver yourself with --entrypoint tritonserver."
             )
 
@@ -286,7 +286,7 @@ class Steps:
     package: Callable[..., object] = field(default=_package)
 
 
-def prepare(settings: Settings, steps: Steps) -> list[str]:
+def prepare(settings: ContainerSettings, steps: Steps) -> list[str]:
     """Write the model repository, of something that was validated.
 
     Returns:
@@ -311,11 +311,11 @@ def prepare(settings: Settings, steps: Steps) -> list[str]:
     trt = steps.tensorrt()
     check_one_tensorrt(trt, steps.library(trt))
     source_sha256 = sha256(settings.model.read_bytes())
-    wanted = Wanted(trt.__version__, architecture, source_sha256, settings.profiles, tool_version())
+    requirements = Requirements(trt.__version__, architecture, source_sha256, settings.profiles, tool_version())
     name = settings.name or metadata.variant
     engine = settings.cache / f"{name}-{source_sha256[:12]}-sm_{architecture}.engine"
     with locked(engine.with_name(engine.name + ".lock")):
-        reasons = reasons_to_build(engine, wanted)
+        reasons = reasons_to_build(engine, requirements)
         if reasons:
             if settings.validate:
                 _check_checkpoint(metadata, settings)
@@ -329,7 +329,7 @@ def prepare(settings: Settings, steps: Steps) -> list[str]:
     return command
 
 
-def _check_checkpoint(metadata: FileMetadata, settings: Settings) -> None:
+def _check_checkpoint(metadata: FileMetadata, settings: ContainerSettings) -> None:
     """Raises CheckpointError, before minutes of building, if validation lacks the weights to compare with."""
     if settings.checkpoint is None and not metadata.weights_source.startswith(_NO_WEIGHTS_OF_THE_USER):
         raise CheckpointError(
@@ -338,7 +338,9 @@ def _check_checkpoint(metadata: FileMetadata, settings: Settings) -> None:
         )
 
 
-def _validate(engine: str, passport: Passport | None, metadata: FileMetadata, settings: Settings, steps: Steps) -> None:
+def _validate(
+    engine: str, passport: Passport | None, metadata: FileMetadata, settings: ContainerSettings, steps: Steps
+) -> None:
     """Unless the passport says that it was done, or the user that it is not to be.
 
     Raises:
@@ -359,7 +361,7 @@ def _validate(engine: str, passport: Passport | None, metadata: FileMetadata, se
     log("validated", engine=engine, date=report.date, verdict=report.verdict)
 
 
-def _write_repository(engine: Path, metadata: FileMetadata, settings: Settings, steps: Steps) -> None:
+def _write_repository(engine: Path, metadata: FileMetadata, settings: ContainerSettings, steps: Steps) -> None:
     name = settings.name or metadata.variant
     sizes = {size for profile in settings.profiles for size in (profile.best, profile.most)}
     batches = sorted(sizes) if metadata.batch is None else [metadata.batch]
@@ -391,12 +393,12 @@ def main(
     """The exit code, where tritonserver could not be started."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in ("-h", "--help"):
-        print(__doc__, Settings.__doc__, sep="\n")
+        print(__doc__, ContainerSettings.__doc__, sep="\n")
         return 0
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:
-        command = prepare(Settings.read(os.environ, arguments), steps or Steps())
+        command = prepare(ContainerSettings.read(os.environ, arguments), steps or Steps())
     except DatDeployError as error:
         log("refused", level="error", message=error, exit_code=error.exit_code)
         return error.exit_code

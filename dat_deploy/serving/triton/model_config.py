@@ -19,7 +19,7 @@ __all__ = [
     "LABELS",
     "PIXELS",
     "Batches",
-    "Settings",
+    "ModelSettings",
     "batches_of_engine",
     "batches_of_file",
     "config_text",
@@ -50,7 +50,7 @@ class Batches:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class ModelSettings:
     """How the server runs a model.
 
     Attributes:
@@ -72,13 +72,13 @@ class Settings:
         if self.device not in ("gpu", "cpu"):
             raise UnsupportedError(f"no device '{self.device}'; a model is served on gpu or cpu.")
         for name, value, least in (
-            ("--instances", self.instances, 1),
-            ("--queue-delay-us", self.queue_delay_us, 0),
-            ("--queue-size", self.queue_size, 1),
-            ("--queue-timeout-us", self.queue_timeout_us, 1),
+            ("instances", self.instances, 1),
+            ("queue_delay_us", self.queue_delay_us, 0),
+            ("queue_size", self.queue_size, 1),
+            ("queue_timeout_us", self.queue_timeout_us, 1),
         ):
             if not least <= value < 2**31:
-                raise ShapeError(f"{name} got {value}; it takes a number from {least} to {2**31 - 1}.")
+                raise ShapeError(f"`{name}` got {value}; it takes a number from {least} to {2**31 - 1}.")
 
 
 def batches_of_engine(metadata: FileMetadata, profiles: Sequence[Profile], path: Path, source: str) -> Batches:
@@ -98,7 +98,7 @@ def batches_of_engine(metadata: FileMetadata, profiles: Sequence[Profile], path:
             better = min((p.best for p in profiles if p.best > 1), default=most)
             raise EngineBuildError(
                 f"{path} takes batch {' or '.join(map(str, profiles))}, and Triton forms any batch up to {most}, such "
-                f"as {reached + 1}. Build it for a range: dat-deploy build {source} --batch {Profile(1, better, most)}"
+                f"as {reached + 1}. Build it for a range: `build({source!r}, batches=['{Profile(1, better, most)}'])`"
             )
         reached = max(reached, profile.most)
     best = {profile.best for profile in profiles}
@@ -114,8 +114,8 @@ def batches_of_file(metadata: FileMetadata, preferred: Sequence[int]) -> Batches
     if metadata.batch is not None:
         return Batches(fixed=metadata.batch)
     if not preferred or not all(1 <= batch < 2**31 for batch in preferred):
-        listed = ",".join(map(str, preferred))
-        raise ShapeError(f"--batch got '{listed}'; it takes the batches to prefer, such as 8,32, each from 1 on.")
+        text = ",".join(map(str, preferred))
+        raise ShapeError(f"`batches` got '{text}'; it takes the batches to prefer, such as 8,32, each from 1 on.")
     return Batches(None, max(preferred), tuple(sorted(set(preferred))))
 
 
@@ -124,7 +124,7 @@ def network_config(
     metadata: FileMetadata,
     outputs: Sequence[str],
     batches: Batches,
-    settings: Settings,
+    settings: ModelSettings,
     *,
     profiles: int = 0,
     files: Mapping[str, str] | None = None,
@@ -162,7 +162,7 @@ def network_config(
     return config
 
 
-def preprocess_config(name: str, metadata: FileMetadata, batches: Batches, settings: Settings) -> _Config:
+def preprocess_config(name: str, metadata: FileMetadata, batches: Batches, settings: ModelSettings) -> _Config:
     """The first step of an ensemble, on the CPU: `pixels` to `image`.
 
     Pictures of several requests are not gathered: each is enlarged to float64, which would only fill the memory.
@@ -229,7 +229,7 @@ def _config(
     return config
 
 
-def _queue(config: _Config, settings: Settings) -> None:
+def _queue(config: _Config, settings: ModelSettings) -> None:
     """Under overload, requests are refused rather than queued for ever; without batching Triton has no such limit."""
     if config.max_batch_size:
         policy = config.dynamic_batching.default_queue_policy

@@ -24,7 +24,7 @@ from dat_deploy.serving.triton.model_config import (
     LABELS,
     PIXELS,
     Batches,
-    Settings,
+    ModelSettings,
     batches_of_engine,
     batches_of_file,
     config_text,
@@ -97,7 +97,7 @@ def package(
         name: of the model; by default the variant's.
         batches: to prefer, of an exported file with a dynamic batch; an engine's profiles say it of themselves.
         images: also write the models `NAME_preprocess` and `NAME_images`, which take RGB pictures as they are.
-        device, instances, queue_delay_us, queue_size, queue_timeout_us: see `Settings`.
+        device, instances, queue_delay_us, queue_size, queue_timeout_us: see `ModelSettings`.
         kserve: a file for the YAML of an InferenceService, with the `storage_uri` that the repository will be at.
         triton_tag: of tritonserver's image.
         force: replace models of these names that this function wrote.
@@ -110,7 +110,7 @@ def package(
         UnsupportedError: if tritonclient is not installed.
         DatDeployError: for a name or an option that is not accepted.
     """
-    settings = Settings(
+    settings = ModelSettings(
         device=device,
         instances=instances,
         queue_delay_us=queue_delay_us,
@@ -119,34 +119,34 @@ def package(
     )
     if (kserve is None) != (storage_uri is None):
         raise DatDeployError(
-            "--kserve and --storage-uri go together: the file to write, and where the repository will be, such as "
+            "`kserve` and `storage_uri` go together: the file to write, and where the repository will be, such as "
             "s3://bucket/model_repository."
         )
     if kserve is not None and storage_uri is not None:
         if "://" not in storage_uri:
             raise DatDeployError(
-                f"--storage-uri got '{storage_uri}'; it takes where KServe finds the repository, such as "
+                f"`storage_uri` got '{storage_uri}'; it takes where KServe finds the repository, such as "
                 f"s3://bucket/model_repository or pvc://volume/model_repository."
             )
         check_output(kserve, force=force)
-    opened = _open_all(engines, settings)
-    first = opened[0]
+    sources = _open_all(engines, settings)
+    first = sources[0]
     model = first.metadata.variant if name is None else name
     check_model_name(model)
     names = [model, f"{model}_preprocess", f"{model}_images"][: 3 if images else 1]
     with _translated(output):
         _check_folders(output, names, force=force)
-    taken = _batches(first, batches)
-    metadata = dataclasses.replace(first.metadata, batch=taken.fixed)
-    written = _network_files(model, opened, metadata, taken, settings)
-    models = [_packaged(model, taken, (input_spec(metadata),), output_specs(metadata, first.outputs))]
+    accepted = _batches(first, batches)
+    metadata = dataclasses.replace(first.metadata, batch=accepted.fixed)
+    files = _network_files(model, sources, metadata, accepted, settings)
+    models = [_packaged(model, accepted, (input_spec(metadata),), output_specs(metadata, first.outputs))]
     if images:
-        written |= _image_files(names, first, metadata, taken, settings)
-        pixels = dataclasses.replace(PIXELS, shape=(taken.fixed or -1, *PIXELS.shape[1:]))
-        prepared = TensorSpec("image", "FP32", (taken.fixed or -1, 3, *metadata.preprocessing.image_size))
-        models.append(_packaged(names[1], taken, (pixels,), (prepared,)))
-        models.append(_packaged(names[2], taken, (pixels,), models[0].outputs))
-    _write(output, names, written)
+        files |= _image_files(names, first, metadata, accepted, settings)
+        pixels = dataclasses.replace(PIXELS, shape=(accepted.fixed or -1, *PIXELS.shape[1:]))
+        prepared = TensorSpec("image", "FP32", (accepted.fixed or -1, 3, *metadata.preprocessing.image_size))
+        models.append(_packaged(names[1], accepted, (pixels,), (prepared,)))
+        models.append(_packaged(names[2], accepted, (pixels,), models[0].outputs))
+    _write(output, names, files)
     if kserve is not None and storage_uri is not None:
         service = inference_service(model, storage_uri, device=device, tag=triton_tag)
         with atomic_output(kserve, force=force) as temporary:
@@ -154,32 +154,33 @@ def package(
     return PackageReport(
         output,
         tuple(models),
-        tuple(sorted(written)),
+        tuple(sorted(files)),
         docker_command(output, device=device, tag=triton_tag),
-        tuple(_notes(opened, taken, output, names)),
+        tuple(_notes(sources, accepted, output, names)),
     )
 
 
-def _open_all(engines: Sequence[Path], settings: Settings) -> list[EngineFile]:
+def _open_all(paths: Sequence[Path], settings: ModelSettings) -> list[EngineFile]:
     """The engines, of which each is fit to be served and all are of one network."""
-    if not engines:
-        raise EngineBuildError("no engine to package; give one, such as --engine tiny.onnx.")
-    opened = [_open(Path(path), settings) for path in engines]
-    first = opened[0]
-    if len(opened) > 1 and any(engine.passport is None for engine in opened):
+    if not paths:
+        raise EngineBuildError("no engine to package; give one, such as `engines=['tiny.onnx']`.")
+    engines = [_open(Path(path), settings) for path in paths]
+    first = engines[0]
+    if len(engines) > 1 and any(engine.passport is None for engine in engines):
         raise EngineBuildError(
-            f"{len(opened)} files were given, and an ONNX file runs on every GPU by itself; several make one model "
-            f"only if they are TensorRT engines for different GPUs. Package each under its own --name."
+            f"{len(engines)} files were given, and an ONNX file runs on every GPU by itself; several make one model "
+            f"only if they are TensorRT engines for different GPUs. Package each under its own `name`."
         )
-    for engine in opened[1:]:
-        differing = [what for what in _ALIKE if _ALIKE[what](engine) != _ALIKE[what](first)]
-        if differing:
+    for engine in engines[1:]:
+        differences = [what for what in _ALIKE if _ALIKE[what](engine) != _ALIKE[what](first)]
+        if differences:
             raise EngineBuildError(
-                f"{engine.path} and {first.path} differ in {', '.join(differing)}; the engines of one model differ in "
-                f"their architecture alone. Build them from one file alike, or package each under its own --name."
+                f"{engine.path} and {first.path} differ in {', '.join(differences)}; the engines of one model "
+                f"differ in their architecture alone. Build them from one file alike, or package each under its own "
+                f"`name`."
             )
-    _capabilities(opened)
-    return opened
+    _capabilities(engines)
+    return engines
 
 
 _ALIKE: Mapping[str, Callable[[EngineFile], object]] = {
@@ -194,47 +195,46 @@ _ALIKE: Mapping[str, Callable[[EngineFile], object]] = {
 }
 
 
-def _open(path: Path, settings: Settings) -> EngineFile:
+def _open(path: Path, settings: ModelSettings) -> EngineFile:
     """Raises EngineBuildError, ExportError or UnsupportedError for what Triton does not serve."""
-    quoted = shlex.quote(str(path))
     if path.suffix == ".pt2":
         raise EngineBuildError(
-            f"{path} is an AOTInductor package, which Triton has no backend for. Serve it with: dat-deploy serve "
-            f"--engine {quoted}"
+            f"{path} is an AOTInductor package, which Triton has no backend for. Serve it with: "
+            f"`serve(engine={str(path)!r})`"
         )
     if path.suffix not in (".onnx", ".engine", ".plan") or (":" in str(path) and not path.exists()):
-        raise EngineBuildError(f"--engine got '{path}'; Triton serves FILE.onnx and TensorRT's FILE.engine.")
+        raise EngineBuildError(f"`engines` got '{path}'; Triton serves FILE.onnx and TensorRT's FILE.engine.")
     engine = read_engine_file(path)
     passport, metadata = engine.passport, engine.metadata
     if passport is None:
         if metadata.lowering == "plugin":
             raise ExportError(
                 f"{path} has lowering 'plugin': its operators have no body, which Triton's ONNX Runtime cannot run. "
-                f"Change it with: dat-deploy export --from {quoted} --lowering function"
+                f"Change it with: `relower(source={str(path)!r}, lowering='function')`"
             )
         if metadata.precision == "bf16" and settings.device == "cpu":
             raise UnsupportedError(
-                f"{path} computes in bf16, for which ONNX Runtime has no kernels on a CPU. Export it with --precision "
-                f"fp32, or serve it with --device gpu."
+                f"{path} computes in bf16, for which ONNX Runtime has no kernels on a CPU. Export it with "
+                f"`precision='fp32'`, or serve it with `device='gpu'`."
             )
         return engine
-    source = shlex.quote(passport.source or "FILE.onnx")
+    source = passport.source or "FILE.onnx"
     if passport.backend != "tensorrt":
         raise EngineBuildError(
             f"{path} is an engine of {passport.backend}, which Triton has no backend for. Build one of TensorRT: "
-            f"dat-deploy build {source} --backend tensorrt"
+            f"`build({source!r}, backend='tensorrt')`"
         )
     if passport.plugin_form == "IPluginV3":
         raise EngineBuildError(
-            f"{path} has its plugins in Python, which tritonserver does not load. Build it with: dat-deploy build "
-            f"{source} --plugins ahead-of-time, or with --lowering gather"
+            f"{path} has its plugins in Python, which tritonserver does not load. Build it with: "
+            f"`build({source!r}, plugin_form='ahead-of-time')`, or with `lowering='gather'`"
         )
     if settings.device == "cpu":
         raise EngineBuildError(f"{path} is a TensorRT engine and runs on GPUs alone. Package an ONNX file for a CPU.")
     return engine
 
 
-def _capabilities(opened: Sequence[EngineFile]) -> dict[str, str]:
+def _capabilities(engines: Sequence[EngineFile]) -> dict[str, str]:
     """The file's name for each compute capability; empty for one engine alone.
 
     Raises:
@@ -242,7 +242,7 @@ def _capabilities(opened: Sequence[EngineFile]) -> dict[str, str]:
     """
     files: dict[str, str] = {}
     owners: dict[str, Path] = {}
-    for engine in opened if len(opened) > 1 else ():
+    for engine in engines if len(engines) > 1 else ():
         assert engine.passport is not None
         if not engine.passport.architectures:
             raise EngineBuildError(f"{engine.path} names no architecture; package it alone, without other engines.")
@@ -268,22 +268,22 @@ def _file_name(engine: EngineFile, *, alone: bool) -> str:
 def _batches(engine: EngineFile, preferred: Sequence[int]) -> Batches:
     if engine.passport is None:
         return batches_of_file(engine.metadata, preferred)
-    source = shlex.quote(engine.passport.source or "FILE.onnx")
+    source = engine.passport.source or "FILE.onnx"
     return batches_of_engine(engine.metadata, engine.passport.profiles, engine.path, source)
 
 
 def _network_files(
-    name: str, opened: Sequence[EngineFile], metadata: FileMetadata, batches: Batches, settings: Settings
+    name: str, engines: Sequence[EngineFile], metadata: FileMetadata, batches: Batches, settings: ModelSettings
 ) -> dict[str, bytes]:
     """The network's own model: content by path in the repository."""
-    first = opened[0]
+    first = engines[0]
     profiles = 0 if first.passport is None else len(first.passport.profiles)
     config = network_config(
-        name, metadata, first.outputs, batches, settings, profiles=profiles, files=_capabilities(opened)
+        name, metadata, first.outputs, batches, settings, profiles=profiles, files=_capabilities(engines)
     )
     files = {f"{name}/config.pbtxt": config_text(config).encode(), **_labels(name, metadata, first.outputs)}
-    for engine in opened:
-        path = f"{name}/1/{_file_name(engine, alone=len(opened) == 1)}"
+    for engine in engines:
+        path = f"{name}/1/{_file_name(engine, alone=len(engines) == 1)}"
         files[path] = engine.content
         if engine.passport is not None:
             files[str(passport_path(Path(path)))] = engine.passport.to_bytes()
@@ -291,7 +291,7 @@ def _network_files(
 
 
 def _image_files(
-    names: Sequence[str], engine: EngineFile, metadata: FileMetadata, batches: Batches, settings: Settings
+    names: Sequence[str], engine: EngineFile, metadata: FileMetadata, batches: Batches, settings: ModelSettings
 ) -> dict[str, bytes]:
     """The models `NAME_preprocess` and `NAME_images`: content by path in the repository."""
     network, preprocess, ensemble = names
@@ -319,11 +319,11 @@ def _packaged(
     return PackagedModel(name, batches.most, inputs, outputs)
 
 
-def _notes(opened: Sequence[EngineFile], batches: Batches, output: Path, names: Sequence[str]) -> Iterator[str]:
-    for engine in opened:
+def _notes(engines: Sequence[EngineFile], batches: Batches, output: Path, names: Sequence[str]) -> Iterator[str]:
+    for engine in engines:
         if engine.note is not None:
             yield engine.note
-    passport = opened[0].passport
+    passport = engines[0].passport
     if passport is not None:
         yield f"the engine needs TensorRT {passport.backend_version} in the server; see the release notes of its image"
     if batches.fixed is not None:
@@ -333,13 +333,13 @@ def _notes(opened: Sequence[EngineFile], batches: Batches, output: Path, names: 
         )
     earlier = f"{names[0]}_images"
     if earlier not in names and (output / earlier).exists():
-        yield f"{earlier} is of an earlier run and was left as it was; write it anew with --images --force"
+        yield f"{earlier} is of an earlier run and was left as it was; write it anew with `images=True, force=True`"
 
 
 def _check_folders(output: Path, names: Sequence[str], *, force: bool) -> None:
     """Raises OutputError, before long work, unless these models can be written."""
     if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; --output takes a folder, such as model_repository.")
+        raise OutputError(f"{output} is a file; `output` takes a folder, such as model_repository.")
     if not output.parent.is_dir():
         parent = output.parent
         raise OutputError(f"folder {parent} does not exist; make it first: mkdir -p {shlex.quote(str(parent))}")
@@ -347,12 +347,12 @@ def _check_folders(output: Path, names: Sequence[str], *, force: bool) -> None:
         if not (folder.exists() or folder.is_symlink()):
             continue
         if not force:
-            raise OutputError(f"{folder} exists; pass --force to replace it, or choose another --name.")
+            raise OutputError(f"{folder} exists; pass `force=True` to replace it, or choose another `name`.")
         config = folder / "config.pbtxt"
         if folder.is_symlink() or not config.is_file() or _OURS not in config.read_bytes():
             raise OutputError(
-                f"{folder} exists and was not written by dat-deploy package, so --force does not replace it. Remove it "
-                f"yourself, or choose another --name."
+                f"{folder} exists and was not written by dat-deploy package, so `force=True` does not replace it. "
+                f"Remove it yourself, or choose another `name`."
             )
 
 

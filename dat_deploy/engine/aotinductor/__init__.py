@@ -1,0 +1,1 @@
+"""AOTInductor: what it builds, and how; `package` loads torch."""
