@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dat_deploy import errors
-from dat_deploy.benchmark import Record, benchmark, compare, environment, plot
+from dat_deploy import environment, errors
+from dat_deploy.benchmark import Record, benchmark, compare, plot
 from dat_deploy.benchmark.measure import row_from_rounds
 from dat_deploy.benchmark.record import EngineSettings, RunSettings
 from dat_deploy.benchmark.worker import Timings

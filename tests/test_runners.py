@@ -12,7 +12,6 @@ import torch
 from dat_deploy.engine.passport import Profile
 from dat_deploy.errors import DatDeployError, EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.export import LOWERINGS, export, relower
-from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.networks.dat.checkpoint import load_model
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
 from dat_deploy.runners import RUNTIMES, EngineDescription, Outputs, Runner, open_runner, parse_engine
@@ -216,7 +215,7 @@ class Counts(Runner):
             runtime_version="1",
             network=network,
             outputs=("logits",),
-            preprocessing=Preprocessing.from_variant(network),
+            preprocessing=network.preprocessing,
             batch=batch,
             profiles=tuple(map(Profile.parse, profiles)),
             weights_sha256="",

@@ -169,9 +169,10 @@ def backend_option() -> tuple[str, ...]:
 
 def words_after(engine: Path, passport: "Passport", elsewhere: str) -> tuple[object, ...]:
     """The next command: to validate the engine, where it can run."""
-    from dat_deploy.runners import RUNTIMES
+    from dat_deploy.runners import runtimes
 
-    if RUNTIMES[passport.backend].reasons():
+    runtime = runtimes().get(passport.backend)
+    if runtime is None or runtime.reasons():
         return (elsewhere, engine) if elsewhere == "inspect" else (elsewhere,)
     if passport.verdict is not None:
         return ("bench", "--engine", engine)

@@ -5,7 +5,7 @@ A runtime of somebody else's is a row like those of the modules here, found by a
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -84,7 +84,7 @@ def parse_engine(engine: str) -> tuple[Runtime, str]:
                 f"cannot tell what runs '{engine}'; an engine is {files} or RUNTIME:TARGET, such as pytorch:tiny or "
                 f"openvino:tiny.onnx. Runtimes: {', '.join(table)}."
             )
-        return rows[0] if len(rows) == 1 else _built_for(Path(engine), rows), engine
+        return rows[0] if len(rows) == 1 else _built_for(Path(engine), rows, table), engine
     if name not in table:
         near = difflib.get_close_matches(name, table, n=2)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
@@ -94,10 +94,10 @@ def parse_engine(engine: str) -> tuple[Runtime, str]:
     return table[name], target
 
 
-def _built_for(engine: Path, rows: Sequence[Runtime]) -> Runtime:
+def _built_for(engine: Path, rows: Sequence[Runtime], table: Mapping[str, Runtime]) -> Runtime:
     """What the passport says; the first row where nothing says so, of which the runner then complains."""
     try:
-        return RUNTIMES.get(read_passport(engine).backend, rows[0])
+        return table.get(read_passport(engine).backend, rows[0])
     except PassportError:
         return rows[0]
 

@@ -357,6 +357,7 @@ def describe(
         path=path,
         file_kind=None if path is None else file_kind,
         file_precision=None if path is None else metadata.precision,
+        family=metadata.family,
     )
     return about if image_size is None else about.at_image_size(*image_size)
 

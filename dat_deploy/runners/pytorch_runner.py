@@ -53,6 +53,7 @@ class PytorchRunner(Runner):
             weights_sha256=weights.sha256,
             weights_source=weights.source,
             preprocessing=network.preprocessing,
+            family=family.name,
         )
 
     def _run(self, images_nchw: Images) -> Outputs:

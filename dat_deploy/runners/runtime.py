@@ -8,7 +8,7 @@ from pathlib import Path
 from dat_deploy.engine.passport import check_backend, open_engine, read_passport
 from dat_deploy.errors import UnsupportedError
 from dat_deploy.metadata import FileMetadata, load_onnx, read_metadata
-from dat_deploy.networks.family import find_network
+from dat_deploy.networks.family import family_of, find_network
 from dat_deploy.runners.base import EngineOutline, Runner, no_plugin_here
 
 __all__ = ["Runtime"]
@@ -101,6 +101,7 @@ class Runtime:
                 outputs=None,
                 preprocessing=network.preprocessing,
                 dynamic_image_size=network.takes_any_size and self.any_size,
+                family=family_of(network).name,
             )
         if self.has_passport:
             passport, _ = open_engine(path)
@@ -128,4 +129,5 @@ class Runtime:
             path=path,
             file_kind="engine" if self.has_passport else "exported",
             file_precision=metadata.precision,
+            family=metadata.family,
         )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dat_deploy.engine.passport import read_passport
 from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import FileMetadata, load_onnx
+from dat_deploy.networks.family import family_of
 from dat_deploy.precision import PRECISIONS
 from dat_deploy.runners import Outputs
 from dat_deploy.validate.accuracy import accuracy_rows, compare_on_data
@@ -254,7 +255,8 @@ class PrecisionCheck(CheckKind):
         assert model is not None
         assert path is not None
         metadata = FileMetadata.from_properties(dict(model.metadata_props), path)
-        locations = [name for record in operator_records(model.metadata_props) for name in record.locations]
+        records = operator_records(model.metadata_props)
+        locations = [name for record in records for name in record.locations]
         if PRECISIONS[metadata.precision].is_exported:
             wrong = nodes_in_another_precision(
                 model, metadata.precision, locations, fp32=metadata.fp32_added, no_fp32=metadata.fp32_removed
@@ -284,14 +286,12 @@ class CoordinatesCheck(CheckKind):
 
         from dat_deploy.export.records import operator_records
         from dat_deploy.export.subgraph import operator_model
-        from dat_deploy.networks.family import family_of
         from dat_deploy.networks.operators import operator_weights
         from dat_deploy.plugins.eager import LOCATIONS, eager_output, stress_inputs
         from dat_deploy.plugins.operator import specification
 
         graph, about = comparison.graph, comparison.about
-        sampled = {block.name: block for block in about.network.sampled_blocks}
-        if not sampled:
+        if not about.network.sampled_blocks:
             return []
         if graph is None:
             return [self.row("coordinates", None, FP32_TOLERANCE, "only an ONNX file can be cut into operators")]
@@ -300,6 +300,7 @@ class CoordinatesCheck(CheckKind):
         records = list({(r.name.partition("/")[0], r.operator): r for r in reversed(deformable)}.values())[::-1]
         if not records:
             return [self.row("coordinates", None, FP32_TOLERANCE, "the file's metadata no longer lists its operators")]
+        sampled = {block.name: block for block in about.network.sampled_blocks}
         blocks = family_of(about.network).blocks(about.network)
         steps = {(block.name, step.operator): (block, step) for block in blocks for step in block.steps}
         precision = PRECISIONS[about.answer_precision]
@@ -312,13 +313,14 @@ class CoordinatesCheck(CheckKind):
             weights = operator_weights(comparison.reference.model, *steps[module, record.operator])
             for kind in LOCATIONS:
                 inputs = stress_inputs(specification(record.operator), record.inputs, sizes, kind)
-                tensors, attributes = weights | inputs, record.attributes
-                exact = eager_output(record.operator, tensors, attributes)
+                exact = eager_output(record.operator, weights | inputs, record.attributes)
                 tolerance = FP32_TOLERANCE
                 if precision.is_half:  # eight bits leave the operators alone
                     # in a lower precision the points would move, and any fault be in the tolerance
                     of_locations = precision.dtype if about.rounds_locations else torch.float32
-                    rounded = eager_output(record.operator, tensors, attributes, precision.dtype, of_locations)
+                    rounded = eager_output(
+                        record.operator, weights | inputs, record.attributes, precision.dtype, of_locations
+                    )
                     tolerance = 2 * float(np.abs(rounded - exact).max())
                 got = run({name: value.numpy() for name, value in inputs.items()})
                 detail = f"{len(records)} operators, worst {record.name}"
@@ -337,7 +339,7 @@ class DriftCheck(CheckKind):
     def run(self, comparison: "Comparison") -> Iterator[Check]:
         from dat_deploy.validate.drift import block_drift
 
-        sampled = {block.name: block for block in comparison.about.network.sampled_blocks}
+        blocks = {block.name: block for block in comparison.about.network.sampled_blocks}
         expected = comparison.locations
         if not expected:
             return
@@ -352,13 +354,11 @@ class DriftCheck(CheckKind):
             allowed = dict.fromkeys(expected, INT8_DRIFT_PX)
         elif gate is None and precision.is_half:
             for name, locations in comparison.rounded_locations.items():
-                allowed[name] += ROUNDED_DRIFTS * float(sampled[name].distances_px(locations, expected[name]).max())
-        blocks = [
-            block_drift(sampled[name], got[name], locations, allowed[name]) for name, locations in expected.items()
-        ]
-        comparison.drift = tuple(blocks)
-        worst = max(blocks, key=lambda block: block.share)
-        detail = f"{len(blocks)} blocks, worst {worst.block}: median {worst.median:.1e}, p99 {worst.p99:.1e} px"
+                allowed[name] += ROUNDED_DRIFTS * float(blocks[name].distances_px(locations, expected[name]).max())
+        drift = [block_drift(blocks[name], got[name], where, allowed[name]) for name, where in expected.items()]
+        comparison.drift = tuple(drift)
+        worst = max(drift, key=lambda block: block.share)
+        detail = f"{len(drift)} blocks, worst {worst.block}: median {worst.median:.1e}, p99 {worst.p99:.1e} px"
         yield self.row("drift of sampling locations", worst.largest, worst.allowed, detail, "px")
 
 

@@ -14,7 +14,6 @@ from dat_deploy.engine.build import backend_names, build, find_backend
 from dat_deploy.engine.inspector import inspect
 from dat_deploy.engine.passport import Passport, Profile, read_passport, sha256
 from dat_deploy.errors import EngineBuildError, UnsupportedError
-from dat_deploy.images.preprocess import Preprocessing
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.networks.dat.variants import VARIANTS
 
@@ -30,7 +29,7 @@ def build_stone(request: BuildRequest) -> BuiltEngine:
         lowering="reference",
         precision=request.precision or "fp32",
         opset_version=0,
-        preprocessing=Preprocessing.from_variant(network),
+        preprocessing=network.preprocessing,
         class_names=(),
         weights_sha256="",
         weights_source="",
