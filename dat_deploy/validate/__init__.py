@@ -15,10 +15,11 @@ from dat_deploy.images.data_set import DataSet, open_data_set
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import check_images
 from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner
+from dat_deploy.validate.check import Check
 from dat_deploy.validate.checks import CHECKS
 from dat_deploy.validate.defaults import BATCHES, FP32_TOLERANCE, PHOTOGRAPHS
 from dat_deploy.validate.gates import OF_DATA, OF_LABELS, check_gates, default_gates
-from dat_deploy.validate.report import Check, ValidationReport
+from dat_deploy.validate.report import ValidationReport
 
 if TYPE_CHECKING:
     from dat_deploy.validate.reference import Reference

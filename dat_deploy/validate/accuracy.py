@@ -13,8 +13,8 @@ from dat_deploy.errors import DatDeployError, ImageError, VerificationError
 from dat_deploy.images.data_set import DataSet
 from dat_deploy.images.preprocess import preprocess, read_image
 from dat_deploy.runners import EngineDescription, Runner
+from dat_deploy.validate.check import Check
 from dat_deploy.validate.gates import Gates
-from dat_deploy.validate.report import Check
 from dat_deploy.validate.statistics import mcnemar_p, wilson_interval
 
 __all__ = ["Accuracy", "Flip", "Share", "Side", "accuracy_rows", "compare_on_data"]

@@ -15,8 +15,8 @@ from dat_deploy.networks.family import family_of
 from dat_deploy.precision import PRECISIONS
 from dat_deploy.runners import Outputs
 from dat_deploy.validate.accuracy import accuracy_rows, compare_on_data
+from dat_deploy.validate.check import Check
 from dat_deploy.validate.defaults import FP32_TOLERANCE
-from dat_deploy.validate.report import Check
 
 if TYPE_CHECKING:
     from dat_deploy.validate.comparison import Comparison

@@ -12,8 +12,9 @@ import numpy as np
 
 from dat_deploy.benchmark.plotting import check_matplotlib
 from dat_deploy.files import atomic_output
+from dat_deploy.validate.check import Check
 from dat_deploy.validate.plotting import figure_from_drift, figure_from_errors, figure_from_flips, svg_from_figure
-from dat_deploy.validate.report import Check, ValidationReport
+from dat_deploy.validate.report import ValidationReport
 from dat_deploy.visualize.plotting import block_points, figure_from_points
 
 __all__ = ["html_from_report", "write_page"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dat_deploy.errors import VerificationError
 from dat_deploy.files import atomic_output
 from dat_deploy.runners import EngineDescription
+from dat_deploy.validate.check import Check
 from dat_deploy.validate.gates import Gates
 
 if TYPE_CHECKING:
@@ -16,42 +17,7 @@ if TYPE_CHECKING:
     from dat_deploy.validate.drift import BlockDrift
     from dat_deploy.validate.trace import Trace
 
-__all__ = ["Check", "ValidationReport"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row of the report.
-
-    Attributes:
-        kind: of `CHECKS`, which found it.
-        batch: images in the call; None where there is no batch to speak of.
-        error: what was seen: the largest absolute difference, or what `unit` says; None if the check could not run,
-            `detail` then says why.
-        tolerance: what it may be.
-        in_numbers: it is about the numbers that the engine gives, in which `bisect` finds the place.
-    """
-
-    kind: str
-    name: str
-    batch: int | None
-    error: float | None
-    tolerance: float
-    detail: str
-    unit: str = ""
-    in_numbers: bool = False
-
-    @property
-    def share(self) -> float:
-        """The error as a share of what is allowed."""
-        if self.error is None or self.error == 0:
-            return 0.0
-        return self.error / self.tolerance if self.tolerance else math.inf
-
-    @property
-    def passed(self) -> bool | None:
-        """None if the check did not run."""
-        return None if self.error is None else self.error <= self.tolerance  # NaN is not <= anything
+__all__ = ["ValidationReport"]
 
 
 @dataclass(frozen=True)
