@@ -43,6 +43,7 @@ class TensorrtRunner(Runner):
         check_backend(path, passport, backend)
         trt = import_tensorrt(passport.backend)
         from dat_deploy.engine.tensorrt.session import Session, check_fits
+        from dat_deploy.plugins.tensorrt import registry
 
         check_fits(passport, trt, name)
         if passport.plugin_form == "IPluginV3":
