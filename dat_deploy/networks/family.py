@@ -235,10 +235,6 @@ class Block:
     steps: tuple[Step, ...]
     is_branch: bool = False
 
-    @property
-    def is_deformable(self) -> bool:
-        return any(step.operator == "deformable_attention" for step in self.steps)
-
 
 class Family(abc.ABC):
     """Networks that one piece of code builds.

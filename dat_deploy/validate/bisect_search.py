@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,20 +174,15 @@ class _Search:
         return shown.place if wrong else None
 
     def blocks_before(self, output: str) -> list[Block]:
-        """What an output follows from, in order; of a sampled point's, the last is cut short."""
-        blocks = self.network_blocks
-        kind, _, place = output.rpartition("_") if output != "logits" else ("logits", "", "")
-        if kind == "logits":
-            return blocks
-        if kind == "feature_map":
-            end = next(i for i, block in enumerate(blocks) if block.name == f"norms.{place}")
-            return [block for block in blocks[:end] if not block.name.startswith("norms.")] + [blocks[end]]
-        kind, _, stage = kind.rpartition("_")
-        end = next(i for i, block in enumerate(blocks) if block.name == f"stages.{stage}.attns.{place}")
-        steps = blocks[end].steps
-        last = steps[:3] if kind == "sampling_locations" else steps[6:7]  # up to them; the attention itself
-        before = [block for block in blocks[:end] if not block.name.startswith("norms.")]
-        return [*before, replace(blocks[end], steps=last)]
+        """What an output follows from, in order; the last is cut short behind the step that it shows."""
+        for end, block in enumerate(self.network_blocks):
+            for i, step in enumerate(block.steps):
+                if output in step.outputs:
+                    # what shows an operator is another call of it, so nothing but that is looked at
+                    steps = block.steps[i : i + 1] if step.operator else block.steps[: i + 1]
+                    before = [each for each in self.network_blocks[:end] if not each.is_branch]
+                    return [*before, replace(block, steps=steps)]
+        raise AssertionError(f"no step shows output {output}")
 
     def inside(self, block: Block) -> Step:
         """The step of a wrong block whose result is wrong and whose input is right."""
@@ -195,19 +190,20 @@ class _Search:
         if len(steps) == 1:
             return steps[0]
         self.compare([(step.module, step.side) for step in steps[:-1]])
-        if len(steps) < 8 or not block.is_deformable:
+        parts = _Parts.of(block)
+        if parts is None:
             return self.narrowed(block, steps)
-        sample, key, value, attention, out = steps[3:]
-        if not self.is_right(block, sample):
-            return self.narrowed(block, steps[:4])
-        if not self.is_right_alone(block, attention):
-            return attention
-        if self.is_right(block, attention):
-            return out
-        if not self.is_right(block, key):
-            return key
-        # one of its inputs is wrong, and the points, which follow from the queries, are not
-        return steps[1] if len(self.runs) < self.limit and self.is_right(block, value) else value
+        if not self.is_right(block, parts.chain[-1]):
+            return self.narrowed(block, parts.chain)
+        if not self.is_right_alone(block, parts.join):
+            return parts.join
+        if self.is_right(block, parts.join):
+            return self.narrowed(block, parts.after)
+        *suspects, likely, last = parts.sources  # one of its inputs is wrong, and what ends the chain is not
+        for step in suspects:
+            if not self.is_right(block, step):
+                return step
+        return last if len(self.runs) < self.limit and self.is_right(block, likely) else likely
 
     def narrowed(self, block: Block, steps: Sequence[Step]) -> Step:
         """Of steps in a chain, of which the last ends wrong and what is before the first is right."""
@@ -306,7 +302,8 @@ class _Search:
         if step.operator:
             return self.record(block, step).output
         if step.side == "locations":
-            return self.record(block, block.steps[3]).locations[0]
+            reader = next(each for each in block.steps if step.name in dict(each.inputs).values())
+            return self.record(block, reader).locations[0]
         return self.boundaries[step.ends]
 
     def networks(self) -> list[tuple[torch.nn.Module, torch.dtype]]:
@@ -363,11 +360,42 @@ def _error(got: Array, exact: Array) -> float:
     return float(np.abs(got.astype(np.float64) - exact).max())  # NaN if the engine has one
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """Of a block in which two operators follow on each other.
+
+    Attributes:
+        chain: up to the first operator, each step from the one before.
+        join: the last operator; after: what follows from it, each step from the one before.
+        sources: of the last operator, but for those from which the first follows: steps between the two, in any order,
+            then those of the chain.
+    """
+
+    chain: list[Step]
+    join: Step
+    after: list[Step]
+    sources: list[Step]
+
+    @classmethod
+    def of(cls, block: Block) -> "_Parts | None":
+        """None of a block that is a chain."""
+        steps = list(block.steps)
+        operators = [i for i, step in enumerate(steps) if step.operator]
+        if len(operators) < 2 or operators[-1] == len(steps) - 1:
+            return None
+        first, last = operators[0], operators[-1]
+        read = set(dict(steps[last].inputs).values()) - set(dict(steps[first].inputs).values())
+        sources = [step for step in (*steps[first + 1 : last], *steps[:first]) if step.name in read]
+        return cls(steps[: first + 1], steps[last], steps[last + 1 :], sources)
+
+
 def _worst_case(block: Block) -> int:
     """Runs that `inside` may need."""
-    if block.is_deformable and len(block.steps) == 8:
-        return 4
-    return math.ceil(math.log2(len(block.steps)))
+    parts = _Parts.of(block)
+    if parts is None:
+        return math.ceil(math.log2(len(block.steps)))
+    behind = max(len(parts.sources) - 2, math.ceil(math.log2(len(parts.after))))
+    return max(1 + math.ceil(math.log2(len(parts.chain))), 3 + behind)
 
 
 @functools.cache
