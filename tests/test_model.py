@@ -3,7 +3,7 @@
 import functools
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -145,7 +145,7 @@ def two_products_a_neighborhood(
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_table_counts_the_multiply_adds_of_the_network(name, monkeypatch):
     height, width = VARIANTS[name].image_size
-    operators = REFERENCE._replace(neighborhood_attention=two_products_a_neighborhood)
+    operators = SimpleNamespace(**vars(REFERENCE) | {"neighborhood_attention": two_products_a_neighborhood})
     monkeypatch.setattr("dat_deploy.networks.dat.model.REFERENCE", operators)
     with torch.device("meta"):
         model = DAT(VARIANTS[name])

@@ -369,7 +369,7 @@ def test_the_kit_has_every_launch_of_the_networks(monkeypatch):
     monkeypatch.setattr(dispatch.Job, "run", run)
     monkeypatch.setattr(dispatch, "kernel_computes", lambda _: True)
     # torch takes the shapes alone of what it traces; these launch
-    launching = model_module.FUSED._make(operator.__wrapped__ for operator in model_module.FUSED)
+    launching = SimpleNamespace(**{name: call.__wrapped__ for name, call in vars(model_module.FUSED).items()})
     monkeypatch.setattr(model_module, "FUSED", launching)
     for name in gpu_plan.NETWORKS:
         with FakeTensorMode(), torch.no_grad():
@@ -379,7 +379,7 @@ def test_the_kit_has_every_launch_of_the_networks(monkeypatch):
                 for batch in (1, 128):
                     network(torch.randn(batch, 3, *VARIANTS[name].image_size))
     assert not missing
-    assert launched == set(REFERENCE._fields)
+    assert launched == set(vars(REFERENCE))
 
 
 @pytest.mark.slow

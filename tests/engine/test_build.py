@@ -47,7 +47,7 @@ def operators(network: Variant) -> dict[str, int]:
 def norms_between(network: Variant) -> int:
     """The LayerNorms outside of blocks: of the stem, the steps between stages and the head, and of the offsets."""
     stem = 2 if network.overlapping_patches else 1
-    return stem + len(network.stages) - 1 + 1 + len(network.deformable_blocks)
+    return stem + len(network.stages) - 1 + 1 + len(network.sampled_blocks)
 
 
 def check_built(report: BuildReport, network: Variant, precision: str, lowering: str) -> None:
