@@ -186,7 +186,7 @@ def _rounded(value: float) -> float:
 def _labels(engines: Sequence[str]) -> list[str]:
     """Names for rows and messages: as given, but of an absolute path only the file name; a repeated one is numbered."""
     if not engines:
-        raise DatDeployError("no engine to measure; name at least one, such as --engine tiny.onnx or pytorch:tiny.")
+        raise DatDeployError("no engine to measure; name at least one, such as `engines=['tiny.onnx']` or pytorch:tiny.")
     seen: Counter[str] = Counter()
     labels = []
     for name in map(short_name, engines):
@@ -206,7 +206,7 @@ def _baseline_label(baseline: str, engines: Sequence[str], labels: Sequence[str]
 
 def _check_counts(batches: Sequence[int], *, threads: int | None, seconds: float, **counts: int) -> None:
     if not batches:
-        raise DatDeployError("no batch to measure; give at least one, such as --batch 1.")
+        raise DatDeployError("no batch to measure; give at least one, such as `batches=[1]`.")
     counts |= {"batch": batches[0], "threads": 1 if threads is None else threads}
     for name, count in counts.items():
         least = 0 if name == "warmup_calls" else 1
@@ -221,13 +221,13 @@ def _check_batches(label: str, description: EngineOutline, batches: Sequence[int
     if others and description.profiles:
         raise ShapeError(
             f"engine '{label}' was built for {description.batches_taken} and cannot run batch {', '.join(others)}. "
-            f"Measure it with --batch {','.join(str(profile.best) for profile in description.profiles)}, or build it "
-            f"again with --batch {','.join(map(str, batches))}."
+            f"Measure it with `batches={[profile.best for profile in description.profiles]}`, or build it again with "
+            f"`batches={[*batches]}`."
         )
     if others:
         raise ShapeError(
             f"engine '{label}' has the fixed batch {description.batch} and cannot run batch {', '.join(others)}. "
-            f"Measure it with --batch {description.batch}, or export it again with --batch dynamic."
+            f"Measure it with `batches=[{description.batch}]`, or export it again with `batch=None`."
         )
 
 

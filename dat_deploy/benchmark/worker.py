@@ -276,7 +276,7 @@ class EngineProcess(WorkerProcess):
         if not answer.kind:
             unexpected = DatDeployError(
                 f"engine '{self.label}' failed while {doing}: {answer.message}. Try a smaller batch, or see whether "
-                f"it runs at all with: dat-deploy validate --engine {self.label}"
+                f"it runs at all with: `validate(engine={self.label!r})`"
             )
             unexpected.add_note(answer.traceback)
             raise unexpected

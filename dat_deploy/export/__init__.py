@@ -134,8 +134,8 @@ def export(
         network.check_any_size()
         if sampling_locations:
             raise ExportError(
-                "--sampling-locations needs a fixed image size, since the number of points follows from it. "
-                "Give --image-size HEIGHTxWIDTH."
+                "`sampling_locations` needs a fixed image size, since the number of points follows from it. "
+                "Give `image_size=(height, width)`."
             )
     check_checkpoint(checkpoint)
     from dat_deploy.export.lowering import lower

@@ -173,7 +173,7 @@ def _check_source(source: Path, metadata: FileMetadata) -> None:
     if metadata.lowering == "plugin":
         raise ExportError(
             f"{source} has lowering plugin, whose operators have no bodies that could run for calibration. Quantize "
-            f"a file of another lowering: dat-deploy export --from {source} --lowering function"
+            f"a file of another lowering: `relower(source={str(source)!r}, lowering='function')`"
         )
 
 

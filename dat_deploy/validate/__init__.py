@@ -94,7 +94,7 @@ def validate(
     data_set = None if data is None else _data(outline, data, limit)
     for name in names:
         if name in OF_DATA and data_set is None:
-            raise DatDeployError(f"gate '{name.replace('_', '-')}' is about data; name a folder of images with --data.")
+            raise DatDeployError(f"gate '{name.replace('_', '-')}' is about data; name a folder of images with `data`.")
         if name in OF_LABELS and data_set is not None and data_set.labels is None:
             raise DatDeployError(
                 f"gate '{name.replace('_', '-')}' needs labels, and data '{data}' has none; put its images into a "
@@ -169,7 +169,7 @@ def validate(
 def _data(engine: EngineOutline | EngineDescription, folder: Path, limit: int | None) -> DataSet:
     if engine.network.answer.kind != "classes":
         raise DatDeployError(
-            f"{engine.name} is a backbone and classifies nothing; leave --data out, or validate an engine with logits."
+            f"{engine.name} is a backbone and classifies nothing; leave `data` out, or validate an engine with logits."
         )
     return open_data_set(folder, engine.network.answer.class_names, limit)
 

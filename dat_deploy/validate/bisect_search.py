@@ -103,13 +103,13 @@ class _Search:
         assert self.about.path is not None  # `bisect` has refused what is no exported file
         self.model = ir.load(self.about.path)
         self.boundaries = block_boundaries(self.model.metadata_props)
-        # the first of its module: `--sampling-locations` calls the attention again, with values that are constant
+        # the first of its module: `sampling_locations` calls the attention again, with values that are constant
         records = reversed(operator_records(self.model.metadata_props))
         self.records = {(r.name.partition("/")[0], r.operator): r for r in records}
         if not self.boundaries:
             raise DatDeployError(
                 f"{self.about.name} does not list the tensors between its blocks: it was made by another version, or "
-                f"edited. Export it again with: dat-deploy export --variant {self.about.variant}"
+                f"edited. Export it again with: `export(variant={self.about.variant!r})`"
             )
         paths = list(images) if images else photographs(PHOTOGRAPHS)
         self.images = preprocess_files(paths, self.about.preprocessing)
@@ -119,7 +119,7 @@ class _Search:
         if tolerance is None and not precision.is_exported:
             raise DatDeployError(
                 f"{self.about.name} is in {precision.name}, in which PyTorch's own error is not known. "
-                f"Say what is allowed: --tolerance 0.01"
+                f"Say what is allowed: `tolerance=0.01`"
             )
         self.scale = FP32_TOLERANCE if tolerance is None else tolerance
         self.dtype = precision.dtype if tolerance is None and precision.is_half else None
@@ -233,7 +233,7 @@ class _Search:
         except ValueError as error:  # of onnx-ir, for a name that is not in the graph
             raise DatDeployError(
                 f"{self.about.name} lists the tensor '{tensor}' after {name}, but has none of that name: it was "
-                f"edited. Export it again with: dat-deploy export --variant {self.about.variant}"
+                f"edited. Export it again with: `export(variant={self.about.variant!r})`"
             ) from error
         run = self.runner.open_graph(part)
         source = (step.module, step.side)
@@ -295,7 +295,7 @@ class _Search:
         except KeyError:
             raise DatDeployError(
                 f"the metadata of {self.about.name} lists no {step.name} in {block.name}, so it cannot be cut out. "
-                f"Export it again with: dat-deploy export --variant {self.about.variant}"
+                f"Export it again with: `export(variant={self.about.variant!r})`"
             ) from None
 
     def tensor(self, block: Block, step: Step) -> str:
@@ -350,7 +350,7 @@ class _Search:
         if not math.isfinite(rounded):
             raise DatDeployError(
                 f"eager PyTorch in {self.about.answer_precision} overflows at {name}, so its error is no measure. "
-                f"Say what is allowed: --tolerance {FP32_TOLERANCE:g}"
+                f"Say what is allowed: `tolerance={FP32_TOLERANCE:g}`"
             )
 
 

@@ -295,7 +295,7 @@ class CoordinatesCheck(CheckKind):
             return []
         if graph is None:
             return [self.row("coordinates", None, FP32_TOLERANCE, "only an ONNX file can be cut into operators")]
-        # the first of its module: `--sampling-locations` calls the attention again, with values that are constant
+        # the first of its module: `sampling_locations` calls the attention again, with values that are constant
         deformable = [record for record in operator_records(graph.metadata_props) if record.locations]
         records = list({(r.name.partition("/")[0], r.operator): r for r in reversed(deformable)}.values())[::-1]
         if not records:
@@ -345,7 +345,7 @@ class DriftCheck(CheckKind):
             return
         got = comparison.engine_locations
         if got is None:
-            detail = "the engine does not give its locations; build it from export --sampling-locations"
+            detail = "the engine does not give its locations; build it from `export(sampling_locations=True)`"
             yield self.row("drift of sampling locations", None, LEAST_DRIFT_PX, detail, "px")
             return
         gate, precision = comparison.gates.drift_px, PRECISIONS[comparison.about.answer_precision]
@@ -371,7 +371,7 @@ class DataCheck(CheckKind):
         if comparison.data is None:
             if PRECISIONS[comparison.about.answer_precision].is_exported or "logits" not in comparison.about.outputs:
                 return []
-            detail = "what eight bits cost shows on images alone: give --data"
+            detail = "what eight bits cost shows on images alone: give `data`"
             return [self.row("top-1", None, comparison.gates.top1_drop, detail, "points")]
         comparison.accuracy = compare_on_data(
             comparison.runner,

@@ -41,7 +41,7 @@ class Reference(PytorchRunner):
             raise DatDeployError(
                 f"{about.name} holds the weights of {about.weights_source} (sha256 {about.weights_sha256[:12]}), the "
                 f"PyTorch side those of {held.weights_source} ({held.weights_sha256[:12]}). "
-                f"Pass the same --checkpoint that it was exported with."
+                f"Pass the same `checkpoint` that it was exported with."
             )
         if set(about.outputs) != set(held.outputs):
             raise DatDeployError(

@@ -104,5 +104,5 @@ def _check(engine: str) -> None:
     if outline.batch == 1 or outline.network.answer.kind != "classes" or outline.file_precision != "fp32":
         raise DatDeployError(
             f"the self-test takes an fp32 file that classifies batches, and {engine} is none; export it with "
-            f"--batch dynamic and --precision fp32, without --features."
+            '`batch=None` and `precision="fp32"`, without `features`.'
         )

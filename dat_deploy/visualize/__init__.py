@@ -118,7 +118,7 @@ def _check_has_points(about: EngineOutline) -> None:
     if about.outputs is not None and not {block.locations for block in blocks} <= set(about.outputs):
         raise DatDeployError(
             f"{about.name} gives {', '.join(about.outputs)} and no sampling locations. "
-            f"Export it again with --sampling-locations to see its points."
+            f"Export it again with `sampling_locations=True` to see its points."
         )
 
 
@@ -127,13 +127,13 @@ def _check_same_network(described: Sequence[EngineDescription]) -> None:
     if first.preprocessing != last.preprocessing or first.network.sampled_blocks != last.network.sampled_blocks:
         raise ShapeError(
             f"{first.name} is {_network(first)}, {last.name} is {_network(last)}; a drift is between "
-            f"points of one network at one image size. Name two engines of one variant, or give --image-size."
+            f"points of one network at one image size. Name two engines of one variant, or give `image_size`."
         )
     if first.weights_sha256 != last.weights_sha256:
         raise DatDeployError(
             f"{first.name} holds the weights of {first.weights_source} (sha256 {first.weights_sha256[:12]}), "
             f"{last.name} those of {last.weights_source} ({last.weights_sha256[:12]}); "
-            f"a drift is between engines of the same weights. Pass the --checkpoint that the file was exported with."
+            f"a drift is between engines of the same weights. Pass the `checkpoint` that the file was exported with."
         )
 
 
@@ -157,7 +157,7 @@ def _finite(about: EngineDescription, name: str, outputs: dict[str, NDArray[np.f
     if wrong:
         raise VerificationError(
             f"{about.name}: {wrong} of {values.size} values of output '{name}' are NaN or infinite; a picture needs "
-            f"finite ones. Find the cause with: dat-deploy validate --engine {about.name}"
+            f"finite ones. Find the cause with: `validate(engine={about.name!r})`"
         )
     return values
 

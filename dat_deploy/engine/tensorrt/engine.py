@@ -102,7 +102,7 @@ def _confirmed(trt: ModuleType, content: bytes, passport: Passport) -> tuple[Pas
     except (EngineRunError, ValueError, KeyError, AttributeError, TypeError) as error:  # of any JSON
         return passport, (f"the layers of the engine could not be listed ({error}), so its types are not confirmed.",)
     built, parsed = sum(layer.is_plugin for layer in layers), sum(passport.plugins.values())
-    note = f"the network has {parsed} plugin layers and the engine {built}; look at dat-deploy inspect --layers."
+    note = f"the network has {parsed} plugin layers and the engine {built}; look at `inspect(...).engine_layers`."
     return dataclasses.replace(passport, engine_layers=count_types(layers)), (note,) if built != parsed else ()
 
 

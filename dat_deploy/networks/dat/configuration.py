@@ -333,7 +333,7 @@ def _check_sizes(variant: Variant, options: Options) -> None:
     if options.first_paper and size != variant.trained_size:
         raise VariantError(
             f"DATA.IMG_SIZE is {size} (224 if not set) and MODEL.DAT.img_size {variant.trained_size}; without ksizes "
-            f"(the first paper's code) they are equal. Make them so, and choose another size with --image-size."
+            f"(the first paper's code) they are equal. Make them so, and choose another size with `image_size`."
         )
 
 
