@@ -140,7 +140,7 @@ def test_fixed_file_is_not_opened_for_another_size(files):
     with pytest.raises(ShapeError) as error:
         open_runner(str(files["function"]), image_size=(448, 448))
     assert str(error.value) == (
-        f"{files['function']} is made for images of 64x64, not 448x448. Export it again with --image-size 448x448."
+        f"{files['function']} is made for images of 64x64, not 448x448. Export it again with `image_size=(448, 448)`."
     )
 
 
@@ -154,7 +154,7 @@ def test_backbone_gives_no_logits():
             runner(images)
     assert str(error.value) == (
         "pytorch:pp-tiny is a backbone: it gives feature_map_3 and no logits. "
-        "Use outputs(images) for its maps, or export it again without --features to classify."
+        "Use outputs(images) for its maps, or export it again without `features` to classify."
     )
 
 

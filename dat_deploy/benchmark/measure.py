@@ -186,7 +186,9 @@ def _rounded(value: float) -> float:
 def _labels(engines: Sequence[str]) -> list[str]:
     """Names for rows and messages: as given, but of an absolute path only the file name; a repeated one is numbered."""
     if not engines:
-        raise DatDeployError("no engine to measure; name at least one, such as `engines=['tiny.onnx']` or pytorch:tiny.")
+        raise DatDeployError(
+            "no engine to measure; name at least one, such as `engines=['tiny.onnx']` or pytorch:tiny."
+        )
     seen: Counter[str] = Counter()
     labels = []
     for name in map(short_name, engines):
