@@ -78,16 +78,16 @@ def benchmark(
             _check_batches(label, outline, batches)
 
     total = len(labels) * (1 + len(batches) * (1 + rounds))
-    done = 0
+    count = 0
 
     def step(doing: str) -> None:
-        nonlocal done
+        nonlocal count
         if progress is not None:
-            progress(done, total, doing)
-        done += 1
+            progress(count, total, doing)
+        count += 1
 
     with contextlib.ExitStack() as stack:
-        opened: dict[str, Opened] = {}
+        answers: dict[str, Opened] = {}
         workers = []
         options = {
             "checkpoint": checkpoint,
@@ -99,8 +99,8 @@ def benchmark(
             step(f"opening {label}")
             worker = stack.enter_context(EngineProcess(label))
             workers.append(worker)
-            opened[label] = worker.ask(Opening(engine, _opener, options), "opening", timeout_seconds)
-            _check_batches(label, opened[label].description, batches)
+            answers[label] = worker.ask(Opening(engine, _opener, options), "opening", timeout_seconds)
+            _check_batches(label, answers[label].description, batches)
 
         rows: list[Row] = []
         for batch in batches:
@@ -115,12 +115,12 @@ def benchmark(
                     step(f"batch {batch}, round {number} of {rounds}: {worker.label}")
                     timings[worker.label].append(worker.ask(turn, f"being timed at batch {batch}", timeout_seconds))
             rows += [
-                row_from_rounds(label, batch, timings[label], timings[reference], opened[label].load_s)
+                row_from_rounds(label, batch, timings[label], timings[reference], answers[label].load_s)
                 for label in labels
             ]
     step("done")
 
-    descriptions = {label: opened[label].description for label in labels}
+    descriptions = {label: answers[label].description for label in labels}
     settings = RunSettings(
         engines={label: _engine_settings(description) for label, description in descriptions.items()},
         baseline=reference,
@@ -189,11 +189,11 @@ def _labels(engines: Sequence[str]) -> list[str]:
         raise DatDeployError(
             "no engine to measure; name at least one, such as `engines=['tiny.onnx']` or pytorch:tiny."
         )
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     labels = []
     for name in map(short_name, engines):
-        seen[name] += 1
-        labels.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
+        counts[name] += 1
+        labels.append(name if counts[name] == 1 else f"{name} #{counts[name]}")
     return labels
 
 

@@ -122,7 +122,7 @@ def export(
     Raises:
         DatDeployError: one of its subclasses for each thing that can be wrong with the arguments.
     """
-    started = time.monotonic()
+    start = time.monotonic()
     check_output(output, force=force)
     check_opset(opset_version)
     check_lowering(lowering)
@@ -190,7 +190,7 @@ def export(
         operators=operators,
         census=precision_census(proto),
         outputs=network.output_names(sampled_points=sampling_locations),
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - start,
         notes=weights.notes,
     )
 
@@ -203,7 +203,7 @@ def relower(
     Raises:
         ExportError: if the operators of `source` are already inlined, or there is no such lowering.
     """
-    started = time.monotonic()
+    start = time.monotonic()
     check_output(output, force=force)
     check_lowering(lowering)
     progress("reading the file")
@@ -231,7 +231,7 @@ def relower(
         operators=operators,
         census=precision_census(proto),
         outputs=tuple(str(value.name) for value in model.graph.outputs),
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - start,
         notes=(),
     )
 

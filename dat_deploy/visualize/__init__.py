@@ -94,18 +94,18 @@ def visualize(
             stack.enter_context(open_runner(engine, checkpoint=checkpoint, image_size=image_size, sampled_points=True))
             for engine in engines
         ]
-        described = tuple(runner.description for runner in runners)
-        _check_same_network(described)
-        preprocessing = described[0].preprocessing
+        descriptions = tuple(runner.description for runner in runners)
+        _check_same_network(descriptions)
+        preprocessing = descriptions[0].preprocessing
         image_nchw = preprocess(picture, preprocessing)[None]
         points = [_sampled_points(runner, image_nchw) for runner in runners]
     photograph = image_nchw[0].transpose(1, 2, 0) * preprocessing.std + preprocessing.mean
-    plot_points(photograph.clip(0, 1), image.name, described, points, output, force=force)
+    plot_points(photograph.clip(0, 1), image.name, descriptions, points, output, force=force)
     blocks = tuple(
         _summary(block, versions)
-        for block, versions in zip(described[0].network.sampled_blocks, zip(*points, strict=True), strict=True)
+        for block, versions in zip(descriptions[0].network.sampled_blocks, zip(*points, strict=True), strict=True)
     )
-    return Visualization(output, image, described, blocks)
+    return Visualization(output, image, descriptions, blocks)
 
 
 def _check_has_points(about: EngineOutline) -> None:
@@ -122,8 +122,8 @@ def _check_has_points(about: EngineOutline) -> None:
         )
 
 
-def _check_same_network(described: Sequence[EngineDescription]) -> None:
-    first, last = described[0], described[-1]
+def _check_same_network(descriptions: Sequence[EngineDescription]) -> None:
+    first, last = descriptions[0], descriptions[-1]
     if first.preprocessing != last.preprocessing or first.network.sampled_blocks != last.network.sampled_blocks:
         raise ShapeError(
             f"{first.name} is {_network(first)}, {last.name} is {_network(last)}; a drift is between "

@@ -319,11 +319,11 @@ def _official_parameters(path: Path, tensors: dict[str, Tensor], variant: Varian
 
 
 def _weights_from_official(
-    path: Path, parameters: dict[str, Tensor], variant: Variant, told: tuple[str, ...]
+    path: Path, parameters: dict[str, Tensor], variant: Variant, remarks: tuple[str, ...]
 ) -> Weights:
     """Upstream's names and shapes to the model's, tables resized to the variant's image size."""
     state_dict: dict[str, Tensor] = {}
-    notes = dict.fromkeys(told)  # in order, each once
+    notes = dict.fromkeys(remarks)  # in order, each once
     unused = tuple(f"norms.{i}." for i in range(len(variant.stages)) if i not in variant.features)
     for official_name, tensor in parameters.items():
         if official_name.startswith(unused):
@@ -375,8 +375,8 @@ def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], variant: Var
         for name, shape in expected.items()
         if shapes.get(name, shape) != shape
     ]
-    labelled = (("missing: ", missing), ("unknown: ", extra), ("", other))
-    differences = "; ".join(f"{label}{_enumerate(names)}" for label, names in labelled if names)
+    groups = (("missing: ", missing), ("unknown: ", extra), ("", other))
+    differences = "; ".join(f"{label}{_enumerate(names)}" for label, names in groups if names)
     fitting = _fitting_variants(tensors)
     names = " or ".join(f"'{other.name}'" for other in fitting)
     options = " or ".join(f"`variant={other.name!r}`" for other in fitting)
@@ -429,12 +429,12 @@ def _check_buffer(path: Path, name: str, tensor: Tensor, variant: Variant) -> No
     """Upstream stores what this code computes; a checkpoint with other values was trained as another network."""
     i = int(name.split(".")[1])
     stage, side = variant.stages[i], _trained_side(variant, i)
-    computed = (
+    expected = (
         relative_position_index(stage.window_size)
         if name.endswith(".relative_position_index")
         else shifted_window_mask(side, side, stage.window_size, stage.shift_size)
     )
-    if not torch.equal(tensor, computed.to(tensor.dtype)):
+    if not torch.equal(tensor, expected.to(tensor.dtype)):
         raise CheckpointError(
             f"{path} has another {name} than variant '{variant.name}' computes; its windows would see other pixels."
         )
