@@ -139,7 +139,8 @@ def _islands(
         if not any(_is_within(_module(node), pattern) for node in default):
             names = {prefix for node in default for prefix in _prefixes(_module(node))}
             raise ExportError(
-                f"`no_fp32` '{pattern}' names modules in which nothing is in float32 by default. {_hint(pattern, names)}"
+                f"`no_fp32` '{pattern}' names modules in which nothing is in float32 by default. "
+                f"{_hint(pattern, names)}"
             )
     islands |= {node for node in default if not any(_is_within(_module(node), pattern) for pattern in no_fp32)}
     return islands | {node for node in nodes if any(_is_within(_module(node), pattern) for pattern in fp32)}

@@ -347,19 +347,21 @@ class DriftCheck(CheckKind):
         expected = comparison.locations
         if not expected:
             return
-        outputs = comparison.engine_locations
-        if outputs is None:
+        engine_locations = comparison.engine_locations
+        if engine_locations is None:
             detail = "the engine does not give its locations; build it from `export(sampling_locations=True)`"
             yield self.row("drift of sampling locations", None, LEAST_DRIFT_PX, detail, "px")
             return
         gate, precision = comparison.gates.drift_px, PRECISIONS[comparison.about.answer_precision]
-        limit = dict.fromkeys(expected, LEAST_DRIFT_PX if gate is None else gate)
+        limits = dict.fromkeys(expected, LEAST_DRIFT_PX if gate is None else gate)
         if gate is None and not precision.is_exported:
-            limit = dict.fromkeys(expected, INT8_DRIFT_PX)
+            limits = dict.fromkeys(expected, INT8_DRIFT_PX)
         elif gate is None and precision.is_half:
             for name, locations in comparison.rounded_locations.items():
-                limit[name] += ROUNDED_DRIFTS * float(blocks[name].distances_px(locations, expected[name]).max())
-        drift = [block_drift(blocks[name], outputs[name], where, limit[name]) for name, where in expected.items()]
+                limits[name] += ROUNDED_DRIFTS * float(blocks[name].distances_px(locations, expected[name]).max())
+        drift = [
+            block_drift(blocks[name], engine_locations[name], where, limits[name]) for name, where in expected.items()
+        ]
         comparison.drift = tuple(drift)
         worst = max(drift, key=lambda block: block.share)
         detail = f"{len(drift)} blocks, worst {worst.block}: median {worst.median:.1e}, p99 {worst.p99:.1e} px"
