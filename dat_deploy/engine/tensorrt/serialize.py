@@ -184,9 +184,9 @@ def _monitor(trt: ModuleType, progress: Progress) -> _Monitor:
         def phase_finish(self, name: str) -> None:
             steps.pop(name, None)
 
-        def tell(self, name: str, done: int) -> None:
+        def tell(self, name: str, count: int) -> None:
             try:  # an exception must not pass through TensorRT
-                progress(f"building the engine, {name} ({done}/{steps.get(name, done)})")
+                progress(f"building the engine, {name} ({count}/{steps.get(name, count)})")
             except BaseException as error:
                 monitor.error = error
 
