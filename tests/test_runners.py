@@ -110,7 +110,7 @@ def test_image_of_another_shape_is_refused(shape, files):
         runner(np.zeros(shape, dtype=np.float32))
     assert str(error.value) == (
         f"{files['function']}: input 'image' has shape {list(shape)}; it takes [any batch, 3, 64, 64]. "
-        f"Export again with --batch or --image-size for another."
+        f"Export again with `batch` or `image_size` for another."
     )
 
 
@@ -165,7 +165,7 @@ def test_plugin_file_is_refused_where_no_plugin_runs(runtime, files):
         open_runner(engine)
     assert str(error.value) == (
         f"{engine} has lowering 'plugin': its operators have no body, so only TensorRT with the plugins runs it. "
-        f"Export it with --lowering function."
+        'Export it with `lowering="function"`.'
     )
 
 
