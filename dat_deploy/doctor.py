@@ -30,7 +30,7 @@ class Diagnosis:
     Attributes:
         packages: by name, their versions; None for what is not installed.
         runtimes: by name, why they cannot run; nothing if they can.
-        lowerings: what `build --lowering auto` found, by TensorRT, GPU architecture and driver, then by network.
+        lowerings: what `build` with `lowering="auto"` found, by TensorRT, GPU architecture and driver, then by network.
     """
 
     hardware: Hardware

@@ -263,7 +263,7 @@ FAILURES = [
         "bug",
         DatDeployError,
         "engine 'pytorch:bug' failed while warming up at batch 1: ZeroDivisionError: division by zero. Try a smaller "
-        "batch, or see whether it runs at all with: dat-deploy validate --engine pytorch:bug",
+        "batch, or see whether it runs at all with: `validate(engine='pytorch:bug')`",
     ),
     (
         "killed",
@@ -282,7 +282,7 @@ FAILURES = [
         "fixed",
         ShapeError,
         "engine 'pytorch:fixed' has the fixed batch 4 and cannot run batch 1. "
-        "Measure it with --batch 4, or export it again with --batch dynamic.",
+        "Measure it with `batches=[4]`, or export it again with `batch=None`.",
     ),
 ]
 
@@ -349,8 +349,8 @@ def test_every_expected_failure_keeps_its_class_and_exit_code_across_the_process
 # arguments
 
 REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
-    ([], {}, "no engine to measure; name at least one, such as --engine tiny.onnx or pytorch:tiny."),
-    (["a.onnx"], {"batches": ()}, "no batch to measure; give at least one, such as --batch 1."),
+    ([], {}, "no engine to measure; name at least one, such as `engines=['tiny.onnx']` or pytorch:tiny."),
+    (["a.onnx"], {"batches": ()}, "no batch to measure; give at least one, such as `batches=[1]`."),
     (["a.onnx"], {"batches": (0, 1)}, "batch is 0; it must be at least 1."),
     (["a.onnx"], {"rounds": 0}, "rounds is 0; it must be at least 1."),
     (["a.onnx"], {"calls": 0}, "calls is 0; it must be at least 1."),
@@ -490,7 +490,7 @@ def test_compare_refuses_what_was_not_measured_alike_and_names_all_of_it() -> No
     assert str(raised.value) == (
         "the records cannot be compared, for they differ in settings.engines.tiny.onnx.threads (2 and 4), "
         "settings.rounds (3 and 7), settings.threads (None and 4), hardware.cpu (Some CPU and Another CPU); "
-        "measure both alike on one machine with: dat-deploy bench --json FILE"
+        "measure both alike on one machine with: `bench(...).to_json()`"
     )
 
 

@@ -438,7 +438,7 @@ def test_runtime_that_takes_no_onnx_is_refused(engine, runtime):
         bisect(engine)
     assert str(error.value) == (
         f"{engine} cannot be bisected: that runs pieces of an ONNX file, and {runtime} takes none. "
-        f"Bisect the file that it was made from: dat-deploy bisect --engine FILE.onnx"
+        f"Bisect the file that it was made from: `bisect(engine='FILE.onnx')`"
     )
 
 
@@ -453,7 +453,7 @@ def test_file_without_the_list_of_boundaries_is_refused(find, files, tmp_path):
         find(path)
     assert str(error.value) == (
         f"{path} does not list the tensors between its blocks: it was made by another version, or edited. "
-        f"Export it again with: dat-deploy export --variant mini-demo"
+        f"Export it again with: `export(variant='mini-demo')`"
     )
 
 
@@ -468,7 +468,7 @@ def test_file_that_lost_a_tensor_or_an_operator_is_refused(find, files, tmp_path
         find(path)
     assert str(error.value).startswith(f"{path} lists the tensor 'nowhere' after stages.")
     assert str(error.value).endswith(
-        "but has none of that name: it was edited. Export it again with: dat-deploy export --variant mini-demo"
+        "but has none of that name: it was edited. Export it again with: `export(variant='mini-demo')`"
     )
 
     def unlisted(model: onnx.ModelProto) -> None:
@@ -481,12 +481,12 @@ def test_file_that_lost_a_tensor_or_an_operator_is_refused(find, files, tmp_path
         find(path)
     assert str(error.value) == (
         f"the metadata of {path} lists no deformable_sample in {D}, so it cannot be cut out. "
-        f"Export it again with: dat-deploy export --variant mini-demo"
+        f"Export it again with: `export(variant='mini-demo')`"
     )
 
 
 def test_other_weights_are_an_error(files):
-    with pytest.raises(DatDeployError, match=r"Pass the same --checkpoint that it was exported with\.$"):
+    with pytest.raises(DatDeployError, match=r"Pass the same `checkpoint` that it was exported with\.$"):
         bisect(str(files["fp32", "function"]))  # whose checkpoint is left out
 
 
@@ -496,7 +496,7 @@ def test_precision_that_pytorch_lacks_needs_a_tolerance(find, files, monkeypatch
     with pytest.raises(DatDeployError) as error:
         find(str(path))
     assert str(error.value) == (
-        f"{path} is in int8, in which PyTorch's own error is not known. Say what is allowed: --tolerance 0.01"
+        f"{path} is in int8, in which PyTorch's own error is not known. Say what is allowed: `tolerance=0.01`"
     )
     assert find(str(path), tolerance=0.01).agrees
 
@@ -520,7 +520,7 @@ def test_reference_that_is_no_measure_is_an_error(checkpoint, value, precision, 
         f"Check the checkpoint and the images."
         if math.isnan(value)
         else "eager PyTorch in fp16 overflows at logits, so its error is no measure. "
-        "Say what is allowed: --tolerance 0.0001"
+        "Say what is allowed: `tolerance=0.0001`"
     )
 
 

@@ -328,9 +328,9 @@ def test_a_checkpoint_of_another_variant_names_the_one_it_fits(actual: str, tmp_
     wanted = next(name for name in VARIANTS if not {name, actual} <= TWINS and name != actual)
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": hollow_tensors(VARIANTS[actual])}, path)
-    advice = f". It fits variant '{actual}'; use --variant {actual}."
+    advice = f". It fits variant '{actual}'; use `variant='{actual}'`."
     if actual in TWINS:
-        advice = ". It fits variant 'pp-base' or 'pp-base-384'; use --variant pp-base or --variant pp-base-384."
+        advice = ". It fits variant 'pp-base' or 'pp-base-384'; use `variant='pp-base'` or `variant='pp-base-384'`."
     assert refusal(path, VARIANTS[wanted]).endswith(advice)
 
 
@@ -340,7 +340,7 @@ def test_a_checkpoint_of_another_variant_names_tensors_and_shapes(tmp_path: Path
     assert refusal(path, VARIANTS["tiny"]) == (
         f"{path} is not a checkpoint of variant 'tiny': unknown: stages.2.layer_norms.12.norm.weight (384), "
         "stages.2.layer_norms.12.norm.bias (384), stages.2.layer_norms.13.norm.weight (384) and 207 more. "
-        "It fits variant 'small'; use --variant small."
+        "It fits variant 'small'; use `variant='small'`."
     )
 
 
@@ -361,7 +361,7 @@ def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
     torch.save({"model": hollow_tensors(replace(VARIANTS["tiny"], classes=10))}, path)
     assert refusal(path, VARIANTS["tiny"]) == (
         f"{path} classifies into 10 classes and variant 'tiny' into 1000. Give its own configuration "
-        f"instead: --config FILE.yaml with num_classes: 10."
+        'instead: `variant="FILE.yaml"` with num_classes: 10.'
     )
 
 
@@ -447,7 +447,7 @@ def test_a_backbone_does_not_classify(tmp_path: Path) -> None:
     path = tmp_path / "detector.pth"
     torch.save(detector(hollow_tensors(VARIANTS["pp-tiny"].as_backbone((0, 1, 2, 3)))), path)
     assert refusal(path, VARIANTS["pp-tiny"]).endswith(
-        "It is a backbone of 'pp-tiny', without a head; use --variant pp-tiny, with --features 0,1,2,3."
+        "It is a backbone of 'pp-tiny', without a head; use `variant='pp-tiny'`, with `features=(0, 1, 2, 3)`."
     )
 
 
@@ -483,7 +483,7 @@ def test_a_detector_has_the_norms_that_its_neck_uses(tmp_path: Path) -> None:
     assert found == variant.as_backbone((1, 2, 3))
     assert refusal(path, variant.as_backbone((0, 1))) == (
         f"{path} is not a checkpoint of variant 'pp-tiny': missing: norms.0.norm.weight (64), norms.0.norm.bias (64). "
-        "It is a backbone of 'pp-tiny', without a head; use --variant pp-tiny, with --features 1,2,3."
+        "It is a backbone of 'pp-tiny', without a head; use `variant='pp-tiny'`, with `features=(1, 2, 3)`."
     )
 
 
@@ -500,10 +500,10 @@ def test_a_classifier_of_other_classes_is_no_backbone(tmp_path: Path) -> None:
     path = tmp_path / "finetuned.pth"
     torch.save({"model": hollow_tensors(replace(VARIANTS["pp-tiny"], classes=10))}, path)
     assert refusal(path, VARIANTS["tiny"]).endswith(
-        "It fits variant 'pp-tiny' but for its 10 classes; use --config FILE.yaml with num_classes: 10."
+        "It fits variant 'pp-tiny' but for its 10 classes; use `variant=\"FILE.yaml\"` with num_classes: 10."
     )
     variant, weights = convert_checkpoint(path, tmp_path / "finetuned.safetensors")
     assert (variant.features, variant.classes) == ((), 10)
-    assert weights.notes == ("it has 10 classes: export it with --config FILE.yaml that says num_classes",)
+    assert weights.notes == ('it has 10 classes: export it with `variant="FILE.yaml"` that says num_classes',)
     with safe_open(tmp_path / "finetuned.safetensors", "pt") as file:
         assert file.get_slice("cls_head.weight").get_shape() == [10, 512]

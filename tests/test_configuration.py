@@ -306,7 +306,7 @@ def test_training_options_and_those_of_other_blocks_are_ignored(tmp_path: Path) 
         (
             {"img_size": 96},
             "DATA.IMG_SIZE is 64 (224 if not set) and MODEL.DAT.img_size 96; without ksizes (the first paper's code) "
-            "they are equal. Make them so, and choose another size with --image-size.",
+            "they are equal. Make them so, and choose another size with `image_size`.",
         ),
         (
             {"dwc_pes": [False, False, True, False]},

@@ -104,6 +104,5 @@ def test_logits_that_are_not_finite_are_a_verification_error(wrong: float) -> No
     with pytest.raises(VerificationError) as caught:
         top_k([[1.0, 2.0], [wrong, 0.0]], LETTERS[:2])
     assert str(caught.value) == (
-        "logits of image 1 hold NaN or infinity; they must be finite. "
-        "Find the first wrong layer with: dat-deploy validate"
+        "logits of image 1 hold NaN or infinity; they must be finite. Find the first wrong layer with: `validate()`"
     )

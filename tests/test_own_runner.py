@@ -104,7 +104,7 @@ def test_a_runner_named_mine_without_a_file_is_validated(mine: Runner) -> None:
     rows = {row.kind: row.detail for row in report.checks if row.passed is None}
     assert rows == {
         "coordinates": "only an ONNX file can be cut into operators",
-        "drift": "the engine does not give its locations; build it from export --sampling-locations",
+        "drift": "the engine does not give its locations; build it from `export(sampling_locations=True)`",
     }
 
 

@@ -110,7 +110,7 @@ def test_image_of_another_shape_is_refused(shape, files):
         runner(np.zeros(shape, dtype=np.float32))
     assert str(error.value) == (
         f"{files['function']}: input 'image' has shape {list(shape)}; it takes [any batch, 3, 64, 64]. "
-        f"Export again with --batch or --image-size for another."
+        f"Export again with `batch` or `image_size` for another."
     )
 
 
@@ -140,7 +140,7 @@ def test_fixed_file_is_not_opened_for_another_size(files):
     with pytest.raises(ShapeError) as error:
         open_runner(str(files["function"]), image_size=(448, 448))
     assert str(error.value) == (
-        f"{files['function']} is made for images of 64x64, not 448x448. Export it again with --image-size 448x448."
+        f"{files['function']} is made for images of 64x64, not 448x448. Export it again with `image_size=(448, 448)`."
     )
 
 
@@ -154,7 +154,7 @@ def test_backbone_gives_no_logits():
             runner(images)
     assert str(error.value) == (
         "pytorch:pp-tiny is a backbone: it gives feature_map_3 and no logits. "
-        "Use outputs(images) for its maps, or export it again without --features to classify."
+        "Use outputs(images) for its maps, or export it again without `features` to classify."
     )
 
 
@@ -165,7 +165,7 @@ def test_plugin_file_is_refused_where_no_plugin_runs(runtime, files):
         open_runner(engine)
     assert str(error.value) == (
         f"{engine} has lowering 'plugin': its operators have no body, so only TensorRT with the plugins runs it. "
-        f"Export it with --lowering function."
+        'Export it with `lowering="function"`.'
     )
 
 

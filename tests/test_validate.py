@@ -263,7 +263,7 @@ def test_pytorch_itself_has_no_operators_to_cut_out():
         (
             "drift of sampling locations",
             None,
-            "the engine does not give its locations; build it from export --sampling-locations",
+            "the engine does not give its locations; build it from `export(sampling_locations=True)`",
         ),
     ]
 
@@ -274,7 +274,7 @@ def test_other_weights_are_an_error_not_a_failed_check(tiny_onnx, golden_checkpo
     assert type(error.value) is DatDeployError
     assert "holds the weights of seeded random weights (seed 0)" in str(error.value)
     assert "the PyTorch side those of dat_tiny_in1k_224.pth" in str(error.value)
-    assert str(error.value).endswith("Pass the same --checkpoint that it was exported with.")
+    assert str(error.value).endswith("Pass the same `checkpoint` that it was exported with.")
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
@@ -327,7 +327,7 @@ def test_a_backbone_takes_no_data(demo_onnx, tmp_path):
         with pytest.raises(DatDeployError) as error:
             validate(backbone, data=tmp_path)
     assert str(error.value) == (
-        f"{demo_onnx} is a backbone and classifies nothing; leave --data out, or validate an engine with logits."
+        f"{demo_onnx} is a backbone and classifies nothing; leave `data` out, or validate an engine with logits."
     )
 
 

@@ -399,7 +399,8 @@ def test_an_engine_without_points_says_how_to_export_it(draw: Callable[..., Visu
     with nothing_new(tmp_path), pytest.raises(DatDeployError) as refused:
         draw(FakeRunner({"logits": np.zeros((1, 1000), dtype=np.float32)}))
     assert str(refused.value) == (
-        "fake.onnx gives logits and no sampling locations. Export it again with --sampling-locations to see its points."
+        "fake.onnx gives logits and no sampling locations. Export it again with "
+        "`sampling_locations=True` to see its points."
     )
 
 
@@ -428,7 +429,7 @@ def test_numbers_that_are_not_finite_are_an_error_and_no_picture(
         draw(FakeRunner(outputs))
     assert str(refused.value) == (
         f"fake.onnx: {wrong} of {outputs[output].size} values of output '{output}' are NaN or infinite; a picture "
-        f"needs finite ones. Find the cause with: dat-deploy validate --engine fake.onnx"
+        f"needs finite ones. Find the cause with: `validate(engine='fake.onnx')`"
     )
 
 
@@ -447,7 +448,7 @@ def test_two_engines_must_be_one_network_at_one_image_size(
         draw(FakeRunner(points(WIDE)), FakeRunner(points(other), other, name="other.onnx"))
     assert str(refused.value) == (
         f"fake.onnx is pp-tiny for 64x128, other.onnx is {described}; a drift is between points of one network at one "
-        f"image size. Name two engines of one variant, or give --image-size."
+        f"image size. Name two engines of one variant, or give `image_size`."
     )
 
 

@@ -78,16 +78,16 @@ def benchmark(
             _check_batches(label, outline, batches)
 
     total = len(labels) * (1 + len(batches) * (1 + rounds))
-    done = 0
+    count = 0
 
     def step(doing: str) -> None:
-        nonlocal done
+        nonlocal count
         if progress is not None:
-            progress(done, total, doing)
-        done += 1
+            progress(count, total, doing)
+        count += 1
 
     with contextlib.ExitStack() as stack:
-        opened: dict[str, Opened] = {}
+        answers: dict[str, Opened] = {}
         workers = []
         options = {
             "checkpoint": checkpoint,
@@ -99,8 +99,8 @@ def benchmark(
             step(f"opening {label}")
             worker = stack.enter_context(EngineProcess(label))
             workers.append(worker)
-            opened[label] = worker.ask(Opening(engine, _opener, options), "opening", timeout_seconds)
-            _check_batches(label, opened[label].description, batches)
+            answers[label] = worker.ask(Opening(engine, _opener, options), "opening", timeout_seconds)
+            _check_batches(label, answers[label].description, batches)
 
         rows: list[Row] = []
         for batch in batches:
@@ -115,12 +115,12 @@ def benchmark(
                     step(f"batch {batch}, round {number} of {rounds}: {worker.label}")
                     timings[worker.label].append(worker.ask(turn, f"being timed at batch {batch}", timeout_seconds))
             rows += [
-                row_from_rounds(label, batch, timings[label], timings[reference], opened[label].load_s)
+                row_from_rounds(label, batch, timings[label], timings[reference], answers[label].load_s)
                 for label in labels
             ]
     step("done")
 
-    descriptions = {label: opened[label].description for label in labels}
+    descriptions = {label: answers[label].description for label in labels}
     settings = RunSettings(
         engines={label: _engine_settings(description) for label, description in descriptions.items()},
         baseline=reference,
@@ -186,12 +186,14 @@ def _rounded(value: float) -> float:
 def _labels(engines: Sequence[str]) -> list[str]:
     """Names for rows and messages: as given, but of an absolute path only the file name; a repeated one is numbered."""
     if not engines:
-        raise DatDeployError("no engine to measure; name at least one, such as --engine tiny.onnx or pytorch:tiny.")
-    seen: Counter[str] = Counter()
+        raise DatDeployError(
+            "no engine to measure; name at least one, such as `engines=['tiny.onnx']` or pytorch:tiny."
+        )
+    counts: Counter[str] = Counter()
     labels = []
     for name in map(short_name, engines):
-        seen[name] += 1
-        labels.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
+        counts[name] += 1
+        labels.append(name if counts[name] == 1 else f"{name} #{counts[name]}")
     return labels
 
 
@@ -206,7 +208,7 @@ def _baseline_label(baseline: str, engines: Sequence[str], labels: Sequence[str]
 
 def _check_counts(batches: Sequence[int], *, threads: int | None, seconds: float, **counts: int) -> None:
     if not batches:
-        raise DatDeployError("no batch to measure; give at least one, such as --batch 1.")
+        raise DatDeployError("no batch to measure; give at least one, such as `batches=[1]`.")
     counts |= {"batch": batches[0], "threads": 1 if threads is None else threads}
     for name, count in counts.items():
         least = 0 if name == "warmup_calls" else 1
@@ -221,13 +223,13 @@ def _check_batches(label: str, description: EngineOutline, batches: Sequence[int
     if others and description.profiles:
         raise ShapeError(
             f"engine '{label}' was built for {description.batches_taken} and cannot run batch {', '.join(others)}. "
-            f"Measure it with --batch {','.join(str(profile.best) for profile in description.profiles)}, or build it "
-            f"again with --batch {','.join(map(str, batches))}."
+            f"Measure it with `batches={[profile.best for profile in description.profiles]}`, or build it again with "
+            f"`batches={[*batches]}`."
         )
     if others:
         raise ShapeError(
             f"engine '{label}' has the fixed batch {description.batch} and cannot run batch {', '.join(others)}. "
-            f"Measure it with --batch {description.batch}, or export it again with --batch dynamic."
+            f"Measure it with `batches=[{description.batch}]`, or export it again with `batch=None`."
         )
 
 

@@ -143,12 +143,12 @@ class Record:
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise RecordError(f"not a benchmark record: {error}. Make one with: dat-deploy bench --json FILE") from None
+            raise RecordError(f"not a benchmark record: {error}. Make one with: `bench(...).to_json()`") from None
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
             raise RecordError(
                 f"not a benchmark record of this version: schema_version is {version!r} and must be "
-                f"{SCHEMA_VERSION}. Measure again with: dat-deploy bench --json FILE"
+                f"{SCHEMA_VERSION}. Measure again with: `bench(...).to_json()`"
             )
         try:
             return typing.cast(Record, typed(cls, values, "record"))
@@ -209,7 +209,7 @@ def compare(first: Record, second: Record) -> RecordComparison:
     if different:
         raise RecordError(
             f"the records cannot be compared, for they differ in {', '.join(different)}; "
-            f"measure both alike on one machine with: dat-deploy bench --json FILE"
+            f"measure both alike on one machine with: `bench(...).to_json()`"
         )
     rows = []
     for a, b in zip(first.rows, second.rows, strict=True):

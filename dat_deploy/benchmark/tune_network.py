@@ -65,9 +65,9 @@ def tune_network(
             model(torch.randn(batch, 3, *network.image_size, device=DEVICE))
         jobs |= {(job.operator, tuple(job.problem.items())): job for job in launched}
     tuned = []
-    for done, job in enumerate(jobs.values()):
+    for count, job in enumerate(jobs.values()):
         if progress is not None:
-            progress(done, len(jobs), job.operator)
+            progress(count, len(jobs), job.operator)
         candidates = job.kernel.configurations(job.problem)
         wrong = _unlike_the_first(job, candidates)
         medians = measured([candidate for candidate in candidates if candidate not in wrong], job.run)
@@ -93,5 +93,5 @@ def _unlike_the_first(job: Job, candidates: Sequence[Configuration]) -> tuple[Co
         return ()
     first, *others = answers
     share = max(1e-4, 4 * torch.finfo(job.output.dtype).eps)  # of the largest output
-    allowed = share * answers[first].abs().max()
-    return tuple(other for other in others if not (answers[other] - answers[first]).abs().max() <= allowed)
+    tolerance = share * answers[first].abs().max()
+    return tuple(other for other in others if not (answers[other] - answers[first]).abs().max() <= tolerance)

@@ -120,9 +120,9 @@ class _Engine:
 
     def open(self, opening: Opening) -> Opened:
         module, _, function = opening.opener.partition(":")
-        started = time.perf_counter()
+        start = time.perf_counter()
         self._runner = getattr(importlib.import_module(module), function)(opening.engine, **opening.options)
-        return Opened(self._runner.description, time.perf_counter() - started)
+        return Opened(self._runner.description, time.perf_counter() - start)
 
     def take(self, turn: Turn) -> Timings:
         shape = (turn.batch, 3, *self._runner.description.image_size)
@@ -130,19 +130,19 @@ class _Engine:
             self._images = np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32)
         untimed = self._latencies_ns(turn.untimed_calls, turn.untimed_seconds)
         before = _machine_busy_s() - time.process_time()
-        timed = self._latencies_ns(turn.calls, turn.seconds)
+        latencies = self._latencies_ns(turn.calls, turn.seconds)
         others = _machine_busy_s() - time.process_time() - before
-        return Timings(len(untimed), timed, max(0.0, others), _peak_memory_mib())
+        return Timings(len(untimed), latencies, max(0.0, others), _peak_memory_mib())
 
     def _latencies_ns(self, calls: int, seconds: float) -> list[int]:
         latencies: list[int] = []
         now = time.perf_counter_ns()
         end = now + seconds * 1e9
         while len(latencies) < calls or now < end:
-            started = time.perf_counter_ns()
+            start = time.perf_counter_ns()
             self._runner.outputs(self._images)
             now = time.perf_counter_ns()
-            latencies.append(now - started)
+            latencies.append(now - start)
         return latencies
 
 
@@ -156,8 +156,8 @@ def _machine_busy_s() -> float:
 
 def _peak_memory_mib() -> float:
     """Resident, of this process. Not getrusage's ru_maxrss: that starts at the parent's size."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found.group(1)) / 1024 if found else 0.0
+    match = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(match.group(1)) / 1024 if match else 0.0
 
 
 def _failure_from(error: Exception) -> _Failure:
@@ -276,7 +276,7 @@ class EngineProcess(WorkerProcess):
         if not answer.kind:
             unexpected = DatDeployError(
                 f"engine '{self.label}' failed while {doing}: {answer.message}. Try a smaller batch, or see whether "
-                f"it runs at all with: dat-deploy validate --engine {self.label}"
+                f"it runs at all with: `validate(engine={self.label!r})`"
             )
             unexpected.add_note(answer.traceback)
             raise unexpected

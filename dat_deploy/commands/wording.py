@@ -1,7 +1,8 @@
 """What the library says in Python's words, said in the shell's: `force=True` is --force there.
 
 The library marks the parameters that a sentence names by backquotes, with a value where it proposes one; it may propose
-whole calls: `force=True`, `image_size`, `batches=(1, 8)`, `export(variant="tiny", output="tiny.onnx")`.
+whole calls: `force=True`, `image_size`, `batches=(1, 8)`, `export(variant="tiny", output="tiny.onnx")`,
+`bench(...).to_json()`.
 """
 
 import ast
@@ -38,6 +39,7 @@ _OPTIONS = {
     "workspace_bytes": "workspace_mib",
 }
 _COMMANDS = {"benchmark": "bench", "check_preprocessing": "preprocess --check", "relower": "export"}
+_PARTS = {"engine_layers": "--layers", "to_json": "--json FILE"}  # of what a command returns
 
 
 class Commands(typer.core.TyperGroup):
@@ -86,11 +88,9 @@ def _words(call: ast.Call, scope: Sequence[Any], commands: Mapping[str, Any]) ->
     for argument in call.args:
         if isinstance(argument, ast.Name):  # a parameter without a value
             words.append(" ".join(_option(argument.id, scope)) or argument.id.upper())
-        elif isinstance(argument, ast.Call):
-            name = ast.unparse(argument.func)
-            command = _COMMANDS.get(name, name)
-            words.append(f"dat-deploy {command} {_words(argument, [commands[command.split()[0]]], commands)}".rstrip())
-        else:  # what a command takes without an option
+        elif isinstance(argument, ast.Call | ast.Attribute):
+            words.append(_command(argument, commands))
+        elif ast.unparse(argument) != "...":  # what a command takes without an option
             words.append(_value(argument))
     for keyword in call.keywords:
         name = keyword.arg or ""
@@ -101,6 +101,17 @@ def _words(call: ast.Call, scope: Sequence[Any], commands: Mapping[str, Any]) ->
             value = "dynamic"
         words += [*_option(name, scope), *([value] if value else [])]
     return " ".join(words)
+
+
+def _command(node: ast.expr, commands: Mapping[str, Any]) -> str:
+    """A call, and an option for what its answer is asked for: `inspect(...).engine_layers` is `inspect --layers`."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        command = _COMMANDS.get(node.func.id, node.func.id)
+        return f"dat-deploy {command} {_words(node, [commands[command.split()[0]]], commands)}".rstrip()
+    part = node.func if isinstance(node, ast.Call) else node
+    if isinstance(part, ast.Attribute):
+        return f"{_command(part.value, commands)} {_PARTS[part.attr]}"
+    raise KeyError(ast.unparse(node))
 
 
 def _option(name: str, scope: Sequence[Any]) -> list[str]:

@@ -118,7 +118,7 @@ def build(
     Raises:
         DatDeployError: one of its subclasses for each thing that can be wrong with the arguments or the build.
     """
-    started = time.monotonic()
+    start = time.monotonic()
     row = find_backend(backend)
     profiles = tuple(dict.fromkeys(Profile.parse(str(batch)) for batch in batches))
     if not profiles:
@@ -163,7 +163,7 @@ def build(
     content, passport, notes = row.build(request)
     progress("writing")
     write_engine(target, content, passport, force=force)
-    return BuildReport(target, passport, time.monotonic() - started, notes)
+    return BuildReport(target, passport, time.monotonic() - start, notes)
 
 
 def _check_parameters(row: Backend, request: BuildRequest) -> None:
@@ -174,13 +174,13 @@ def _check_parameters(row: Backend, request: BuildRequest) -> None:
     names = {name for name, value in values.items() if name in foreign and value and value != "auto"}
     if not names:
         return
-    listed = ", ".join(f"`{name}`" for name in values if name in names)
+    listing = ", ".join(f"`{name}`" for name in values if name in names)
     takers = " and ".join(other.name for other in own if other.parameters >= names) or "none"
     if "source" in row.parameters:
         raise EngineBuildError(
-            f"{listed} is for backend {takers}; {row.name} builds what a file holds. Give it to: `export()`"
+            f"{listing} is for backend {takers}; {row.name} builds what a file holds. Give it to: `export()`"
         )
-    raise EngineBuildError(f"{listed} is for backend {takers}, not for {row.name}; leave it out.")
+    raise EngineBuildError(f"{listing} is for backend {takers}, not for {row.name}; leave it out.")
 
 
 def _command(request: BuildRequest, target: Path, batches: Sequence[str | int]) -> tuple[str, ...]:

@@ -78,8 +78,8 @@ def _image_size(metadata: FileMetadata, image_size: tuple[int, int] | None, sour
 def _check_batch(metadata: FileMetadata, profiles: Sequence[Profile], source: Path) -> None:
     fixed = metadata.batch
     if fixed is not None and profiles != (Profile(fixed, fixed, fixed),):
-        listed = ",".join(map(str, profiles))
+        listing = ",".join(map(str, profiles))
         raise ShapeError(
-            f"{source} has the fixed batch {fixed} and cannot be built for batch {listed}. "
+            f"{source} has the fixed batch {fixed} and cannot be built for batch {listing}. "
             f"Build it with `batches=[{fixed}]`, or export it again with `batch=None`."
         )

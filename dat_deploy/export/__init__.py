@@ -122,7 +122,7 @@ def export(
     Raises:
         DatDeployError: one of its subclasses for each thing that can be wrong with the arguments.
     """
-    started = time.monotonic()
+    start = time.monotonic()
     check_output(output, force=force)
     check_opset(opset_version)
     check_lowering(lowering)
@@ -134,8 +134,8 @@ def export(
         network.check_any_size()
         if sampling_locations:
             raise ExportError(
-                "--sampling-locations needs a fixed image size, since the number of points follows from it. "
-                "Give --image-size HEIGHTxWIDTH."
+                "`sampling_locations` needs a fixed image size, since the number of points follows from it. "
+                "Give `image_size=(height, width)`."
             )
     check_checkpoint(checkpoint)
     from dat_deploy.export.lowering import lower
@@ -190,7 +190,7 @@ def export(
         operators=operators,
         census=precision_census(proto),
         outputs=network.output_names(sampled_points=sampling_locations),
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - start,
         notes=weights.notes,
     )
 
@@ -203,7 +203,7 @@ def relower(
     Raises:
         ExportError: if the operators of `source` are already inlined, or there is no such lowering.
     """
-    started = time.monotonic()
+    start = time.monotonic()
     check_output(output, force=force)
     check_lowering(lowering)
     progress("reading the file")
@@ -231,7 +231,7 @@ def relower(
         operators=operators,
         census=precision_census(proto),
         outputs=tuple(str(value.name) for value in model.graph.outputs),
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - start,
         notes=(),
     )
 

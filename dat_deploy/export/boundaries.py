@@ -22,15 +22,15 @@ def record_boundaries(model: ir.Model, blocks: Sequence[Block]) -> None:
     They stay right: a result is called like its node, and no later pass removes or renames these nodes.
     """
     steps = [step for block in blocks for step in block.steps if step.ends]
-    wanted = {step.ends for step in steps}
-    made: dict[str, ir.Value] = {}
+    ends = {step.ends for step in steps}
+    values: dict[str, ir.Value] = {}
     for node in model.graph:
         module = str(node.name).rpartition("/")[0]
-        if module in wanted and node.outputs[0].dtype in (None, ir.DataType.FLOAT):
-            made[module] = node.outputs[0]  # the last one is the module's own result
+        if module in ends and node.outputs[0].dtype in (None, ir.DataType.FLOAT):
+            values[module] = node.outputs[0]  # the last one is the module's own result
     names: dict[str, str] = {}
     for step in steps:
-        value = made[step.ends]
+        value = values[step.ends]
         if step.is_residual:
             (reader,) = (node for node, _ in value.uses() if node.op_type == "Add")
             value = reader.outputs[0]

@@ -52,13 +52,15 @@ def precision_census(model: onnx.ModelProto) -> PrecisionCensus:
     producers: dict[str, int] = {}  # value -> the node that made it, by its place
     group: dict[int, int] = {}  # node of float32 -> another of its island; one a group is its own
     for place, node in enumerate(model.graph.node):
-        read = [types[value] for value in node.input if value and types[value] in names]
-        made = [types[value] for value in node.output if types[value] in names]
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") or (node.op_type == "Cast" and read and made):
+        input_types = [types[value] for value in node.input if value and types[value] in names]
+        output_types = [types[value] for value in node.output if types[value] in names]
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") or (
+            node.op_type == "Cast" and input_types and output_types
+        ):
             casts += 1
-        elif made:
+        elif output_types:
             makers = [model.graph.node[producers[value]] for value in node.input[:2] if value in producers]
-            precision = _of_dequantized(makers, types) or names[(read or made)[0]]
+            precision = _of_dequantized(makers, types) or names[(input_types or output_types)[0]]
             nodes.setdefault(precision, Counter())[node.op_type] += 1
             if precision == FULL.name:
                 group[place] = place
@@ -107,10 +109,10 @@ def type_rule(op_type: str, opset_version: int) -> TypeRule:
     letter = schema.outputs[0].type_str
     numbers = dict(onnx.TensorProto.DataType.items())
     texts = (text[len("tensor(") : -1].upper() for text in constraints.get(letter, [letter]))
-    allowed = frozenset(numbers[text] for text in texts if text in numbers)
+    types = frozenset(numbers[text] for text in texts if text in numbers)
     like = next((index for index, parameter in enumerate(schema.inputs) if parameter.type_str == letter), None)
-    fixed = next(iter(allowed)) if like is None and len(allowed) == 1 else None
-    return TypeRule(like, fixed, allowed)
+    fixed = next(iter(types)) if like is None and len(types) == 1 else None
+    return TypeRule(like, fixed, types)
 
 
 def _value_types(model: onnx.ModelProto) -> dict[str, int]:

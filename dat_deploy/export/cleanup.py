@@ -15,10 +15,10 @@ def constant_reshape_shapes(model: ir.Model) -> bool:
         shape = node.inputs[1].producer()
         if shape is None or shape.op_type != "Concat":
             continue
-        known = [_integers(value) for value in shape.inputs]
-        if known.count(None) != 1 or any(part is not None and (0 in part or -1 in part) for part in known):
+        parts = [_integers(value) for value in shape.inputs]
+        if parts.count(None) != 1 or any(part is not None and (0 in part or -1 in part) for part in parts):
             continue
-        sizes = [size for part in known for size in (part if part is not None else [-1])]
+        sizes = [size for part in parts for size in (part if part is not None else [-1])]
         result = node.outputs[0].shape
         if result is None or len(result) != len(sizes):
             continue  # what is computed may be more than one size
@@ -39,14 +39,14 @@ def remove_identity_slices(model: ir.Model) -> bool:
         if node.op_type == "Slice" and _keeps_everything(node):
             replacement = node.inputs[0]
         elif node.op_type == "Concat":
-            kept = [value for value in node.inputs if value is not None and not _is_empty(value)]
-            if not kept or len(kept) == len(node.inputs):
+            inputs = [value for value in node.inputs if value is not None and not _is_empty(value)]
+            if not inputs or len(inputs) == len(node.inputs):
                 continue
-            if len(kept) == 1:
-                replacement = kept[0]
+            if len(inputs) == 1:
+                replacement = inputs[0]
             else:
-                node.resize_inputs(len(kept))
-                for index, value in enumerate(kept):
+                node.resize_inputs(len(inputs))
+                for index, value in enumerate(inputs):
                     node.replace_input_with(index, value)
                 modified = True
         if replacement is not None and not node.outputs[0].is_graph_output():

@@ -71,12 +71,12 @@ def lower(model: ir.Model, lowering: str) -> ir.Model:
     boundaries = [_Boundary.of(node) for node in nodes]
     model.functions.clear()
     if lowering != "plugin":
-        used = {node.op_type for node in nodes}
+        op_types = {node.op_type for node in nodes}
         types = value_types(model)
         operators = {node: types[value] for node in nodes if (value := node.inputs[0]) is not None}
         polymorphic = set(operators.values()) != {ir.DataType.FLOAT}
         bodies = function_bodies(lowering, model.opset_imports[""], polymorphic=polymorphic)
-        bodies = [body for body in bodies if body.name in used]
+        bodies = [body for body in bodies if body.name in op_types]
         if lowering == "function":
             model.functions.update({body.identifier(): body for body in map(ir.serde.deserialize_function, bodies)})
         else:

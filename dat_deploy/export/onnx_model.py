@@ -189,7 +189,7 @@ def _set_opset(model: ir.Model, opset_version: int) -> None:
 
 def _name_after_modules(model: ir.Model) -> None:
     """`stages.2.attns.1/MatMul`, with a counter where a module has several."""
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     if not any(_SCOPES in node.metadata_props for node in model.graph):
         raise ExportError(
             f"torch {torch.__version__} no longer says which module made a node, so nodes cannot be named after "
@@ -199,18 +199,18 @@ def _name_after_modules(model: ir.Model) -> None:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
         module = scopes[-2] if len(scopes) > 1 else ""
         name = f"{module}/{node.op_type}" if module else node.op_type
-        seen[name] = seen.get(name, 0) + 1
-        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        counts[name] = counts.get(name, 0) + 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
         node.metadata_props.clear()  # torch's stack traces hold paths of this machine
 
 
 def _name_sides(graph_model: ir.Model, network: Network) -> None:
     """`height` and `width` where torch writes `32*height_32`, and `height/4` for `8*s87`."""
     graph = graph_model.graph
-    named: list[tuple[ir.Value, tuple[int, ...], int]] = [(graph.inputs[0], (2, 3), 1)]
+    entries: list[tuple[ir.Value, tuple[int, ...], int]] = [(graph.inputs[0], (2, 3), 1)]
     for value, output in zip(graph.outputs, network.outputs(), strict=True):
-        named += [(value, tuple(axis + 1 for axis in output.sides), output.stride)] if output.sides else []
-    for value, axes, stride in named:
+        entries += [(value, tuple(axis + 1 for axis in output.sides), output.stride)] if output.sides else []
+    for value, axes, stride in entries:
         assert value.shape is not None
         dims = list(value.shape)
         for axis, side in zip(axes, ("height", "width"), strict=True):

@@ -108,7 +108,7 @@ def nodes_in_another_precision(
     for node in model.graph:
         if node.op_type not in ("LayerNormalization", "MatMul", "Gemm", "Conv"):
             continue
-        read = types[node.inputs[0]] if node.inputs[0] is not None else FLOAT
+        input_type = types[node.inputs[0]] if node.inputs[0] is not None else FLOAT
         stays = node.op_type == "LayerNormalization" or node in coordinates
         stays = stays and not any(_is_within(_module(node), pattern) for pattern in no_fp32)
         stays = stays or any(_is_within(_module(node), pattern) for pattern in fp32)
@@ -116,8 +116,8 @@ def nodes_in_another_precision(
         has_weight = node.op_type == "LayerNormalization" or any(
             v is not None and v.is_initializer() for v in node.inputs
         )
-        if has_weight and read != (FLOAT if stays else half):
-            wrong.append(f"{node.name} computes in {_NAMES[read]}")
+        if has_weight and input_type != (FLOAT if stays else half):
+            wrong.append(f"{node.name} computes in {_NAMES[input_type]}")
     return wrong
 
 
@@ -126,20 +126,21 @@ def _islands(
 ) -> set[ir.Node]:
     """The nodes that stay in float32, because they do by default, or are told to, or ONNX lacks them in `half`."""
     nodes = [node for node in model.graph if any(types[value] == FLOAT for value in node.outputs)]
-    named = {prefix for node in nodes for prefix in _prefixes(_module(node))}
+    prefixes = {prefix for node in nodes for prefix in _prefixes(_module(node))}
     default = {node for node in nodes if node.op_type in ("LayerNormalization", "ReduceMean")}
     default |= _coordinate_path(model, types)
     opset = model.opset_imports[""]
     islands = {node for node in nodes if not node.domain and half not in _allowed_types(node.op_type, opset)}
     for pattern in (*fp32, *no_fp32):
-        if not any(_is_within(module, pattern) for module in named):
+        if not any(_is_within(module, pattern) for module in prefixes):
             parameter = "fp32" if pattern in fp32 else "no_fp32"
-            raise ExportError(f"`{parameter}` '{pattern}' names no module of this network. {_hint(pattern, named)}")
+            raise ExportError(f"`{parameter}` '{pattern}' names no module of this network. {_hint(pattern, prefixes)}")
     for pattern in no_fp32:
         if not any(_is_within(_module(node), pattern) for node in default):
-            kept = {prefix for node in default for prefix in _prefixes(_module(node))}
+            names = {prefix for node in default for prefix in _prefixes(_module(node))}
             raise ExportError(
-                f"`no_fp32` '{pattern}' names modules in which nothing is in float32 by default. {_hint(pattern, kept)}"
+                f"`no_fp32` '{pattern}' names modules in which nothing is in float32 by default. "
+                f"{_hint(pattern, names)}"
             )
     islands |= {node for node in default if not any(_is_within(_module(node), pattern) for pattern in no_fp32)}
     return islands | {node for node in nodes if any(_is_within(_module(node), pattern) for pattern in fp32)}
@@ -239,16 +240,16 @@ class _Retyping(abc.ABC):
         self.graph = graph
         self.types = types
         self.half = half
-        self._converted: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self._conversions: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
         for node in list(self.graph):
-            read = {i: value for i, value in enumerate(node.inputs) if value is not None and self._is_float(value)}
-            if not read or node.op_type in ("Cast", "Shape"):
+            inputs = {i: value for i, value in enumerate(node.inputs) if value is not None and self._is_float(value)}
+            if not inputs or node.op_type in ("Cast", "Shape"):
                 continue  # takes any type as it is
-            dtypes = self.input_types(node, list(read.values()))
-            for index, dtype in zip(read, dtypes, strict=True):
-                node.replace_input_with(index, self.converted(read[index], dtype, node))
+            dtypes = self.input_types(node, list(inputs.values()))
+            for index, dtype in zip(inputs, dtypes, strict=True):
+                node.replace_input_with(index, self.converted(inputs[index], dtype, node))
             for value in filter(self._is_float, node.outputs):
                 self.types[value] = dtypes[0]
         for index, value in enumerate(self.graph.outputs):
@@ -262,10 +263,10 @@ class _Retyping(abc.ABC):
         if self.types[value] == dtype:
             return value
         key = (value, dtype)
-        if key not in self._converted:
-            self._converted[key] = self.convert(value, dtype, reader)
-            self.types[self._converted[key]] = dtype
-        return self._converted[key]
+        if key not in self._conversions:
+            self._conversions[key] = self.convert(value, dtype, reader)
+            self.types[self._conversions[key]] = dtype
+        return self._conversions[key]
 
     def type_of_data(self, values: Sequence[ir.Value]) -> ir.DataType:
         """Of what a node moves; constants have the type that is asked of them."""
@@ -273,7 +274,7 @@ class _Retyping(abc.ABC):
         return FLOAT if FLOAT in types else self.half
 
     @abc.abstractmethod
-    def input_types(self, node: ir.Node, read: Sequence[ir.Value]) -> list[ir.DataType]:
+    def input_types(self, node: ir.Node, values: Sequence[ir.Value]) -> list[ir.DataType]:
         """The type of each floating-point input; the result has that of the first."""
 
     @abc.abstractmethod
@@ -293,7 +294,7 @@ class _GraphRetyping(_Retyping):
 
     def run(self) -> None:
         super().run()
-        for (weight, _), copy in self._converted.items():
+        for (weight, _), copy in self._conversions.items():
             name = weight.name
             if weight.is_initializer() and not weight.uses():
                 del self.graph.initializers[str(name)]
@@ -301,14 +302,14 @@ class _GraphRetyping(_Retyping):
         for value, dtype in self.types.items():
             value.dtype = dtype
 
-    def input_types(self, node: ir.Node, read: Sequence[ir.Value]) -> list[ir.DataType]:
+    def input_types(self, node: ir.Node, values: Sequence[ir.Value]) -> list[ir.DataType]:
         if node in self.islands:
-            return [FLOAT] * len(read)
+            return [FLOAT] * len(values)
         if node.domain == DOMAIN_NAME:
             roles = specification(node.op_type).roles.values()
             return [FLOAT if role.stays_float32 else self.half for role in roles if role is not Role.INDICES]
-        dtype = self.type_of_data(read) if node.op_type in _MOVES else self.half
-        return [dtype] * len(read)
+        dtype = self.type_of_data(values) if node.op_type in _MOVES else self.half
+        return [dtype] * len(values)
 
     def convert(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node) -> ir.Value:
         if value.is_initializer():
@@ -351,7 +352,7 @@ class _GraphRetyping(_Retyping):
         if not np.isfinite(rounded[np.isfinite(exact)]).all():
             largest = np.abs(exact[np.isfinite(exact)]).max()
             with np.errstate(over="ignore"):
-                reaching = [name for held, name in _NAMES.items() if np.isfinite(largest.astype(held.numpy()))]
+                reaching = [name for wider, name in _NAMES.items() if np.isfinite(largest.astype(wider.numpy()))]
             raise ExportError(
                 f"weight '{weight.name}' holds {largest:.4g}, which {dtype.name.lower()} does not reach. Keep its "
                 f'module in float32 with `fp32=["{_module(reader)}"]`, or export with '
@@ -374,14 +375,14 @@ class _BodyRetyping(_Retyping):
         types.update(dict.fromkeys(self.carries_data, half))
         super().__init__(function.graph, types, half)
 
-    def input_types(self, node: ir.Node, read: Sequence[ir.Value]) -> list[ir.DataType]:
-        carrying = [value in self.carries_data for value in read]
+    def input_types(self, node: ir.Node, values: Sequence[ir.Value]) -> list[ir.DataType]:
+        carrying = [value in self.carries_data for value in values]
         if any(carrying):
             self.carries_data.update(filter(self._is_float, node.outputs))
         if node.op_type in _MOVES:
-            return [self.type_of_data(read)] * len(read)
+            return [self.type_of_data(values)] * len(values)
         is_product_of_data = node.op_type == "MatMul" and all(carrying)
-        return [self.half if is_product_of_data else FLOAT] * len(read)
+        return [self.half if is_product_of_data else FLOAT] * len(values)
 
     def convert(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node | None) -> ir.Value:
         node = ir.node("Cast", [value], {"to": FLOAT}) if dtype == FLOAT else ir.node("CastLike", [value, self.first])

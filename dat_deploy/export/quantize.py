@@ -100,7 +100,7 @@ def quantize(
         DatDeployError: one of its subclasses for each thing that can be wrong with the arguments; UnsupportedError if
             ONNX Runtime is not installed.
     """
-    started = time.monotonic()
+    start = time.monotonic()
     check_output(output, force=force)
     if method not in METHODS:
         raise ExportError(f"no calibration method '{method}'. Methods: {', '.join(METHODS)}.")
@@ -127,22 +127,22 @@ def quantize(
 
     model = ir.from_proto(proto)
     layers = linear_layers(model)
-    chosen = [files[index * len(files) // images] for index in range(images)] if len(files) > images else files
+    sample = [files[index * len(files) // images] for index in range(images)] if len(files) > images else files
     notes = []
     if len(files) < images:
         notes.append(f"{data} holds {len(files)} images, all of which were taken; {images} were asked for.")
-    pictures = _Pictures(data, chosen, metadata, progress)
+    pictures = _Pictures(data, sample, metadata, progress)
     ranges = _calibrated(source, method, pictures)
     if pictures.unreadable:
         names = ", ".join(pictures.unreadable[:5]) + (", ..." if len(pictures.unreadable) > 5 else "")
-        notes.append(f"{len(pictures.unreadable)} of {len(chosen)} images cannot be read and were left out: {names}")
+        notes.append(f"{len(pictures.unreadable)} of {len(sample)} images cannot be read and were left out: {names}")
     progress("writing")
     insert_quantization(model, layers, ranges)
     import onnxruntime
 
     calibration = Calibration(
         folder=data.resolve().name,
-        images=pictures.taken,
+        images=pictures.count,
         sha256=pictures.sha256(),
         method=method,
         library="onnxruntime",
@@ -159,7 +159,7 @@ def quantize(
         nodes=len(model.graph),
         layers=tuple(str(layer.name) for layer in layers),
         census=precision_census(load_onnx(output)),
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - start,
         notes=tuple(notes),
     )
 
@@ -173,21 +173,21 @@ def _check_source(source: Path, metadata: FileMetadata) -> None:
     if metadata.lowering == "plugin":
         raise ExportError(
             f"{source} has lowering plugin, whose operators have no bodies that could run for calibration. Quantize "
-            f"a file of another lowering: dat-deploy export --from {source} --lowering function"
+            f"a file of another lowering: `relower(source={str(source)!r}, lowering='function')`"
         )
 
 
 class _Pictures:
     """The chosen images, preprocessed as the file says, in batches that the file takes; what was read is recorded."""
 
-    def __init__(self, folder: Path, chosen: Sequence[Path], metadata: FileMetadata, progress: Progress) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path], metadata: FileMetadata, progress: Progress) -> None:
         self._folder = folder
-        self._chosen = chosen
+        self._files = files
         self._rule = metadata.preprocessing
         self._batch = metadata.batch or 1
         self.progress = progress
         self._digest = hashlib.sha256()
-        self.taken = 0
+        self.count = 0
         self.unreadable: list[str] = []
 
     def sha256(self) -> str:
@@ -201,8 +201,8 @@ class _Pictures:
             ImageError: if none of the images can be read.
         """
         batch: list[NDArray[np.float32]] = []
-        for index, path in enumerate(self._chosen):
-            self.progress(f"calibrating, image {index + 1} of {len(self._chosen)}")
+        for index, path in enumerate(self._files):
+            self.progress(f"calibrating, image {index + 1} of {len(self._files)}")
             name = path.relative_to(self._folder).as_posix()
             try:
                 content = path.read_bytes()
@@ -211,15 +211,15 @@ class _Pictures:
                 self.unreadable.append(name)
                 failure = error
                 continue
-            self.taken += 1
+            self.count += 1
             for part in (os.fsencode(name), content):
                 self._digest.update(len(part).to_bytes(8, "little") + part)
             if len(batch) == self._batch:
                 yield np.stack(batch)
                 batch = []
-        if not self.taken:
+        if not self.count:
             raise ImageError(
-                f"none of the {len(self._chosen)} images of folder {self._folder} can be read; the last: {failure}"
+                f"none of the {len(self._files)} images of folder {self._folder} can be read; the last: {failure}"
             ) from failure
         if batch:
             yield np.stack([batch[index % len(batch)] for index in range(self._batch)])

@@ -49,9 +49,9 @@ def coordinate_nodes(model: ir.Model) -> set[ir.Node]:
 
 def quantized_differently(model: ir.Model) -> list[str]:
     """What of a file of `quantize` is not in the form that it writes; a sentence each."""
-    left = [f"{node.name} is not quantized" for node in linear_layers(model)]
+    differences = [f"{node.name} is not quantized" for node in linear_layers(model)]
     rounded = [node for node in coordinate_nodes(model) if any(_is_dequantized(value) for value in node.inputs)]
-    return left + [f"{node.name}, on the way to sampling locations, is quantized" for node in rounded]
+    return differences + [f"{node.name}, on the way to sampling locations, is quantized" for node in rounded]
 
 
 def _is_dequantized(value: ir.Value | None) -> bool:

@@ -23,11 +23,11 @@ def operator_model(model: ir.Model, record: OperatorRecord) -> bytes:
     for index, value in enumerate(graph.inputs):
         value.name = names[str(value.name)]
         if value.dtype != ir.DataType.FLOAT:
-            given = ir.Value(name=value.name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
-            cast = ir.node("Cast", [given], {"to": value.dtype})
+            float_input = ir.Value(name=value.name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+            cast = ir.node("Cast", [float_input], {"to": value.dtype})
             ir.convenience.replace_all_uses_with(value, cast.outputs[0])
             graph.insert_before(graph[0], cast)
-            graph.inputs[index] = given
+            graph.inputs[index] = float_input
     return _serialized(model, graph)
 
 

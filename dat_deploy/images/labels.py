@@ -52,7 +52,7 @@ def top_k(logits: ArrayLike, names: Sequence[str], k: int = 5) -> list[list[tupl
         if not np.isfinite(row).all():
             raise VerificationError(
                 f"logits of image {image} hold NaN or infinity; they must be finite. "
-                f"Find the first wrong layer with: dat-deploy validate"
+                f"Find the first wrong layer with: `validate()`"
             )
     exponentials = np.exp(values - values.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)  # B, classes

@@ -153,13 +153,13 @@ def _inspect_zip(path: Path, archive: zipfile.ZipFile, size_bytes: int) -> None:
 def _inspect_legacy(path: Path, file: BinaryIO, size_bytes: int) -> None:
     """Legacy files are five pickles in a row (magic, version, system, object, storage keys), then the raw storages."""
     stream = io.BytesIO(file.read(PICKLE_LIMIT_BYTES))
-    claimed: set[tuple[str, int]] = set()  # a storage that is claimed twice, with two sizes, counts twice
+    claims: set[tuple[str, int]] = set()  # a storage that is claimed twice, with two sizes, counts twice
     for i in range(5):
         value, storages = _inspect_pickle(path, stream)
         if i == 0 and value != LEGACY_MAGIC:
             raise CheckpointError(f"{path} is a plain pickle, not a checkpoint that torch.save wrote.")
-        claimed.update(storages)
-    claimed_bytes = sum(storage_bytes for _, storage_bytes in claimed)
+        claims.update(storages)
+    claimed_bytes = sum(storage_bytes for _, storage_bytes in claims)
     if claimed_bytes > size_bytes:
         raise CheckpointError(
             f"refused to load {path}: it claims {claimed_bytes} bytes of storage, and the file has {size_bytes}."

@@ -111,7 +111,8 @@ class AotinductorRunner(Runner):
         if shape[1:] != (3, *about.image_size) or not about.takes_batch(shape[0]):
             raise ShapeError(
                 f"{about.name}: input 'image' has shape {list(shape)}; it takes [{about.batches_taken}, 3, "
-                f"{about.image_size[0]}, {about.image_size[1]}]. Build again with --batch or --image-size for another."
+                f"{about.image_size[0]}, {about.image_size[1]}]. Build again with `batches` or `image_size` for "
+                f"another."
             )
         with self._lock:  # compiled code reads float32, one row after the other, whatever it is given
             image = images_nchw.to(about.device, torch.float32).contiguous()
@@ -145,7 +146,7 @@ RUNTIMES = (
         "FILE.pt2",
         "torch",
         "",
-        "AOTInductor, a package of dat-deploy build",
+        "AOTInductor, a package of `build()`",
         AotinductorRunner,
         opens=".pt2",
         has_passport=True,

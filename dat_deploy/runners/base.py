@@ -107,7 +107,7 @@ class EngineOutline:
         if not self.dynamic_image_size:
             raise ShapeError(
                 f"{self.name} is made for images of {self.image_size[0]}x{self.image_size[1]}, not {height}x{width}. "
-                f"Export it again with --image-size {height}x{width}."
+                f"Export it again with `image_size={height, width}`."
             )
         return self.network.with_image_size(height, width)
 
@@ -216,7 +216,7 @@ class Runner(abc.ABC):
         if "logits" not in self.description.outputs:
             raise DatDeployError(
                 f"{self.description.name} is a backbone: it gives {', '.join(self.description.outputs)} and no logits. "
-                f"Use outputs(images) for its maps, or export it again without --features to classify."
+                f"Use outputs(images) for its maps, or export it again without `features` to classify."
             )
 
     def outputs(self, images_nchw: Images) -> Outputs:
@@ -239,10 +239,10 @@ class Runner(abc.ABC):
             or (fixed and shape[2:] != self.description.image_size)
         ):
             sides = "{}, {}".format(*self.description.image_size) if fixed else "height, width"
-            again = "Build" if self.description.profiles else "Export"
+            again, batch = ("Build", "batches") if self.description.profiles else ("Export", "batch")
             raise ShapeError(
                 f"{self.description.name}: input 'image' has shape {list(shape)}; it takes "
-                f"[{self.description.batches_taken}, 3, {sides}]. {again} again with --batch or --image-size for "
+                f"[{self.description.batches_taken}, 3, {sides}]. {again} again with `{batch}` or `image_size` for "
                 f"another."
             )
         self.description.at_image_size(*shape[2:])
@@ -366,5 +366,5 @@ def no_plugin_here(name: str) -> EngineBuildError:
     """Why a runtime without the plugins cannot open a file of lowering `plugin`."""
     return EngineBuildError(
         f"{name} has lowering 'plugin': its operators have no body, so only TensorRT with the plugins runs it. "
-        f"Export it with --lowering function."
+        'Export it with `lowering="function"`.'
     )

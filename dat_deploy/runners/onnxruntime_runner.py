@@ -85,7 +85,7 @@ class OnnxruntimeRunner(Runner):
             if metadata is not None and metadata.precision == "bf16" and "NOT_IMPLEMENTED" in text:
                 raise UnsupportedError(
                     f"ONNX Runtime {ort.__version__} has no kernels here for the bfloat16 of {name}. Run it on "
-                    f"OpenVINO (openvino:FILE), build it for TensorRT, or export it with --precision fp16."
+                    'OpenVINO (openvino:FILE), build it for TensorRT, or export it with `precision="fp16"`.'
                 ) from error
             raise EngineBuildError(f"ONNX Runtime cannot open {name}: {text}") from error
 

@@ -101,7 +101,7 @@ RUNTIMES = tuple(
         device="cuda",
     )
     for backend, meaning in (
-        ("tensorrt", "TensorRT, an engine of dat-deploy build"),
+        ("tensorrt", "TensorRT, an engine of `build()`"),
         ("tensorrt-rtx", "TensorRT-RTX, the same"),
     )
 )

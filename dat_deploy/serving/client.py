@@ -68,9 +68,7 @@ def client(images: Sequence[Path], url: str, *, name: str | None = None, top: in
     except InferenceServerException as error:
         raise ServingError(f"the server at {url} refuses: {error.message()}") from error
     except (OSError, ValueError, KeyError) as error:  # of a connection, an address, an answer
-        raise ServingError(
-            f"no server of the protocol answers at {url}: {error}. Start one with: dat-deploy serve"
-        ) from error
+        raise ServingError(f"no server of the protocol answers at {url}: {error}. Start one with: `serve()`") from error
     return ServedClassification(url, model, tuple(images), tuple(predictions))
 
 

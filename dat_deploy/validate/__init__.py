@@ -48,7 +48,7 @@ def validate(
     trace: bool = False,
     reference: "Reference | None" = None,
     progress: Progress = lambda _: None,
-    data_progress: DataProgress = lambda done, of: None,
+    data_progress: DataProgress = lambda count, total: None,
 ) -> ValidationReport:
     """Compare an engine with the eager PyTorch network that holds the same weights.
 
@@ -94,7 +94,7 @@ def validate(
     data_set = None if data is None else _data(outline, data, limit)
     for name in names:
         if name in OF_DATA and data_set is None:
-            raise DatDeployError(f"gate '{name.replace('_', '-')}' is about data; name a folder of images with --data.")
+            raise DatDeployError(f"gate '{name.replace('_', '-')}' is about data; name a folder of images with `data`.")
         if name in OF_LABELS and data_set is not None and data_set.labels is None:
             raise DatDeployError(
                 f"gate '{name.replace('_', '-')}' needs labels, and data '{data}' has none; put its images into a "
@@ -119,12 +119,12 @@ def validate(
             reference = stack.enter_context(open_reference(about, checkpoint))
         else:
             reference.check_fits(about)
-        described = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]
+        descriptions = [about.at_image_size(*size) for size in image_sizes or _default_sizes(about)]
         kinds = [kind for name, kind in CHECKS.items() if name not in skip]
         checks: list[Check] = []
         comparisons: list[Comparison] = []
-        for at_size in described:
-            where = "" if described == [about] else f", {at_size.image_size[0]}x{at_size.image_size[1]}"
+        for at_size in descriptions:
+            where = "" if descriptions == [about] else f", {at_size.image_size[0]}x{at_size.image_size[1]}"
 
             def announce(what: str, where: str = where) -> None:
                 progress(what + where)
@@ -147,7 +147,7 @@ def validate(
             comparisons.append(comparison)
         first = comparisons[0]
         checks += [check for kind in kinds if not kind.at_each_size for check in kind.run(first)]
-        traced = trace_blocks(first) if trace else None
+        block_trace = trace_blocks(first) if trace else None
     notes = () if data_set is None or not data_set.note else (f"data {data_set.folder}: {data_set.note}",)
     report = ValidationReport(
         engine=about,
@@ -161,7 +161,7 @@ def validate(
         version=tool_version(),
         skipped=tuple(name for name in CHECKS if name in skip),
         notes=notes,
-        trace=traced,
+        trace=block_trace,
     )
     return report if identity is None else _recorded(report, tolerance, gates, identity)
 
@@ -169,7 +169,7 @@ def validate(
 def _data(engine: EngineOutline | EngineDescription, folder: Path, limit: int | None) -> DataSet:
     if engine.network.answer.kind != "classes":
         raise DatDeployError(
-            f"{engine.name} is a backbone and classifies nothing; leave --data out, or validate an engine with logits."
+            f"{engine.name} is a backbone and classifies nothing; leave `data` out, or validate an engine with logits."
         )
     return open_data_set(folder, engine.network.answer.class_names, limit)
 

@@ -113,7 +113,7 @@ def compare_on_data(
     data: DataSet,
     *,
     strict: bool = False,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    progress: Callable[[int, int], None] = lambda count, total: None,
 ) -> Accuracy:
     """Run both sides over the images.
 
@@ -130,7 +130,7 @@ def compare_on_data(
     start = time.perf_counter()
     seconds = {"engine": 0.0, "reference": 0.0, "decode": 0.0}
     unreadable: list[tuple[Path, str]] = []
-    used: list[int] = []
+    positions: list[int] = []
     engine_parts: list[Logits] = []
     reference_parts: list[Logits] = []
     for indices, images in _chunks(about, data, unreadable, seconds, strict=strict):
@@ -143,14 +143,16 @@ def compare_on_data(
                 f", so no engine can be judged by it. Check the checkpoint."
             )
         reference_parts.append(expected)
-        used += indices
+        positions += indices
         progress(indices[-1] + 1, len(data.images))
-    if not used:
+    if not positions:
         raise DatDeployError(f"none of the {len(unreadable)} images of '{data.folder}' can be read: {unreadable[0][1]}")
-    found = _compared(about, data, used, np.concatenate(engine_parts), np.concatenate(reference_parts), unreadable)
+    accuracy = _compared(
+        about, data, positions, np.concatenate(engine_parts), np.concatenate(reference_parts), unreadable
+    )
     seconds["own"] = time.perf_counter() - start - sum(seconds.values())
-    found.seconds.update(seconds)
-    return found
+    accuracy.seconds.update(seconds)
+    return accuracy
 
 
 def _timed(runner: Runner, images: NDArray[np.float32], seconds: dict[str, float], side: str) -> Logits:
@@ -160,42 +162,42 @@ def _timed(runner: Runner, images: NDArray[np.float32], seconds: dict[str, float
     return logits
 
 
-def accuracy_rows(found: Accuracy, gates: Gates, tolerance: float) -> list[Check]:
+def accuracy_rows(accuracy: Accuracy, gates: Gates, tolerance: float) -> list[Check]:
     """What was found, held to the gates; `tolerance` is of the logits."""
     rows = []
 
-    def row(name: str, error: float, allowed: float, detail: str, unit: str, *, in_numbers: bool = False) -> None:
-        rows.append(Check("data", name, None, error, allowed, detail, unit, in_numbers))
+    def row(name: str, error: float, limit: float, detail: str, unit: str, *, in_numbers: bool = False) -> None:
+        rows.append(Check("data", name, None, error, limit, detail, unit, in_numbers))
 
-    if found.engine is not None and found.reference is not None:
+    if accuracy.engine is not None and accuracy.reference is not None:
         for name, engine, reference, gate in (
-            ("top-1", found.engine.top1, found.reference.top1, "top1_drop"),
-            ("top-5", found.engine.top5, found.reference.top5, "top5_drop"),
+            ("top-1", accuracy.engine.top1, accuracy.reference.top1, "top1_drop"),
+            ("top-5", accuracy.engine.top5, accuracy.reference.top5, "top5_drop"),
         ):
             detail = (
                 f"{engine.percent:.2f}% ({engine.low:.2f} to {engine.high:.2f}), PyTorch {reference.percent:.2f}% "
                 f"({reference.low:.2f} to {reference.high:.2f})"
             )
             if name == "top-1":
-                detail += f", McNemar's p {found.mcnemar_p:.2g}"
-            lost = 100 * max(0, reference.count - engine.count) / found.images
-            row(f"{name} lost", lost, _of_images(gates, gate, found.images), detail, "points")
-    agreement = found.agreement
+                detail += f", McNemar's p {accuracy.mcnemar_p:.2g}"
+            loss = 100 * max(0, reference.count - engine.count) / accuracy.images
+            row(f"{name} lost", loss, _of_images(gates, gate, accuracy.images), detail, "points")
+    agreement = accuracy.agreement
     disagreeing = 100 * (agreement.images - agreement.count) / agreement.images
     detail = f"{agreement.images - agreement.count} of {agreement.images} flip"
-    if found.flips and math.isfinite(found.flips[0].reference_margin):
-        detail += f", the surest by {found.flips[0].reference_margin:.2g} logits"
+    if accuracy.flips and math.isfinite(accuracy.flips[0].reference_margin):
+        detail += f", the surest by {accuracy.flips[0].reference_margin:.2g} logits"
     row("images that flip", disagreeing, _of_images(gates, "disagreement", agreement.images), detail, "%")
-    detail = f"mean {found.mean_error:.1e}, p99.9 {found.p999_error:.1e}"
-    if found.not_finite:
-        detail = f"NaN or infinity for {found.not_finite} images"
-    row("logits on data", found.largest_error, tolerance, detail, "", in_numbers=True)
-    row("cosine on data", 1 - found.least_cosine, gates.cosine_distance, f"least {found.least_cosine:.8f}", "")
-    if found.unreadable:
-        total = found.images + len(found.unreadable)
-        named = ", ".join(path.name for path, _ in found.unreadable[:3])
-        detail = f"{len(found.unreadable)} of {total} left out: {named}{' ...' * (len(found.unreadable) > 3)}"
-        row("unreadable images", 100 * len(found.unreadable) / total, gates.unreadable, detail, "%")
+    detail = f"mean {accuracy.mean_error:.1e}, p99.9 {accuracy.p999_error:.1e}"
+    if accuracy.not_finite:
+        detail = f"NaN or infinity for {accuracy.not_finite} images"
+    row("logits on data", accuracy.largest_error, tolerance, detail, "", in_numbers=True)
+    row("cosine on data", 1 - accuracy.least_cosine, gates.cosine_distance, f"least {accuracy.least_cosine:.8f}", "")
+    if accuracy.unreadable:
+        total = accuracy.images + len(accuracy.unreadable)
+        names = ", ".join(path.name for path, _ in accuracy.unreadable[:3])
+        detail = f"{len(accuracy.unreadable)} of {total} left out: {names}{' ...' * (len(accuracy.unreadable) > 3)}"
+        row("unreadable images", 100 * len(accuracy.unreadable) / total, gates.unreadable, detail, "%")
     return rows
 
 
@@ -235,7 +237,7 @@ def _chunks(
 def _compared(
     about: EngineDescription,
     data: DataSet,
-    used: list[int],
+    indices: list[int],
     engine: Logits,
     reference: Logits,
     unreadable: list[tuple[Path, str]],
@@ -245,22 +247,22 @@ def _compared(
     first = reference.argmax(axis=1)
     # what is not finite has no first class, and so agrees with nothing
     of_engine = np.where(finite, np.where(finite[:, None], engine, 0).argmax(axis=1), -1)
-    rows = np.arange(len(used))
+    rows = np.arange(len(indices))
     flips = []
     for row in rows[of_engine != first]:
         answer = int(of_engine[row])
-        index = used[row]
+        index = indices[row]
         label = None if data.labels is None else names[data.labels[index]]
         preferred = engine_preferred = math.nan
         if answer >= 0:
             preferred = float(reference[row, first[row]] - reference[row, answer])
             engine_preferred = float(engine[row, answer] - engine[row, first[row]])
-        said = names[answer] if answer >= 0 else "NaN"
-        flips.append(Flip(data.images[index], label, names[first[row]], said, preferred, engine_preferred))
+        answer_name = names[answer] if answer >= 0 else "NaN"
+        flips.append(Flip(data.images[index], label, names[first[row]], answer_name, preferred, engine_preferred))
     of_both: tuple[Side | None, Side | None] = (None, None)
     only_engine = only_reference = 0
     if data.labels is not None:
-        labels = np.array(data.labels)[used]
+        labels = np.array(data.labels)[indices]
         ranks, reference_ranks = np.where(finite, _rank(engine, labels), NEVER), _rank(reference, labels)
         of_both = (
             Side(Share.of(ranks < 1), Share.of(ranks < 5)),
@@ -272,7 +274,7 @@ def _compared(
     p999 = float(np.quantile(errors, 0.999)) if errors.size else float("nan")
     return Accuracy(
         data=data,
-        images=len(used),
+        images=len(indices),
         engine=of_both[0],
         reference=of_both[1],
         only_engine=only_engine,

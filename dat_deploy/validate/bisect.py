@@ -81,5 +81,5 @@ def _no_onnx(engine: str, runtime: Runtime, path: Path) -> UnsupportedError:
             source = str(read_passport(path).source or source)
     return UnsupportedError(
         f"{engine} cannot be bisected: that runs pieces of an ONNX file, and {runtime.name} takes none. "
-        f"Bisect the file that it was made from: dat-deploy bisect --engine {source}"
+        f"Bisect the file that it was made from: `bisect(engine={source!r})`"
     )

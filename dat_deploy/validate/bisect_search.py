@@ -103,13 +103,13 @@ class _Search:
         assert self.about.path is not None  # `bisect` has refused what is no exported file
         self.model = ir.load(self.about.path)
         self.boundaries = block_boundaries(self.model.metadata_props)
-        # the first of its module: `--sampling-locations` calls the attention again, with values that are constant
+        # the first of its module: `sampling_locations` calls the attention again, with values that are constant
         records = reversed(operator_records(self.model.metadata_props))
         self.records = {(r.name.partition("/")[0], r.operator): r for r in records}
         if not self.boundaries:
             raise DatDeployError(
                 f"{self.about.name} does not list the tensors between its blocks: it was made by another version, or "
-                f"edited. Export it again with: dat-deploy export --variant {self.about.variant}"
+                f"edited. Export it again with: `export(variant={self.about.variant!r})`"
             )
         paths = list(images) if images else photographs(PHOTOGRAPHS)
         self.images = preprocess_files(paths, self.about.preprocessing)
@@ -119,12 +119,12 @@ class _Search:
         if tolerance is None and not precision.is_exported:
             raise DatDeployError(
                 f"{self.about.name} is in {precision.name}, in which PyTorch's own error is not known. "
-                f"Say what is allowed: --tolerance 0.01"
+                f"Say what is allowed: `tolerance=0.01`"
             )
         self.scale = FP32_TOLERANCE if tolerance is None else tolerance
         self.dtype = precision.dtype if tolerance is None and precision.is_half else None
         self.exact: dict[tuple[str, str], Array] = {}
-        self.allowed: dict[tuple[str, str], float] = {}
+        self.tolerances: dict[tuple[str, str], float] = {}
 
     def find(self) -> tuple[Block | None, Step | None]:
         """The block and its operator; (None, None) if the outputs agree."""
@@ -159,19 +159,19 @@ class _Search:
                 expected[name].append(value)
             for (name, values), value in zip(expected.items(), lower[0] if lower else (), strict=bool(lower)):
                 rounded[name] = max(rounded[name], float(np.abs(value - values[-1]).max()))
-        joined = {name: np.concatenate(values) for name, values in expected.items()}
-        for name, value in joined.items():
+        arrays = {name: np.concatenate(values) for name, values in expected.items()}
+        for name, value in arrays.items():
             self.check_finite(name, value, rounded[name])
-        got = self.runner.in_batches(self.images)
+        outputs = self.runner.in_batches(self.images)
         # an output may err as `validate` lets it
-        found = [
-            Run(name, name, _error(got[name], value), max(self.scale, 2 * rounded[name]))
-            for name, value in joined.items()
+        runs = [
+            Run(name, name, _error(outputs[name], value), max(self.scale, 2 * rounded[name]))
+            for name, value in arrays.items()
         ]
-        wrong = [run for run in found if not run.passed]
-        shown = wrong[0] if wrong else max(found, key=lambda run: run.error / run.tolerance)
-        self.runs.append(shown)
-        return shown.place if wrong else None
+        wrong = [run for run in runs if not run.passed]
+        worst = wrong[0] if wrong else max(runs, key=lambda run: run.error / run.tolerance)
+        self.runs.append(worst)
+        return worst.place if wrong else None
 
     def blocks_before(self, output: str) -> list[Block]:
         """What an output follows from, in order; the last is cut short behind the step that it shows."""
@@ -233,18 +233,18 @@ class _Search:
         except ValueError as error:  # of onnx-ir, for a name that is not in the graph
             raise DatDeployError(
                 f"{self.about.name} lists the tensor '{tensor}' after {name}, but has none of that name: it was "
-                f"edited. Export it again with: dat-deploy export --variant {self.about.variant}"
+                f"edited. Export it again with: `export(variant={self.about.variant!r})`"
             ) from error
         run = self.runner.open_graph(part)
         source = (step.module, step.side)
-        got = graph_in_batches(self.about, run, {"image": self.images})
-        found = Run(name, tensor, _error(got, self.exact[source]), self.allowed[source])
-        self.runs.append(found)
-        if step.side == "locations" and not found.passed:
-            swapped = _error(got, self.exact[source][..., ::-1])
-            if swapped <= self.allowed[source]:
+        values = graph_in_batches(self.about, run, {"image": self.images})
+        outcome = Run(name, tensor, _error(values, self.exact[source]), self.tolerances[source])
+        self.runs.append(outcome)
+        if step.side == "locations" and not outcome.passed:
+            swapped = _error(values, self.exact[source][..., ::-1])
+            if swapped <= self.tolerances[source]:
                 self.hint = "it behaves as if x and y of the locations were swapped"
-        return found.passed
+        return outcome.passed
 
     def is_right_alone(self, block: Block, step: Step) -> bool:
         """Run one of our operators cut out of the file, on the inputs that PyTorch gives it."""
@@ -256,26 +256,26 @@ class _Search:
         weights = operator_weights(self.reference.model, block, step)
         operator, attributes = Operator(record.operator), record.attributes
         exact = eager_output(operator.name, weights | inputs, attributes)
-        allowed = self.scale * max(1.0, float(np.abs(exact).max()))
+        tolerance = self.scale * max(1.0, float(np.abs(exact).max()))
         if self.dtype is not None:
             of_locations = self.dtype if self.about.rounds_locations else torch.float32
             rounded = eager_output(operator.name, weights | inputs, attributes, self.dtype, of_locations)
-            allowed = max(allowed, 2 * float(np.abs(rounded - exact).max()))
-        got = self.fed(graph, inputs)
-        found = Run(f"{block.name}: {step.name} alone", record.output, _error(got, exact), allowed)
-        self.runs.append(found)
-        if not found.passed:
+            tolerance = max(tolerance, 2 * float(np.abs(rounded - exact).max()))
+        values = self.fed(graph, inputs)
+        outcome = Run(f"{block.name}: {step.name} alone", record.output, _error(values, exact), tolerance)
+        self.runs.append(outcome)
+        if not outcome.passed:
             for part, without in operator.parts.items():  # without it, is the rest right?
                 rest = without(inputs)
-                if _error(self.fed(graph, rest), eager_output(operator.name, weights | rest, attributes)) <= allowed:
+                if _error(self.fed(graph, rest), eager_output(operator.name, weights | rest, attributes)) <= tolerance:
                     self.part = part
             in_float64 = {name: value.double() for name, value in (weights | inputs).items()}
             with torch.inference_mode():
                 for label, output in operator.mistakes(in_float64, attributes):
-                    if _error(got, output.numpy()) <= allowed:
+                    if _error(values, output.numpy()) <= tolerance:
                         self.hint = f"it behaves as if {label}"
                         break
-        return found.passed
+        return outcome.passed
 
     def check_limit(self) -> None:
         if len(self.runs) >= self.limit:
@@ -295,7 +295,7 @@ class _Search:
         except KeyError:
             raise DatDeployError(
                 f"the metadata of {self.about.name} lists no {step.name} in {block.name}, so it cannot be cut out. "
-                f"Export it again with: dat-deploy export --variant {self.about.variant}"
+                f"Export it again with: `export(variant={self.about.variant!r})`"
             ) from None
 
     def tensor(self, block: Block, step: Step) -> str:
@@ -322,7 +322,7 @@ class _Search:
         if not sources:
             return
         rounded = dict.fromkeys(sources, 0.0)
-        found: dict[tuple[str, str], list[Array]] = {source: [] for source in sources}
+        arrays: dict[tuple[str, str], list[Array]] = {source: [] for source in sources}
         networks, lowered = self.networks(), (self.dtype, self.about.rounds_locations)
 
         def inside(image: Array) -> list[dict[tuple[str, str], Array]]:
@@ -332,14 +332,14 @@ class _Search:
             what = ("bisect", *lowered, *sources)
             exact, *lower = self.reference.remembered(what, image, functools.partial(inside, image))
             for source, value in exact.items():
-                found[source].append(value)
+                arrays[source].append(value)
                 if lower:
                     rounded[source] = max(rounded[source], float(np.abs(lower[0][source] - value).max()))
-        for source, values in found.items():
+        for source, values in arrays.items():
             value = np.concatenate(values)
             self.check_finite(f"the {source[1]} of {source[0]}", value, rounded[source])
             self.exact[source] = value
-            self.allowed[source] = max(self.scale * max(1.0, float(np.abs(value).max())), 2 * rounded[source])
+            self.tolerances[source] = max(self.scale * max(1.0, float(np.abs(value).max())), 2 * rounded[source])
 
     def check_finite(self, name: str, exact: Array, rounded: float) -> None:
         if not np.isfinite(exact).all():
@@ -350,14 +350,14 @@ class _Search:
         if not math.isfinite(rounded):
             raise DatDeployError(
                 f"eager PyTorch in {self.about.answer_precision} overflows at {name}, so its error is no measure. "
-                f"Say what is allowed: --tolerance {FP32_TOLERANCE:g}"
+                f"Say what is allowed: `tolerance={FP32_TOLERANCE:g}`"
             )
 
 
-def _error(got: Array, exact: Array) -> float:
-    if got.shape != exact.shape:
+def _error(values: Array, exact: Array) -> float:
+    if values.shape != exact.shape:
         return math.inf
-    return float(np.abs(got.astype(np.float64) - exact).max())  # NaN if the engine has one
+    return float(np.abs(values.astype(np.float64) - exact).max())  # NaN if the engine has one
 
 
 @dataclass(frozen=True)
@@ -384,8 +384,8 @@ class _Parts:
         if len(operators) < 2 or operators[-1] == len(steps) - 1:
             return None
         first, last = operators[0], operators[-1]
-        read = set(dict(steps[last].inputs).values()) - set(dict(steps[first].inputs).values())
-        sources = [step for step in (*steps[first + 1 : last], *steps[:first]) if step.name in read]
+        names = set(dict(steps[last].inputs).values()) - set(dict(steps[first].inputs).values())
+        sources = [step for step in (*steps[first + 1 : last], *steps[:first]) if step.name in names]
         return cls(steps[: first + 1], steps[last], steps[last + 1 :], sources)
 
 

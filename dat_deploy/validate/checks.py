@@ -67,15 +67,15 @@ class CheckKind(abc.ABC):
         return Check(self.name, name, batch, error, tolerance, detail, unit, self.in_numbers)
 
     def worst_output(
-        self, name: str, batch: int, got: Outputs, expected: Outputs, tolerances: dict[str, float], detail: str = ""
+        self, name: str, batch: int, outputs: Outputs, expected: Outputs, tolerances: dict[str, float], detail: str = ""
     ) -> Check:
         """The output that is furthest off, measured by what each is allowed."""
         rows = [
             self.row(
                 name,
-                _largest_error(got[output], expected[output]),
+                _largest_error(outputs[output], expected[output]),
                 tolerances[output],
-                detail if len(got) == 1 else output,
+                detail if len(outputs) == 1 else output,
                 batch=batch,
             )
             for output in expected
@@ -83,9 +83,9 @@ class CheckKind(abc.ABC):
         return max(rows, key=lambda row: math.inf if math.isnan(row.share) else row.share)
 
 
-def _largest_error(got: NDArray[Any], expected: NDArray[Any]) -> float:
+def _largest_error(values: NDArray[Any], expected: NDArray[Any]) -> float:
     """NaN if either has one."""
-    return float(np.abs(got.astype(np.float64) - expected).max())
+    return float(np.abs(values.astype(np.float64) - expected).max())
 
 
 def _is_full(comparison: "Comparison") -> bool:
@@ -102,15 +102,17 @@ class PreprocessingCheck(CheckKind):
 
     def run(self, comparison: "Comparison") -> Iterator[Check]:
         own, trained = comparison.about.preprocessing, comparison.about.network.preprocessing
-        changed = [
+        differences = [
             f"{name} is {getattr(own, name)}, trained with {getattr(trained, name)}"
             for name in ("image_size", "resize_size", "interpolation", "crop", "mean", "std", "color")
             if getattr(own, name) != getattr(trained, name)
         ]
-        recorded = _golden_sha256(comparison)
-        if recorded and recorded != golden_sha256(own):
-            changed.append("the golden picture comes out otherwise than at export")
-        yield self.row("preprocessing", float(len(changed)), 0.0, "; ".join(changed) or "as trained", "settings")
+        digest = _golden_sha256(comparison)
+        if digest and digest != golden_sha256(own):
+            differences.append("the golden picture comes out otherwise than at export")
+        yield self.row(
+            "preprocessing", float(len(differences)), 0.0, "; ".join(differences) or "as trained", "settings"
+        )
 
 
 def _golden_sha256(comparison: "Comparison") -> str:
@@ -142,12 +144,12 @@ class PhotographsCheck(CheckKind):
         photos, expected = comparison.photos, comparison.expected
         for batch in comparison.tried:
             comparison.progress(f"photographs, batch {batch}")
-            got = comparison.runner.in_batches(photos, batch)
+            outputs = comparison.runner.in_batches(photos, batch)
             detail = ""
-            if "logits" in got:
-                agreeing = int((got["logits"].argmax(axis=1) == expected["logits"].argmax(axis=1)).sum())
+            if "logits" in outputs:
+                agreeing = int((outputs["logits"].argmax(axis=1) == expected["logits"].argmax(axis=1)).sum())
                 detail = f"top-1 agrees on {agreeing} of {len(photos)}"
-            yield self.worst_output("photographs", batch, got, expected, tolerances, detail)
+            yield self.worst_output("photographs", batch, outputs, expected, tolerances, detail)
 
 
 class StressCheck(CheckKind):
@@ -161,9 +163,9 @@ class StressCheck(CheckKind):
         batch = comparison.about.least_batch
         for label, image in comparison.stress.items():
             comparison.progress(f"stress image: {label}")
-            got = comparison.runner.outputs(np.repeat(image, batch, axis=0))
+            outputs = comparison.runner.outputs(np.repeat(image, batch, axis=0))
             expected = comparison.stress_expected[label]
-            yield self.worst_output(f"stress image: {label}", batch, got, expected, comparison.tolerances)
+            yield self.worst_output(f"stress image: {label}", batch, outputs, expected, comparison.tolerances)
 
 
 class SlotsCheck(CheckKind):
@@ -192,16 +194,16 @@ class SlotsCheck(CheckKind):
             yield self.worst_output("slots: one image in all", batch, same, first, tolerances, detail)
             order = np.roll(np.arange(batch), 1) % len(photos)
             permuted = {name: values[order] for name, values in expected.items()}
-            got = comparison.runner.outputs(photos[order])
-            yield self.worst_output("slots: images permuted", batch, got, permuted, tolerances)
-        tried = ", ".join(map(str, comparison.tried))
-        detail = f"one image in every slot of batch {tried}: {'the same bits' if bits else 'not the same bits'}"
-        allowed = comparison.gates.batch_spread
-        if allowed is None:
-            allowed = max(tolerances.values())
+            outputs = comparison.runner.outputs(photos[order])
+            yield self.worst_output("slots: images permuted", batch, outputs, permuted, tolerances)
+        batches = ", ".join(map(str, comparison.tried))
+        detail = f"one image in every slot of batch {batches}: {'the same bits' if bits else 'not the same bits'}"
+        limit = comparison.gates.batch_spread
+        if limit is None:
+            limit = max(tolerances.values())
             if comparison.asked_tolerance is None and _is_full(comparison):
-                allowed = min(FP32_SPREAD, allowed)
-        yield self.row("batch invariance", spread, allowed, detail)
+                limit = min(FP32_SPREAD, limit)
+        yield self.row("batch invariance", spread, limit, detail)
 
 
 class RepeatsCheck(CheckKind):
@@ -236,14 +238,16 @@ class PrecisionCheck(CheckKind):
             passport = read_passport(about.path)
             if not passport.layers:  # compiled code has none to count
                 return
-            asked = passport.metadata.precision
+            precision = passport.metadata.precision
             if passport.engine_layers is None:
                 yield self.row("precision of the engine", None, LOST_LAYERS, "it has not been inspected")
                 return
-            parsed, built = (_share(counts, asked) for counts in (passport.layers, passport.engine_layers))
-            detail = f"{built:.0%} of its layers in {asked}, {parsed:.0%} of the parsed network's"
-            lost = max(0.0, 1 - built / parsed) if parsed else 1.0
-            yield self.row("precision of the engine", lost, LOST_LAYERS, detail)
+            network_share, engine_share = (
+                _share(counts, precision) for counts in (passport.layers, passport.engine_layers)
+            )
+            detail = f"{engine_share:.0%} of its layers in {precision}, {network_share:.0%} of the parsed network's"
+            loss = max(0.0, 1 - engine_share / network_share) if network_share else 1.0
+            yield self.row("precision of the engine", loss, LOST_LAYERS, detail)
 
     def _of_file(self, comparison: "Comparison") -> Check:
         from dat_deploy.export.census import precision_census
@@ -295,7 +299,7 @@ class CoordinatesCheck(CheckKind):
             return []
         if graph is None:
             return [self.row("coordinates", None, FP32_TOLERANCE, "only an ONNX file can be cut into operators")]
-        # the first of its module: `--sampling-locations` calls the attention again, with values that are constant
+        # the first of its module: `sampling_locations` calls the attention again, with values that are constant
         deformable = [record for record in operator_records(graph.metadata_props) if record.locations]
         records = list({(r.name.partition("/")[0], r.operator): r for r in reversed(deformable)}.values())[::-1]
         if not records:
@@ -322,9 +326,9 @@ class CoordinatesCheck(CheckKind):
                         record.operator, weights | inputs, record.attributes, precision.dtype, of_locations
                     )
                     tolerance = 2 * float(np.abs(rounded - exact).max())
-                got = run({name: value.numpy() for name, value in inputs.items()})
+                outputs = run({name: value.numpy() for name, value in inputs.items()})
                 detail = f"{len(records)} operators, worst {record.name}"
-                row = self.row(f"coordinates: {kind}", _largest_error(got, exact), tolerance, detail)
+                row = self.row(f"coordinates: {kind}", _largest_error(outputs, exact), tolerance, detail)
                 if kind not in worst or not row.share <= worst[kind].share:  # NaN is the worst
                     worst[kind] = row
         return worst.values()
@@ -343,19 +347,21 @@ class DriftCheck(CheckKind):
         expected = comparison.locations
         if not expected:
             return
-        got = comparison.engine_locations
-        if got is None:
-            detail = "the engine does not give its locations; build it from export --sampling-locations"
+        engine_locations = comparison.engine_locations
+        if engine_locations is None:
+            detail = "the engine does not give its locations; build it from `export(sampling_locations=True)`"
             yield self.row("drift of sampling locations", None, LEAST_DRIFT_PX, detail, "px")
             return
         gate, precision = comparison.gates.drift_px, PRECISIONS[comparison.about.answer_precision]
-        allowed = dict.fromkeys(expected, LEAST_DRIFT_PX if gate is None else gate)
+        limits = dict.fromkeys(expected, LEAST_DRIFT_PX if gate is None else gate)
         if gate is None and not precision.is_exported:
-            allowed = dict.fromkeys(expected, INT8_DRIFT_PX)
+            limits = dict.fromkeys(expected, INT8_DRIFT_PX)
         elif gate is None and precision.is_half:
             for name, locations in comparison.rounded_locations.items():
-                allowed[name] += ROUNDED_DRIFTS * float(blocks[name].distances_px(locations, expected[name]).max())
-        drift = [block_drift(blocks[name], got[name], where, allowed[name]) for name, where in expected.items()]
+                limits[name] += ROUNDED_DRIFTS * float(blocks[name].distances_px(locations, expected[name]).max())
+        drift = [
+            block_drift(blocks[name], engine_locations[name], where, limits[name]) for name, where in expected.items()
+        ]
         comparison.drift = tuple(drift)
         worst = max(drift, key=lambda block: block.share)
         detail = f"{len(drift)} blocks, worst {worst.block}: median {worst.median:.1e}, p99 {worst.p99:.1e} px"
@@ -371,7 +377,7 @@ class DataCheck(CheckKind):
         if comparison.data is None:
             if PRECISIONS[comparison.about.answer_precision].is_exported or "logits" not in comparison.about.outputs:
                 return []
-            detail = "what eight bits cost shows on images alone: give --data"
+            detail = "what eight bits cost shows on images alone: give `data`"
             return [self.row("top-1", None, comparison.gates.top1_drop, detail, "points")]
         comparison.accuracy = compare_on_data(
             comparison.runner,

@@ -95,7 +95,7 @@ class Comparison:
             if not math.isfinite(error):
                 raise DatDeployError(
                     f"eager PyTorch in {precision.name} overflows at {name}, so its error is no measure. "
-                    f"Say what is allowed: --tolerance {FP32_TOLERANCE:g}"
+                    f"Say what is allowed: `tolerance={FP32_TOLERANCE:g}`"
                 )
         return {name: 2 * error for name, error in errors.items()}
 

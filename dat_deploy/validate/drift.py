@@ -80,16 +80,16 @@ def engine_locations(
     }
     if set(tensors) != {block.name for block in blocks}:
         return None
-    found = {}
+    locations = {}
     for block in blocks:
         progress(block.name)
-        found[block.name] = runner.open_graph(model_up_to(model, tensors[block.name]))({"image": images})
-    return found
+        locations[block.name] = runner.open_graph(model_up_to(model, tensors[block.name]))({"image": images})
+    return locations
 
 
-def block_drift(block: SampledBlock, got: Locations, expected: Locations, allowed: float) -> BlockDrift:
+def block_drift(block: SampledBlock, locations: Locations, expected: Locations, allowed: float) -> BlockDrift:
     """One row."""
-    distances = block.distances_px(got, expected)
+    distances = block.distances_px(locations, expected)
     if not np.isfinite(distances).all():
         return BlockDrift(block.name, distances.size, math.nan, math.nan, math.nan, allowed)
     median, p99 = np.quantile(distances, [0.5, 0.99])

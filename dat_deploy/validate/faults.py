@@ -148,8 +148,8 @@ def _scale_offsets(model: ir.Model) -> None:
     locations, block = _locations(model)
     centres = block.reference_points()
     _apply(model, locations, "Sub", centres, takes_name=True)
-    scaled = _locations(model)[0]
-    _apply(model, scaled, "Mul", [1.1, 1.1], takes_name=True)
+    scaled_locations = _locations(model)[0]
+    _apply(model, scaled_locations, "Mul", [1.1, 1.1], takes_name=True)
     _apply(model, _locations(model)[0], "Add", centres, takes_name=True)
 
 
@@ -212,8 +212,8 @@ def _set_metadata(model: ir.Model, field: str, value: object) -> None:
 
 def _normalise_to_one(model: ir.Model) -> None:
     own = FileMetadata.from_properties(dict(model.metadata_props), Path("file")).preprocessing
-    changed = dataclasses.replace(own, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    _set_metadata(model, "preprocessing", dataclasses.asdict(changed))
+    preprocessing = dataclasses.replace(own, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    _set_metadata(model, "preprocessing", dataclasses.asdict(preprocessing))
 
 
 def _crop_less(model: ir.Model) -> None:

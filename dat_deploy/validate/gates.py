@@ -52,8 +52,8 @@ def check_gates(changes: Mapping[str, float] | None) -> dict[str, float]:
     for name, value in (changes or {}).items():
         field = name.replace("-", "_")
         if field not in names:
-            shown = ", ".join(name.replace("_", "-") for name in names)
-            raise DatDeployError(f"there is no gate '{name}'; gates are {shown}.")
+            listing = ", ".join(name.replace("_", "-") for name in names)
+            raise DatDeployError(f"there is no gate '{name}'; gates are {listing}.")
         if not value >= 0:  # nor NaN
             raise DatDeployError(f"gate '{name}' got {value}; it takes the largest value that passes, from 0 on.")
         gates[field] = value

@@ -23,7 +23,7 @@ def captured(
         sources: (module, `input`, `output` or sampling `locations`), see `Step`.
         images: [B, 3, H, W]; dtype: that the network takes them in.
     """
-    found: dict[tuple[str, str], NDArray[np.float32]] = {}
+    tensors: dict[tuple[str, str], NDArray[np.float32]] = {}
 
     def hook(source: tuple[str, str]) -> Callable[..., None]:
         def keep(_: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -34,7 +34,7 @@ def captured(
                     value = inputs[0]
                 case _:
                     value = output[0] if isinstance(output, tuple) else output
-            found[source] = value.float().numpy().copy()
+            tensors[source] = value.float().numpy().copy()
 
         return keep
 
@@ -44,4 +44,4 @@ def captured(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return tensors

@@ -76,8 +76,8 @@ def figure_from_drift(rows: Sequence[BlockDrift]) -> "Figure":
             marker=mark,
             label=name,
         )
-    allowed = [row.allowed for row in rows]
-    axes.scatter(allowed, places, s=60, color=INK, marker="|", label="allowed")
+    limits = [row.allowed for row in rows]
+    axes.scatter(limits, places, s=60, color=INK, marker="|", label="allowed")
     axes.set_xscale("log")
     axes.set_xlabel("pixels of the feature map", fontsize=8)
     axes.set_yticks(places, [row.block for row in rows], fontsize=7)

@@ -141,14 +141,14 @@ class PreprocessingReport:
                 f"sha256 {self.golden_here[:12]}, not {str(self.golden_expected)[:12]}. Install a released Pillow and "
                 f"NumPy, or export it again here."
             )
-        failed = [each for each in self.comparisons if not each.passed]
-        if not failed:
+        failures = [each for each in self.comparisons if not each.passed]
+        if not failures:
             worst = max(each.max_units for each in self.comparisons)
             return (
                 f"{', '.join(each.name for each in self.comparisons)}: as {name} was evaluated, at most {worst:.2f} "
                 f"units of 1/255 apart, and no label flips."
             )
-        first = failed[0]
+        first = failures[0]
         flips = "" if first.flips is None else f", {len(first.flips)} of {first.images} labels flip"
         return (
             f"{first.name} is not what {name} was evaluated with: samples are up to {first.max_units:.2f} units of "

@@ -36,21 +36,21 @@ class Reference(PytorchRunner):
 
     def check_fits(self, about: EngineDescription) -> None:
         """Raises DatDeployError unless the engine holds these weights in this network, and gives the same outputs."""
-        held = self.description
-        if held.weights_sha256 != about.weights_sha256:
+        own = self.description
+        if own.weights_sha256 != about.weights_sha256:
             raise DatDeployError(
                 f"{about.name} holds the weights of {about.weights_source} (sha256 {about.weights_sha256[:12]}), the "
-                f"PyTorch side those of {held.weights_source} ({held.weights_sha256[:12]}). "
-                f"Pass the same --checkpoint that it was exported with."
+                f"PyTorch side those of {own.weights_source} ({own.weights_sha256[:12]}). "
+                f"Pass the same `checkpoint` that it was exported with."
             )
-        if set(about.outputs) != set(held.outputs):
+        if set(about.outputs) != set(own.outputs):
             raise DatDeployError(
-                f"{about.name} gives {', '.join(about.outputs)} where its network gives {', '.join(held.outputs)}, so "
+                f"{about.name} gives {', '.join(about.outputs)} where its network gives {', '.join(own.outputs)}, so "
                 f"they cannot be compared. Export it again, and leave its outputs as they are."
             )
-        if about.network != held.network:
+        if about.network != own.network:
             raise DatDeployError(
-                f"{about.name} holds another network than the reference {held.name}, or one for another image size. "
+                f"{about.name} holds another network than the reference {own.name}, or one for another image size. "
                 f"Open a reference for it: open_reference(engine.description, checkpoint)."
             )
 

@@ -54,22 +54,22 @@ class ValidationReport:
     @property
     def verdict(self) -> str:
         """The outcome in one sentence."""
-        failed = [check for check in self.checks if check.passed is False]
+        failures = [check for check in self.checks if check.passed is False]
         ran = [check for check in self.checks if check.passed is not None]
         less = f"; left out on request: {', '.join(self.skipped)}" if self.skipped else ""
         if not ran:
             return f"{self.engine.name} was not compared with {self.reference.name}: no check ran{less}."
-        if not failed:
+        if not failures:
             worst = max(ran, key=lambda check: check.share)
             return (
                 f"{self.engine.name} agrees with {self.reference.name}: {len(ran)} checks passed, the worst is "
                 f"'{worst.name}' at {worst.share:.1%} of what is allowed{self._top1()}{less}."
             )
-        first = failed[0]
+        first = failures[0]
         where = f" at batch {first.batch}" if first.batch else ""
         how = "differs from" if self.differs else "does not pass its gates against"
         return (
-            f"{self.engine.name} {how} {self.reference.name}: {len(failed)} of {len(ran)} checks failed, first "
+            f"{self.engine.name} {how} {self.reference.name}: {len(failures)} of {len(ran)} checks failed, first "
             f"'{first.name}'{where} with an error of {_shown(first.error, first.unit)} where "
             f"{_shown(first.tolerance, first.unit)} is allowed{self._top1()}{less}."
         )

@@ -37,7 +37,7 @@ class SelfTest:
 
     @property
     def missed(self) -> list[str]:
-        return [tried.fault for tried in self.tried if not tried.caught_by]
+        return [trial.fault for trial in self.tried if not trial.caught_by]
 
     @property
     def verdict(self) -> str:
@@ -87,14 +87,14 @@ def self_test(
             sound = validate(runner, batches=SELF_TEST_BATCHES, reference=reference)
         if not sound.passed:
             raise VerificationError(f"the self-test needs an engine that is right. {sound.verdict}")
-        found = []
+        trials = []
         for fault in FAULTS:
             progress(fault.name)
             report = faulty_report(fault, engine, Path(folder), reference)
-            failed = [check for check in report.checks if check.passed is False]
-            kinds = tuple(dict.fromkeys(check.kind for check in failed))
-            found.append(Tried(fault.name, fault.story, kinds, failed[0].name if failed else ""))
-    return SelfTest(about, tuple(found))
+            failures = [check for check in report.checks if check.passed is False]
+            kinds = tuple(dict.fromkeys(check.kind for check in failures))
+            trials.append(Tried(fault.name, fault.story, kinds, failures[0].name if failures else ""))
+    return SelfTest(about, tuple(trials))
 
 
 def _check(engine: str) -> None:
@@ -104,5 +104,5 @@ def _check(engine: str) -> None:
     if outline.batch == 1 or outline.network.answer.kind != "classes" or outline.file_precision != "fp32":
         raise DatDeployError(
             f"the self-test takes an fp32 file that classifies batches, and {engine} is none; export it with "
-            f"--batch dynamic and --precision fp32, without --features."
+            '`batch=None` and `precision="fp32"`, without `features`.'
         )

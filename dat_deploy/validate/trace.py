@@ -76,9 +76,9 @@ def _errors(comparison: Comparison) -> list[BlockError]:
         comparison.progress(f"trace: {block}")
         expected = exact[step.module, step.side]
         graph = comparison.runner.open_graph(model_up_to(model, names[step.ends]))
-        got = graph_in_batches(comparison.about, graph, {"image": image})
+        values = graph_in_batches(comparison.about, graph, {"image": image})
         scale = float(np.abs(expected).max()) or 1.0
-        error = float(np.abs(got.reshape(expected.shape) - expected).max()) / scale
+        error = float(np.abs(values.reshape(expected.shape) - expected).max()) / scale
         own = None
         if rounded is not None:
             own = float(np.abs(rounded[step.module, step.side] - expected).max()) / scale

@@ -94,18 +94,18 @@ def visualize(
             stack.enter_context(open_runner(engine, checkpoint=checkpoint, image_size=image_size, sampled_points=True))
             for engine in engines
         ]
-        described = tuple(runner.description for runner in runners)
-        _check_same_network(described)
-        preprocessing = described[0].preprocessing
+        descriptions = tuple(runner.description for runner in runners)
+        _check_same_network(descriptions)
+        preprocessing = descriptions[0].preprocessing
         image_nchw = preprocess(picture, preprocessing)[None]
         points = [_sampled_points(runner, image_nchw) for runner in runners]
     photograph = image_nchw[0].transpose(1, 2, 0) * preprocessing.std + preprocessing.mean
-    plot_points(photograph.clip(0, 1), image.name, described, points, output, force=force)
+    plot_points(photograph.clip(0, 1), image.name, descriptions, points, output, force=force)
     blocks = tuple(
         _summary(block, versions)
-        for block, versions in zip(described[0].network.sampled_blocks, zip(*points, strict=True), strict=True)
+        for block, versions in zip(descriptions[0].network.sampled_blocks, zip(*points, strict=True), strict=True)
     )
-    return Visualization(output, image, described, blocks)
+    return Visualization(output, image, descriptions, blocks)
 
 
 def _check_has_points(about: EngineOutline) -> None:
@@ -118,22 +118,22 @@ def _check_has_points(about: EngineOutline) -> None:
     if about.outputs is not None and not {block.locations for block in blocks} <= set(about.outputs):
         raise DatDeployError(
             f"{about.name} gives {', '.join(about.outputs)} and no sampling locations. "
-            f"Export it again with --sampling-locations to see its points."
+            f"Export it again with `sampling_locations=True` to see its points."
         )
 
 
-def _check_same_network(described: Sequence[EngineDescription]) -> None:
-    first, last = described[0], described[-1]
+def _check_same_network(descriptions: Sequence[EngineDescription]) -> None:
+    first, last = descriptions[0], descriptions[-1]
     if first.preprocessing != last.preprocessing or first.network.sampled_blocks != last.network.sampled_blocks:
         raise ShapeError(
             f"{first.name} is {_network(first)}, {last.name} is {_network(last)}; a drift is between "
-            f"points of one network at one image size. Name two engines of one variant, or give --image-size."
+            f"points of one network at one image size. Name two engines of one variant, or give `image_size`."
         )
     if first.weights_sha256 != last.weights_sha256:
         raise DatDeployError(
             f"{first.name} holds the weights of {first.weights_source} (sha256 {first.weights_sha256[:12]}), "
             f"{last.name} those of {last.weights_source} ({last.weights_sha256[:12]}); "
-            f"a drift is between engines of the same weights. Pass the --checkpoint that the file was exported with."
+            f"a drift is between engines of the same weights. Pass the `checkpoint` that the file was exported with."
         )
 
 
@@ -157,7 +157,7 @@ def _finite(about: EngineDescription, name: str, outputs: dict[str, NDArray[np.f
     if wrong:
         raise VerificationError(
             f"{about.name}: {wrong} of {values.size} values of output '{name}' are NaN or infinite; a picture needs "
-            f"finite ones. Find the cause with: dat-deploy validate --engine {about.name}"
+            f"finite ones. Find the cause with: `validate(engine={about.name!r})`"
         )
     return values
 

@@ -262,7 +262,7 @@ def test_another_batch_is_refused_with_the_way_to_get_it(runner, images):
         runner(images[:2])
     assert str(error.value) == (
         "every-block.pt2: input 'image' has shape [2, 3, 224, 224]; it takes [batch 1 or 3, 3, 224, 224]. Build again "
-        "with --batch or --image-size for another."
+        "with `batches` or `image_size` for another."
     )
 
 

@@ -125,7 +125,7 @@ def test_fixed_batch_is_in_the_file_and_gives_the_same_logits(batch, mini, mini_
         logits(files["hat"], noise[:2])
     assert str(error.value) == (
         f"{files['hat']}: input 'image' has shape [2, 3, 224, 224]; it takes [{batch}, 3, 224, 224]. "
-        f"Export again with --batch or --image-size for another."
+        f"Export again with `batch` or `image_size` for another."
     )
 
 

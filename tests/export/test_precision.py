@@ -530,7 +530,7 @@ def test_bf16_file_is_valid_and_passes_validation_where_it_runs(mini_pp, tmp_pat
         open_runner(str(path))
     assert str(error.value).endswith(
         f"has no kernels here for the bfloat16 of {path}. Run it on OpenVINO (openvino:FILE), build it for TensorRT, "
-        f"or export it with --precision fp16."
+        'or export it with `precision="fp16"`.'
     )
     report = validate(f"openvino:{path}", images=photographs(2), batches=[2])
     assert report.passed, report.verdict

@@ -395,7 +395,7 @@ def test_validate_passes_an_int8_file_and_says_that_its_accuracy_needs_data(repo
     coordinates = [check for check in found.checks if check.kind == "coordinates"]
     assert {check.tolerance for check in coordinates} == {1e-4}  # the operators are as exact as in fp32
     assert [(check.passed, check.detail) for check in found.checks if check.kind == "data"] == [
-        (None, "what eight bits cost shows on images alone: give --data")
+        (None, "what eight bits cost shows on images alone: give `data`")
     ]
 
 
@@ -466,7 +466,7 @@ def test_a_file_that_is_not_in_fp32_is_refused(precision, report, pictures, tmp_
 def test_operators_without_bodies_are_refused_with_the_way_out(files, pictures, tmp_path):
     assert refusal(ExportError, files["plugin"], tmp_path / "out.onnx", pictures) == (
         f"{files['plugin']} has lowering plugin, whose operators have no bodies that could run for calibration. "
-        f"Quantize a file of another lowering: dat-deploy export --from {files['plugin']} --lowering function"
+        f"Quantize a file of another lowering: `relower(source='{files['plugin']}', lowering='function')`"
     )
 
 

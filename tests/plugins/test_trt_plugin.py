@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "attributes": {"num_heads": 1, "window_size": 7, "shift_size": 0},
         },
         "the node: window_attention got heads of 65 channels; its kernel takes up to 64. Build without plugins: "
-        "dat-deploy build --lowering gather",
+        '`build(lowering="gather")`',
     ),
     "half locations": (
         {"operator": "deformable_sample", "dtype": "float16", "dtypes": {"sampling_locations": "float16"}},
@@ -726,7 +726,7 @@ def test_what_cannot_be_compiled_ahead_of_time_is_refused(harness, libraries):
         "ShapeError: window_attention got qkv of shape [8, -1, 14, 288]; compiled ahead of time, it takes a dynamic "
         "batch and no other dynamic size. Fix the image size, or build with the Python plugins.",
         "UnsupportedError: window_attention got heads of 96 channels; its kernel takes up to 64. Build without "
-        "plugins: dat-deploy build --lowering gather",
+        'plugins: `build(lowering="gather")`',
         "ShapeError: a node (window_attention) has the attributes ['num_heads', 'window_size']; it takes "
         "['num_heads', 'shift_size', 'window_size']. Export the file again with this version of dat-deploy.",
         "ShapeError: window_attention got inputs of [3, 2] dimensions; it takes qkv of 4, relative_position_bias_table "

@@ -438,7 +438,7 @@ def test_settings_are_read_from_the_environment(demo_onnx: Path) -> None:
             DatDeployError,
             "'../shop' cannot be a model's name; it takes up to 63 letters, ",
         ),
-        ({"DAT_DEPLOY_BATCH": "many"}, DatDeployError, "--batch got 'many'; "),
+        ({"DAT_DEPLOY_BATCH": "many"}, DatDeployError, "`batches` got 'many'; "),
         ({"DAT_DEPLOY_MODEL": "/no.onnx"}, ExportError, "DAT_DEPLOY_MODEL: there is no file /no.onnx; mount "),
         ({"DAT_DEPLOY_CHECKPOINT": "/no.pth"}, CheckpointError, "DAT_DEPLOY_CHECKPOINT: there is no file /no.pth; "),
     ],

@@ -386,7 +386,7 @@ def test_force_replaces_a_model_of_this_command_and_nothing_else(demo_onnx: Path
         with pytest.raises(OutputError) as caught:
             package([demo_onnx], folder.parent, force=True)
         assert str(caught.value) == (
-            f"{folder} exists and was not written by dat-deploy package, so `force=True` does not replace it. "
+            f"{folder} exists and was not written by `package()`, so `force=True` does not replace it. "
             f"Remove it yourself, or choose another `name`."
         )
         assert len(snapshot(folder)) == 1

@@ -216,8 +216,8 @@ def _fold_constants(module: GraphModule) -> None:
     """
     values: dict[Node, Tensor] = {}
     for node in module.graph.nodes:
-        known = node.op == "call_function" and all(source in values for source in node.all_input_nodes)
-        if known and node.target is not torch.ops.aten.expand.default:  # which would only become larger
+        is_constant = node.op == "call_function" and all(source in values for source in node.all_input_nodes)
+        if is_constant and node.target is not torch.ops.aten.expand.default:  # which would only become larger
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
             value = node.target(*args, **kwargs)
             if isinstance(value, Tensor):

@@ -56,7 +56,7 @@ def engine_and_passport(source: EngineSource, request: BuildRequest) -> BuiltEng
     if lowering != metadata.lowering:
         model = ir.to_proto(lower(ir.from_proto(model), lowering))
     form = register_plugins() if lowering == "plugin" else None
-    built = serialized_engine(
+    engine = serialized_engine(
         trt,
         backend,
         model,
@@ -69,18 +69,18 @@ def engine_and_passport(source: EngineSource, request: BuildRequest) -> BuiltEng
         progress=request.progress,
     )
     passport = Passport(
-        engine_sha256=sha256(built.content),
-        engine_bytes=len(built.content),
+        engine_sha256=sha256(engine.content),
+        engine_bytes=len(engine.content),
         backend=backend,
         backend_version=trt.__version__,
         versions=versions(),
         architectures=tuple(f"sm_{a}" for a in architectures or ([here] if here and backend == "tensorrt" else [])),
         profiles=request.profiles,
         outputs=tuple(value.name for value in model.graph.output),
-        layers=built.layers,
-        kinds=built.kinds,
+        layers=engine.layers,
+        kinds=engine.kinds,
         engine_layers=None,
-        plugins=built.plugins,
+        plugins=engine.plugins,
         plugin_form=form,
         metadata=_of_engine(metadata, lowering, size),
         source=source.path.name,
@@ -90,9 +90,9 @@ def engine_and_passport(source: EngineSource, request: BuildRequest) -> BuiltEng
     try:
         check_fits(passport, trt, source.path.name)
     except UnsupportedError:
-        return BuiltEngine(built.content, passport, notes)  # it was built for other GPUs, which will tell
-    passport, doubts = _confirmed(trt, built.content, passport)
-    return BuiltEngine(built.content, passport, (*notes, *doubts))
+        return BuiltEngine(engine.content, passport, notes)  # it was built for other GPUs, which will tell
+    passport, doubts = _confirmed(trt, engine.content, passport)
+    return BuiltEngine(engine.content, passport, (*notes, *doubts))
 
 
 def _confirmed(trt: ModuleType, content: bytes, passport: Passport) -> tuple[Passport, tuple[str, ...]]:
@@ -101,9 +101,9 @@ def _confirmed(trt: ModuleType, content: bytes, passport: Passport) -> tuple[Pas
         layers = layers_of(trt, deserialized(trt, content))
     except (EngineRunError, ValueError, KeyError, AttributeError, TypeError) as error:  # of any JSON
         return passport, (f"the layers of the engine could not be listed ({error}), so its types are not confirmed.",)
-    built, parsed = sum(layer.is_plugin for layer in layers), sum(passport.plugins.values())
-    note = f"the network has {parsed} plugin layers and the engine {built}; look at dat-deploy inspect --layers."
-    return dataclasses.replace(passport, engine_layers=count_types(layers)), (note,) if built != parsed else ()
+    plugins, expected = sum(layer.is_plugin for layer in layers), sum(passport.plugins.values())
+    note = f"the network has {expected} plugin layers and the engine {plugins}; look at `inspect(...).engine_layers`."
+    return dataclasses.replace(passport, engine_layers=count_types(layers)), (note,) if plugins != expected else ()
 
 
 def _register_form(trt: ModuleType, backend: str, plugin_form: str, architectures: Sequence[int]) -> str:

@@ -68,11 +68,11 @@ def reasons_against_gpu(trt: ModuleType, backend: str, architecture: int) -> lis
     """Why `backend` cannot run on a GPU of this compute capability times ten; empty if nothing is known against it."""
     if backend != "tensorrt-rtx":
         return []
-    known = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name[2:].isdigit())
-    if architecture in known or architecture > known[-1]:
+    architectures = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name[2:].isdigit())
+    if architecture in architectures or architecture > architectures[-1]:
         return []
-    listed = ", ".join(f"sm_{each}" for each in known)
-    return [f"TensorRT-RTX {trt.__version__} does not run on sm_{architecture}; it knows {listed} and later"]
+    listing = ", ".join(f"sm_{each}" for each in architectures)
+    return [f"TensorRT-RTX {trt.__version__} does not run on sm_{architecture}; it knows {listing} and later"]
 
 
 _folders: list[tempfile.TemporaryDirectory[str]] = []  # until the process ends
@@ -113,19 +113,19 @@ class Log:
     """What TensorRT says from here on; `logger` is the object that it takes, one a process, for it ignores others."""
 
     def __init__(self, trt: ModuleType) -> None:
-        self.logger, self._said = _logger(trt)
-        self._said.clear()
+        self.logger, self._messages = _logger(trt)
+        self._messages.clear()
 
     def tail(self, lines: int = 6) -> str:
         """Its last errors on one line, else its last warnings; `nothing` if there are none."""
-        errors = [text for is_error, text in self._said if is_error]
-        warnings = [text for is_error, text in self._said if not is_error]
+        errors = [text for is_error, text in self._messages if is_error]
+        warnings = [text for is_error, text in self._messages if not is_error]
         return " | ".join(" ".join(text.split()) for text in (errors or warnings)[-lines:]) or "nothing"
 
 
 @functools.cache
 def _logger(trt: ModuleType) -> tuple[Any, "deque[tuple[bool, str]]"]:
-    said: deque[tuple[bool, str]] = deque(maxlen=100)
+    messages: deque[tuple[bool, str]] = deque(maxlen=100)
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # a class of a module known at run time
         def __init__(self) -> None:
@@ -133,6 +133,6 @@ def _logger(trt: ModuleType) -> tuple[Any, "deque[tuple[bool, str]]"]:
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.WARNING:
-                said.append((severity <= trt.ILogger.Severity.ERROR, message.strip()))
+                messages.append((severity <= trt.ILogger.Severity.ERROR, message.strip()))
 
-    return Logger(), said
+    return Logger(), messages

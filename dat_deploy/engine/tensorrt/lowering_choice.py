@@ -121,14 +121,14 @@ def choose_lowering(
         if any(verdict.passed for verdict in verdicts):  # else something may be wrong that will be mended
             with contextlib.suppress(OSError, OutputError):  # without it, the next build tries again
                 _store(where, what, verdicts)
-    passed = [verdict for verdict in verdicts if verdict.passed]
-    listed = "; ".join(map(str, verdicts))
-    if not passed:
+    successes = [verdict for verdict in verdicts if verdict.passed]
+    listing = "; ".join(map(str, verdicts))
+    if not successes:
         raise VerificationError(
-            f'no lowering is right with {where}: {listed}. Use `backend="aotinductor"`, and report this.'
+            f'no lowering is right with {where}: {listing}. Use `backend="aotinductor"`, and report this.'
         )
-    best = min(passed, key=lambda verdict: verdict.ms or 0.0)
-    return Choice(best.lowering, f"took {best.lowering}, the fastest that is right with {where}: {listed}.", verdicts)
+    best = min(successes, key=lambda verdict: verdict.ms or 0.0)
+    return Choice(best.lowering, f"took {best.lowering}, the fastest that is right with {where}: {listing}.", verdicts)
 
 
 def _digest(network: Network) -> str:
@@ -230,9 +230,9 @@ def _execute(
     batch, _, height, width = images.shape
     profiles = [Profile(batch, batch, batch)]
     form = register_plugins() if lowering == "plugin" else None
-    built = serialized_engine(trt, backend, model, profiles, (height, width), plugin_form=form)
+    engine = serialized_engine(trt, backend, model, profiles, (height, width), plugin_form=form)
     names = [value.name for value in model.graph.output]
-    session = Session(trt, built.content, name=lowering, profiles=profiles, outputs=names, image_size=(height, width))
+    session = Session(trt, engine.content, name=lowering, profiles=profiles, outputs=names, image_size=(height, width))
     with contextlib.closing(session):
         return session.run(images), session.replay_ms(batch, 50)
 
@@ -244,17 +244,17 @@ def _verdicts_path() -> Path:
 def stored_verdicts() -> dict[str, dict[str, tuple[LoweringVerdict, ...]]]:
     """What earlier builds found: by TensorRT, architecture and driver, then by network, precision and batch."""
     with contextlib.suppress(OSError, ValueError):
-        stored = json.loads(_verdicts_path().read_text(encoding="utf-8"))
+        verdicts = json.loads(_verdicts_path().read_text(encoding="utf-8"))
         kind = dict[str, dict[str, tuple[LoweringVerdict, ...]]]
-        return typed(kind, stored, "verdicts")  # type: ignore[no-any-return]  # checked
+        return typed(kind, verdicts, "verdicts")  # type: ignore[no-any-return]  # checked
     return {}
 
 
 def _store(where: str, what: str, verdicts: tuple[LoweringVerdict, ...]) -> None:
-    stored = stored_verdicts()
-    stored.setdefault(where, {})[what] = verdicts
+    records = stored_verdicts()
+    records.setdefault(where, {})[what] = verdicts
     path = _verdicts_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {w: {k: [dataclasses.asdict(v) for v in each] for k, each in by.items()} for w, by in stored.items()}
+    plain = {w: {k: [dataclasses.asdict(v) for v in each] for k, each in by.items()} for w, by in records.items()}
     with atomic_output(path, force=True) as temporary:
         temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")

@@ -76,7 +76,7 @@ def parsed_network(
     operators = {node.name: node.op_type for node in model.graph.node if node.domain == DOMAIN_NAME}
     layers: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
-    built: Counter[str] = Counter()  # plugins
+    plugin_counts: Counter[str] = Counter()
     dequantized: dict[str, str] = {}  # tensor -> the precision that it had before
     for i in range(network.num_layers):
         layer = network.get_layer(i)
@@ -84,29 +84,29 @@ def parsed_network(
         if kind == "CONSTANT":
             continue
         kinds[kind] += 1
-        read = [tensor.name for j in range(layer.num_inputs) if (tensor := layer.get_input(j)) is not None][:2]
-        is_quantized = bool(read) and dequantized.keys() >= set(read)
+        inputs = [tensor.name for j in range(layer.num_inputs) if (tensor := layer.get_input(j)) is not None][:2]
+        is_quantized = bool(inputs) and dequantized.keys() >= set(inputs)
         if kind == "DEQUANTIZE":
             dequantized[layer.get_output(0).name] = _precision(layer.get_input(0))
         elif kind == "SHUFFLE" and is_quantized:
-            dequantized[layer.get_output(0).name] = dequantized[read[0]]
+            dequantized[layer.get_output(0).name] = dequantized[inputs[0]]
         if kind in _CASTS:
             layers["cast"] += 1
         elif kind in _PRODUCTS and is_quantized:
-            layers[dequantized[read[-1]]] += 1
+            layers[dequantized[inputs[-1]]] += 1
         else:
             precision = _precision(layer.get_output(0))
             layers[precision if precision in EXPORTED else "integer"] += 1
         if kind.startswith("PLUGIN"):
-            built[operators.get(layer.name, layer.name)] += 1
+            plugin_counts[operators.get(layer.name, layer.name)] += 1
     expected = Counter(operators.values()) if plugins else Counter()
-    if built != expected:
+    if plugin_counts != expected:
         raise VerificationError(
-            f"TensorRT's network should have {_listed(expected)} as plugins, but has {_listed(built)}. "
+            f"TensorRT's network should have {_listed(expected)} as plugins, but has {_listed(plugin_counts)}. "
             f'Build with `lowering="gather"`, and report this.'
         )
     by_type = {name: layers[name] for name in (*reversed(PRECISIONS), "integer", "cast") if layers[name]}
-    return ParsedNetwork(network, builder, by_type, dict(kinds), dict(built), (parser, log))
+    return ParsedNetwork(network, builder, by_type, dict(kinds), dict(plugin_counts), (parser, log))
 
 
 def _precision(tensor: Any) -> str:
@@ -123,7 +123,7 @@ def without_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     copy.CopyFrom(model)
     for node in copy.graph.node:
         if node.domain == DOMAIN_NAME:
-            kept = [attribute for attribute in node.attribute if attribute.name not in PLUGIN_ATTRIBUTES]
+            attributes = [attribute for attribute in node.attribute if attribute.name not in PLUGIN_ATTRIBUTES]
             del node.attribute[:]
-            node.attribute.extend(kept)
+            node.attribute.extend(attributes)
     return copy

@@ -62,41 +62,41 @@ def serialized_engine(
     log = Log(trt)
     progress("reading the file")
     try:
-        parsed = parsed_network(
+        definition = parsed_network(
             trt, model, log, plugins=plugin_form is not None, ahead_of_time=plugin_form == "ahead-of-time"
         )
-        config = parsed.builder.create_builder_config()
+        config = definition.builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is what keeps coordinates exact
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the inspector can tell types
         if workspace_bytes is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
         _set_architectures(trt, backend, config, architectures)
-        _add_profiles(parsed, config, profiles, image_size)
+        _add_profiles(definition, config, profiles, image_size)
         cache = _set_timing_cache(config, timing_cache)
         monitor = _monitor(trt, progress)
         config.progress_monitor = monitor.object
-        memory = parsed.builder.build_serialized_network(parsed.network, config)
+        memory = definition.builder.build_serialized_network(definition.network, config)
     except (MemoryError, EncodeError) as error:  # protobuf's for a message that it has no memory for
         raise _failed(log, out_of_memory=True) from error
-    if monitor.stopped is not None:
-        raise monitor.stopped
+    if monitor.error is not None:
+        raise monitor.error
     if memory is None:
         raise _failed(log)
     if cache is not None and timing_cache is not None:
         with atomic_output(timing_cache, force=True) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
-    return SerializedEngine(bytes(memory), parsed.layers, parsed.kinds, parsed.plugins)
+    return SerializedEngine(bytes(memory), definition.layers, definition.kinds, definition.plugins)
 
 
 def _failed(log: Log, *, out_of_memory: bool = False) -> EngineBuildError:
     plugin = last_error()
     if plugin is not None:
         return EngineBuildError(f"a plugin refused its part of the network: {plugin}")
-    said = log.tail()
+    tail = log.tail()
     hint = '`lowering="gather"`, and report this'
-    if out_of_memory or any(word in said.lower() for word in ("memory", "alloc")):
+    if out_of_memory or any(word in tail.lower() for word in ("memory", "alloc")):
         hint = "smaller `batches`, `workspace_bytes`, or a machine with more memory"
-    return EngineBuildError(f"TensorRT could not build the engine; it said: {said}. Try {hint}.")
+    return EngineBuildError(f"TensorRT could not build the engine; it said: {tail}. Try {hint}.")
 
 
 def _set_architectures(trt: ModuleType, backend: str, config: Any, architectures: Sequence[int]) -> None:
@@ -119,28 +119,30 @@ def _set_architectures(trt: ModuleType, backend: str, config: Any, architectures
             )
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         return
-    known = {int(name[2:]): value for name, value in trt.ComputeCapability.__members__.items() if name[2:].isdigit()}
-    unknown = [architecture for architecture in architectures if architecture not in known]
+    levels = {int(name[2:]): value for name, value in trt.ComputeCapability.__members__.items() if name[2:].isdigit()}
+    unknown = [architecture for architecture in architectures if architecture not in levels]
     if unknown:
         raise UnsupportedError(
             f"TensorRT-RTX {trt.__version__} does not build for {', '.join(f'sm_{a}' for a in unknown)}; it knows "
-            f'{", ".join(f"sm_{a}" for a in sorted(known))}. Use `backend="tensorrt"` or `"aotinductor"` there.'
+            f'{", ".join(f"sm_{a}" for a in sorted(levels))}. Use `backend="tensorrt"` or `"aotinductor"` there.'
         )
     config.num_compute_capabilities = len(architectures)
     for index, architecture in enumerate(architectures):
-        config.set_compute_capability(known[architecture], index)
+        config.set_compute_capability(levels[architecture], index)
 
 
-def _add_profiles(parsed: ParsedNetwork, config: Any, profiles: Sequence[Profile], image_size: tuple[int, int]) -> None:
-    image = parsed.network.get_input(0)
+def _add_profiles(
+    definition: ParsedNetwork, config: Any, profiles: Sequence[Profile], image_size: tuple[int, int]
+) -> None:
+    image = definition.network.get_input(0)
     if -1 not in image.shape:
         return  # a fixed batch needs none
     for profile in profiles:
-        described = parsed.builder.create_optimization_profile()
-        described.set_shape(
+        optimization_profile = definition.builder.create_optimization_profile()
+        optimization_profile.set_shape(
             "image", *((batch, 3, *image_size) for batch in (profile.least, profile.best, profile.most))
         )
-        if config.add_optimization_profile(described) < 0:
+        if config.add_optimization_profile(optimization_profile) < 0:
             raise ShapeError(f"TensorRT refuses the profile of batch {profile} for images of {image_size}.")
 
 
@@ -161,10 +163,10 @@ def _set_timing_cache(config: Any, path: Path | None) -> Any:
 
 @dataclass
 class _Monitor:
-    """`object` is what TensorRT calls; `stopped` what was raised meanwhile, a signal for one."""
+    """`object` is what TensorRT calls; `error` what was raised meanwhile, a signal for one."""
 
     object: Any
-    stopped: BaseException | None = None
+    error: BaseException | None = None
 
 
 def _monitor(trt: ModuleType, progress: Progress) -> _Monitor:
@@ -177,16 +179,16 @@ def _monitor(trt: ModuleType, progress: Progress) -> _Monitor:
 
         def step_complete(self, name: str, step: int) -> bool:
             self.tell(name, step + 1)
-            return monitor.stopped is None
+            return monitor.error is None
 
         def phase_finish(self, name: str) -> None:
             steps.pop(name, None)
 
-        def tell(self, name: str, done: int) -> None:
+        def tell(self, name: str, count: int) -> None:
             try:  # an exception must not pass through TensorRT
-                progress(f"building the engine, {name} ({done}/{steps.get(name, done)})")
+                progress(f"building the engine, {name} ({count}/{steps.get(name, count)})")
             except BaseException as error:
-                monitor.stopped = error
+                monitor.error = error
 
     monitor = _Monitor(None)
     monitor.object = Monitor()

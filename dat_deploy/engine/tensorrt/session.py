@@ -133,7 +133,7 @@ class Session:
 
     def replay_ms(self, batch: int, times: int) -> float:
         """The median time of the engine alone on the device, without copies, in milliseconds."""
-        taken = []
+        milliseconds = []
         with self._lock, torch.cuda.stream(self._stream):
             binding = self._binding(batch)
             for _ in range(times):
@@ -142,8 +142,8 @@ class Session:
                 self._execute(binding)
                 end.record()
                 end.synchronize()
-                taken.append(float(start.elapsed_time(end)))
-        return statistics.median(taken)
+                milliseconds.append(float(start.elapsed_time(end)))
+        return statistics.median(milliseconds)
 
     def close(self) -> None:
         """Free the engine and its buffers."""
@@ -244,9 +244,9 @@ def profile_of(profiles: Sequence[Profile], batch: int, name: str) -> int:
     """
     taking = [i for i, profile in enumerate(profiles) if profile.least <= batch <= profile.most]
     if not taking:
-        listed = ", ".join(map(str, profiles))
+        listing = ", ".join(map(str, profiles))
         raise ShapeError(
-            f"{name} has no profile for batch {batch}; it takes {listed}. Split or fill up the batch, or build it "
+            f"{name} has no profile for batch {batch}; it takes {listing}. Split or fill up the batch, or build it "
             f"again with `batches={[*map(str, profiles), str(batch)]}`."
         )
     return min(taking, key=lambda i: abs(profiles[i].best - batch))

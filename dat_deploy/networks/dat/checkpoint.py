@@ -145,7 +145,7 @@ def convert_checkpoint(path: Path, output: Path, *, force: bool = False) -> tupl
         f"the checkpoint fits {other.name} as well, which differs in its image size" for other in fitting[1:]
     )
     if not variant.features and variant.classes != VARIANTS[variant.name].classes:
-        notes += (f"it has {variant.classes} classes: export it with --config FILE.yaml that says num_classes",)
+        notes += (f'it has {variant.classes} classes: export it with `variant="FILE.yaml"` that says num_classes',)
     parameters = _official_parameters(path, tensors, variant)
     weights = _weights_from_official(path, parameters, variant, notes)
     metadata = {"format": "pt", "variant": variant.name, "source": path.name, "sha256": weights.sha256}
@@ -319,11 +319,11 @@ def _official_parameters(path: Path, tensors: dict[str, Tensor], variant: Varian
 
 
 def _weights_from_official(
-    path: Path, parameters: dict[str, Tensor], variant: Variant, told: tuple[str, ...]
+    path: Path, parameters: dict[str, Tensor], variant: Variant, remarks: tuple[str, ...]
 ) -> Weights:
     """Upstream's names and shapes to the model's, tables resized to the variant's image size."""
     state_dict: dict[str, Tensor] = {}
-    notes = dict.fromkeys(told)  # in order, each once
+    notes = dict.fromkeys(remarks)  # in order, each once
     unused = tuple(f"norms.{i}." for i in range(len(variant.stages)) if i not in variant.features)
     for official_name, tensor in parameters.items():
         if official_name.startswith(unused):
@@ -360,7 +360,7 @@ def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], variant: Var
         classes = tensors["cls_head.weight"].shape[0]
         raise CheckpointError(
             f"{path} classifies into {classes} classes and variant '{variant.name}' into {variant.classes}. "
-            f"Give its own configuration instead: --config FILE.yaml with num_classes: {classes}."
+            f'Give its own configuration instead: `variant="FILE.yaml"` with num_classes: {classes}.'
         )
     expected = official_state_dict_shapes(variant)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -375,19 +375,18 @@ def _check_names_and_shapes(path: Path, tensors: dict[str, Tensor], variant: Var
         for name, shape in expected.items()
         if shapes.get(name, shape) != shape
     ]
-    labelled = (("missing: ", missing), ("unknown: ", extra), ("", other))
-    differences = "; ".join(f"{label}{_enumerate(names)}" for label, names in labelled if names)
+    groups = (("missing: ", missing), ("unknown: ", extra), ("", other))
+    differences = "; ".join(f"{label}{_enumerate(names)}" for label, names in groups if names)
     fitting = _fitting_variants(tensors)
     names = " or ".join(f"'{other.name}'" for other in fitting)
-    options = " or ".join(f"--variant {other.name}" for other in fitting)
+    options = " or ".join(f"`variant={other.name!r}`" for other in fitting)
     if not fitting:
         advice = f"It fits none of: {', '.join(VARIANTS)}."
     elif fitting[0].features:
-        features = ",".join(map(str, fitting[0].features))
-        advice = f"It is a backbone of {names}, without a head; use {options}, with --features {features}."
+        advice = f"It is a backbone of {names}, without a head; use {options}, with `features={fitting[0].features}`."
     elif fitting[0].classes != VARIANTS[fitting[0].name].classes:
         advice = (
-            f"It fits variant {names} but for its {fitting[0].classes} classes; use --config FILE.yaml "
+            f'It fits variant {names} but for its {fitting[0].classes} classes; use `variant="FILE.yaml"` '
             f"with num_classes: {fitting[0].classes}."
         )
     else:
@@ -430,12 +429,12 @@ def _check_buffer(path: Path, name: str, tensor: Tensor, variant: Variant) -> No
     """Upstream stores what this code computes; a checkpoint with other values was trained as another network."""
     i = int(name.split(".")[1])
     stage, side = variant.stages[i], _trained_side(variant, i)
-    computed = (
+    expected = (
         relative_position_index(stage.window_size)
         if name.endswith(".relative_position_index")
         else shifted_window_mask(side, side, stage.window_size, stage.shift_size)
     )
-    if not torch.equal(tensor, computed.to(tensor.dtype)):
+    if not torch.equal(tensor, expected.to(tensor.dtype)):
         raise CheckpointError(
             f"{path} has another {name} than variant '{variant.name}' computes; its windows would see other pixels."
         )

@@ -198,12 +198,12 @@ def _variant(name: str, content: Any) -> Variant:
     return variant
 
 
-def _section(section: Any, place: str, known: Collection[str]) -> dict[str, Any]:
+def _section(section: Any, place: str, names: Collection[str]) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise VariantError(f"{place} is {_shown(section)}; it takes a mapping.")
     for key in section:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=3)
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=3)
             hint = f"Did you mean {' or '.join(near)}? " if near else ""
             raise VariantError(f"{place} has {_shown(key)}, which is no option of upstream's. {hint}Mend or remove it.")
     return section
@@ -211,22 +211,22 @@ def _section(section: Any, place: str, known: Collection[str]) -> dict[str, Any]
 
 def _options(section: Any) -> Options:
     kinds = {field.name: typing.get_type_hints(Options)[field.name] for field in fields(Options)[1:]}
-    given = _section(section, "MODEL.DAT", kinds.keys() | IGNORED)
-    missing = [option for option in ("dims", "stage_spec", "heads") if option not in given]
+    entries = _section(section, "MODEL.DAT", kinds.keys() | IGNORED)
+    missing = [option for option in ("dims", "stage_spec", "heads") if option not in entries]
     if missing:
         raise VariantError(f"MODEL.DAT lacks {', '.join(missing)}; dims, stage_spec and heads must be set.")
     values = {}
     for option, kind in kinds.items():
-        if option not in given:
+        if option not in entries:
             continue
         try:
-            values[option] = typed(kind, given[option], option)
+            values[option] = typed(kind, entries[option], option)
         except (ValueError, OverflowError):
-            raise VariantError(f"MODEL.DAT.{option} is {_shown(given[option])}; it takes {KINDS[kind]}.") from None
+            raise VariantError(f"MODEL.DAT.{option} is {_shown(entries[option])}; it takes {KINDS[kind]}.") from None
         numbers = [values[option]] if kind is int else values[option] if kind in (Integers, Numbers) else []
         if not all(abs(number) <= LARGEST for number in numbers):  # nor NaN
-            raise VariantError(f"MODEL.DAT.{option} is {_shown(given[option])}; it takes numbers up to {LARGEST}.")
-    return Options(given=frozenset(given), **values)
+            raise VariantError(f"MODEL.DAT.{option} is {_shown(entries[option])}; it takes numbers up to {LARGEST}.")
+    return Options(given=frozenset(entries), **values)
 
 
 def _check_network(options: Options) -> None:
@@ -324,8 +324,8 @@ def _check_sizes(variant: Variant, options: Options) -> None:
             raise VariantError(
                 f"{place} is {side}; this network takes multiples of {step} from {variant.min_side} on{windows}."
             )
-    shifted = any("S" in stage.blocks for stage in variant.stages)
-    if shifted and not options.first_paper and size != variant.trained_size:
+    has_shifts = any("S" in stage.blocks for stage in variant.stages)
+    if has_shifts and not options.first_paper and size != variant.trained_size:
         raise VariantError(
             f"DATA.IMG_SIZE is {size} (224 if not set) and MODEL.DAT.img_size {variant.trained_size}; with a block S "
             f"they are equal, since upstream masks shifted windows for the latter alone."
@@ -333,7 +333,7 @@ def _check_sizes(variant: Variant, options: Options) -> None:
     if options.first_paper and size != variant.trained_size:
         raise VariantError(
             f"DATA.IMG_SIZE is {size} (224 if not set) and MODEL.DAT.img_size {variant.trained_size}; without ksizes "
-            f"(the first paper's code) they are equal. Make them so, and choose another size with --image-size."
+            f"(the first paper's code) they are equal. Make them so, and choose another size with `image_size`."
         )
 
 

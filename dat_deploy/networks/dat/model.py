@@ -169,8 +169,8 @@ class DeformableAttention(nn.Module):
         """[B, H, W, C] -> [B, G, Hk, Wk, 2] float32, last axis (y, x). Those of DAT may leave [-1, 1]."""
         batch, height, width, channels = query.shape
         groups = self.offset_groups
-        grouped = query.permute(0, 3, 1, 2).reshape(batch * groups, channels // groups, height, width)
-        offsets = _in_dtype(self.conv_offset(grouped), torch.float32)  # B·G, Hk, Wk, 2
+        group_query = query.permute(0, 3, 1, 2).reshape(batch * groups, channels // groups, height, width)
+        offsets = _in_dtype(self.conv_offset(group_query), torch.float32)  # B·G, Hk, Wk, 2
         _, sampled_height, sampled_width, _ = offsets.shape
         reference = reference_points(sampled_height, sampled_width, half_pixel=self.half_pixel, device=offsets.device)
         if self.offset_range_factor < 0:

@@ -209,7 +209,7 @@ class Variant(Network):
         if not self.takes_any_size:
             raise ShapeError(
                 f"variant '{self.name}' cannot have a dynamic image size: its windows and bias tables are made for "
-                f"one. Export it once for each with --image-size HEIGHTxWIDTH."
+                f"one. Export it once for each with `image_size=(height, width)`."
             )
 
     @property

@@ -157,7 +157,7 @@ def _problem(name: str, attributes: tuple[Any, ...], shapes: Shapes, dtypes: Dty
     if problem.get("head_dim", 1) > LARGEST_HEAD_DIM:
         raise UnsupportedError(
             f"{name} got heads of {problem['head_dim']} channels; its kernel takes up to {LARGEST_HEAD_DIM}. "
-            f"Build without plugins: dat-deploy build --lowering gather"
+            'Build without plugins: `build(lowering="gather")`'
         )
     return problem
 

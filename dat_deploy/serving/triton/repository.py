@@ -351,7 +351,7 @@ def _check_folders(output: Path, names: Sequence[str], *, force: bool) -> None:
         config = folder / "config.pbtxt"
         if folder.is_symlink() or not config.is_file() or _OURS not in config.read_bytes():
             raise OutputError(
-                f"{folder} exists and was not written by dat-deploy package, so `force=True` does not replace it. "
+                f"{folder} exists and was not written by `package()`, so `force=True` does not replace it. "
                 f"Remove it yourself, or choose another `name`."
             )
 
