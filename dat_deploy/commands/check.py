@@ -176,6 +176,7 @@ def _self_test(engine: str | None, checkpoint: Path | None, json_file: Path | No
     for row in report.tried:
         table.add_row(row.fault, ", ".join(row.caught_by) or "NOTHING", row.story)
     out.print(table)
+    print_notes(report.notes)
     write_json(report, json_file, force=force)
     report.raise_if_failed()
     out.print(report.verdict)

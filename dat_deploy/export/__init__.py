@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from dat_deploy.metadata import DOMAIN_NAME, FileMetadata, load_onnx, read_metad
 from dat_deploy.networks.checkpoint_file import check_checkpoint
 from dat_deploy.networks.family import Network, family_of, find_network
 from dat_deploy.precision import FULL
+from dat_deploy.progress import Progress
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -44,8 +45,6 @@ __all__ = [
     "read_metadata",
     "relower",
 ]
-
-Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)

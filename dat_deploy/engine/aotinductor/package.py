@@ -6,7 +6,7 @@ import logging
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +30,7 @@ from dat_deploy.networks.family import Network, family_of
 from dat_deploy.networks.operators import FUSED, REFERENCE, with_operators
 from dat_deploy.plugins.neighborhood_attention.reference import neighborhood_index
 from dat_deploy.precision import PRECISIONS
+from dat_deploy.progress import Progress
 
 __all__ = ["check_fits", "compile_package", "model_name", "package_and_passport"]
 
@@ -53,7 +54,7 @@ def compile_package(
     batches: Sequence[int],
     precision: str = "fp32",
     device: str = "cpu",
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> None:
     """Compile a network for each of the batches, and write them as one package.
 
