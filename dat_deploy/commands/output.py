@@ -32,6 +32,7 @@ __all__ = [
     "print_notes",
     "print_passport",
     "size_text",
+    "table_of",
     "words_after",
     "write_json",
 ]
@@ -54,6 +55,14 @@ def print_next(*words: object) -> None:
 def print_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
         out.print(f"note: {in_shell(note)}")
+
+
+def table_of(*headings: str) -> Table:
+    """An empty table with these columns; numbers are below a heading that begins with `>`, and stand right."""
+    table = Table(box=None)
+    for heading in headings:
+        table.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
+    return table
 
 
 def size_text(size: tuple[int, int]) -> str:
