@@ -186,11 +186,8 @@ def words_after(engine: Path, passport: "Passport", elsewhere: str) -> tuple[obj
     if passport.verdict is not None:
         return ("bench", "--engine", engine)
     source = passport.metadata.weights_source
-    return ("validate", "--engine", engine, *(() if _needs_no_checkpoint(source) else ("--checkpoint", source)))
-
-
-def _needs_no_checkpoint(weights_source: str) -> bool:
-    return any(words in weights_source for words in ("random weights", "ship with dat-deploy"))
+    has_its_own = any(words in source for words in ("random weights", "ship with dat-deploy"))
+    return ("validate", "--engine", engine, *(() if has_its_own else ("--checkpoint", source)))
 
 
 def features_option(network: Network) -> tuple[str, ...]:
