@@ -7,10 +7,11 @@ from pathlib import Path
 
 import onnx
 
+from dat_deploy.environment import tool_version
 from dat_deploy.errors import DatDeployError, ExportError
 from dat_deploy.files import open_input
-from dat_deploy.images.preprocess import Preprocessing
-from dat_deploy.networks.family import Network, family_called
+from dat_deploy.images.preprocess import Preprocessing, golden_sha256
+from dat_deploy.networks.family import Network, Weights, family_called, family_of
 from dat_deploy.typed_json import plain, typed
 
 __all__ = ["DOMAIN_NAME", "Calibration", "FileMetadata", "load_onnx", "read_metadata", "read_onnx"]
@@ -83,6 +84,21 @@ class FileMetadata:
     @property
     def image_size(self) -> tuple[int, int]:
         return self.network.image_size
+
+    @classmethod
+    def of(cls, network: Network, weights: Weights, **own: typing.Any) -> "FileMetadata":
+        """Of a file that is made here and now: `own` are the fields that neither the network nor its weights say."""
+        return cls(
+            network=network,
+            preprocessing=network.preprocessing,
+            class_names=network.answer.class_names,
+            weights_sha256=weights.sha256,
+            weights_source=weights.source,
+            version=tool_version(),
+            golden_sha256=golden_sha256(network.preprocessing),
+            family=family_of(network).name,
+            **own,
+        )
 
     @classmethod
     def field_types(cls, values: dict[str, typing.Any]) -> dict[str, typing.Any]:

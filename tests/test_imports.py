@@ -15,7 +15,7 @@ PACKAGE = Path(dat_deploy.__file__).parent
 
 # Lowest first; a module may import its own layer and what is before it. The longest name that begins a module's counts.
 LAYERS = [
-    {"errors", "typed_json"},
+    {"errors", "progress", "typed_json"},
     {"environment", "files", "precision"},
     {"images"},
     {"networks.family", "networks.sampling", "networks.checkpoint_file"},

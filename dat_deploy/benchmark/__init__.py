@@ -2,27 +2,6 @@
 
 from dat_deploy.benchmark.measure import benchmark
 from dat_deploy.benchmark.plotting import check_plot, plot
-from dat_deploy.benchmark.record import (
-    Change,
-    EngineSettings,
-    LatencyRatio,
-    Record,
-    RecordComparison,
-    Row,
-    RunSettings,
-    compare,
-)
+from dat_deploy.benchmark.record import Record, RecordComparison, compare
 
-__all__ = [
-    "Change",
-    "EngineSettings",
-    "LatencyRatio",
-    "Record",
-    "RecordComparison",
-    "Row",
-    "RunSettings",
-    "benchmark",
-    "check_plot",
-    "compare",
-    "plot",
-]
+__all__ = ["Record", "RecordComparison", "benchmark", "check_plot", "compare", "plot"]

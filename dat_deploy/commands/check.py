@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from dat_deploy.commands.options import (
     CheckpointOption,
@@ -24,6 +23,7 @@ from dat_deploy.commands.output import (
     print_next,
     print_notes,
     size_text,
+    table_of,
     write_json,
 )
 from dat_deploy.commands.stages import Stages
@@ -123,11 +123,7 @@ def validate(
             progress=stages.begin,
             data_progress=lambda done, of: stages.count(done, of, "data"),
         )
-    table = Table("check", box=None)
-    for heading in ("batch", "error", "allowed"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
-    table.add_column("")
+    table = table_of("check", ">batch", ">error", ">allowed", "verdict", "")
     for check in report.checks:
         verdict = {True: "ok", False: "FAILED", None: "not run"}[check.passed]
         error = "" if check.error is None else _figure(check.error, check.unit)
@@ -172,10 +168,11 @@ def _self_test(engine: str | None, checkpoint: Path | None, json_file: Path | No
         from dat_deploy.validate import self_test as library
 
         report = library.self_test(engine, checkpoint=checkpoint, progress=stages.begin)
-    table = Table("fault", "caught by", "", box=None)
+    table = table_of("fault", "caught by", "")
     for row in report.tried:
         table.add_row(row.fault, ", ".join(row.caught_by) or "NOTHING", row.story)
     out.print(table)
+    print_notes(report.notes)
     write_json(report, json_file, force=force)
     report.raise_if_failed()
     out.print(report.verdict)
@@ -203,9 +200,7 @@ def _figure(value: float, unit: str) -> str:
 def _print_accuracy(accuracy: "Accuracy") -> None:
     """The images that flip, and those that could not be read."""
     if accuracy.flips:
-        table = Table("image that flips", "label", "PyTorch", "engine", box=None)
-        for heading in ("margin", "engine's"):
-            table.add_column(heading, justify="right")
+        table = table_of("image that flips", "label", "PyTorch", "engine", ">margin", ">engine's")
         for flip in accuracy.flips[:FLIPS_SHOWN]:
             name = str(flip.image.relative_to(accuracy.data.folder))
             margins = (f"{flip.reference_margin:.3g}", f"{flip.engine_margin:.3g}")
@@ -241,10 +236,7 @@ def bisect(
         from dat_deploy.validate import bisect as library
 
         report = library.bisect(engine, checkpoint=checkpoint, images=image, tolerance=tolerance, progress=stages.begin)
-    table = Table("after", "tensor", box=None)
-    for heading in ("error", "allowed"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
+    table = table_of("after", "tensor", ">error", ">allowed", "verdict")
     for run in report.steps:
         verdict = "ok" if run.passed else "WRONG"
         table.add_row(run.place, run.tensor, f"{run.error:.2e}", f"{run.tolerance:.2e}", verdict)
@@ -320,10 +312,7 @@ def preprocess(
         )
     golden_says = f", {'as' if report.golden_passed else 'NOT as'} its file says" if report.golden_expected else ""
     out.print(f"golden picture for {engine}: sha256 {report.golden_here[:12]}{golden_says}")
-    table = Table("pipeline", box=None)
-    for heading in ("images", "max", "mean", "over 1", "flips"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
+    table = table_of("pipeline", ">images", ">max", ">mean", ">over 1", ">flips", "verdict")
     for row in report.comparisons:
         units = (f"{row.max_units:.2f}", f"{row.mean_units:.3f}", f"{row.over_1:.1%}")
         flips = "" if row.flips is None else str(len(row.flips))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from dat_deploy.commands.options import (
     CheckpointOption,
@@ -33,6 +32,7 @@ from dat_deploy.commands.output import (
     print_notes,
     print_passport,
     size_text,
+    table_of,
     words_after,
     write_json,
 )
@@ -46,10 +46,7 @@ __all__ = ["build", "convert", "export", "inspect", "package", "quantize", "vari
 def variants(json_file: JsonOption = None, force: ForceOption = False) -> None:
     """List the networks."""
     check_json(json_file, force=force)
-    table = Table("variant", "family", "image", box=None)
-    for heading in ("params", "GMACs", "top-1"):
-        table.add_column(heading, justify="right")
-    table.add_column("checked on")
+    table = table_of("variant", "family", "image", ">params", ">GMACs", ">top-1", "checked on")
     networks = [find_network(name) for name in network_names()]
     for network in networks:
         table.add_row(
@@ -333,7 +330,7 @@ def inspect(
             f"{library.fused_attention(inspection.engine_layers)} fused attentions of TensorRT's own"
         )
     if layers and inspection.engine_layers:
-        table = Table("layer", "kind", "precision", "inputs", "outputs", "tactic", box=None)
+        table = table_of("layer", "kind", "precision", "inputs", "outputs", "tactic")
         for row in inspection.engine_layers:
             formats = ("; ".join(row.inputs), "; ".join(row.outputs))
             table.add_row(row.name, row.kind, row.precision, *formats, row.tactic)

@@ -19,7 +19,7 @@ from dat_deploy.commands.options import (
     parse_image_size,
     parse_numbers,
 )
-from dat_deploy.commands.output import check_json, err, out, print_next, write_json
+from dat_deploy.commands.output import check_json, err, out, print_next, table_of, write_json
 from dat_deploy.commands.stages import Stages
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ def bench(
 
 
 def _print_record(record: "Record") -> None:
-    table = Table("engine", "precision", box=None)
-    for heading in ("batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "ratio", "range"):
-        table.add_column(heading, justify="right")
+    table = table_of("engine", "precision", ">batch", ">p50 ms", ">p90 ms", ">p99 ms", ">images/s", ">ratio", ">range")
     for row in record.rows:
         ratio = row.latency_ratio
         table.add_row(
@@ -132,9 +130,7 @@ def compare(
     from dat_deploy.benchmark import compare as compare_records
 
     comparison = compare_records(Record.read(first), Record.read(second))
-    table = Table("engine", box=None)
-    for heading in ("batch", "first ms", "second ms", "second / first", "range"):
-        table.add_column(heading, justify="right")
+    table = table_of("engine", ">batch", ">first ms", ">second ms", ">second / first", ">range")
     for row in comparison.rows:
         ratio = row.latency_ratio
         table.add_row(
@@ -177,9 +173,7 @@ def tune(
             precision=precision,
             progress=stages.count,
         )
-    table = Table("operator", "problem", "fastest", box=None)
-    table.add_column("us", justify="right")
-    table.add_column("default us", justify="right")
+    table = table_of("operator", "problem", "fastest", ">us", ">default us")
     for row in tuning.launches:
         problem = row.problem
         size = "x".join(str(problem[name]) for name in ("batch", "height", "width"))

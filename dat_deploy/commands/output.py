@@ -32,6 +32,7 @@ __all__ = [
     "print_notes",
     "print_passport",
     "size_text",
+    "table_of",
     "words_after",
     "write_json",
 ]
@@ -54,6 +55,14 @@ def print_next(*words: object) -> None:
 def print_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
         out.print(f"note: {in_shell(note)}")
+
+
+def table_of(*headings: str) -> Table:
+    """An empty table with these columns; numbers are below a heading that begins with `>`, and stand right."""
+    table = Table(box=None)
+    for heading in headings:
+        table.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
+    return table
 
 
 def size_text(size: tuple[int, int]) -> str:
@@ -177,11 +186,8 @@ def words_after(engine: Path, passport: "Passport", elsewhere: str) -> tuple[obj
     if passport.verdict is not None:
         return ("bench", "--engine", engine)
     source = passport.metadata.weights_source
-    return ("validate", "--engine", engine, *(() if _needs_no_checkpoint(source) else ("--checkpoint", source)))
-
-
-def _needs_no_checkpoint(weights_source: str) -> bool:
-    return any(words in weights_source for words in ("random weights", "ship with dat-deploy"))
+    has_its_own = any(words in source for words in ("random weights", "ship with dat-deploy"))
+    return ("validate", "--engine", engine, *(() if has_its_own else ("--checkpoint", source)))
 
 
 def features_option(network: Network) -> tuple[str, ...]:

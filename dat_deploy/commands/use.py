@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from dat_deploy.commands.check import validate
 from dat_deploy.commands.convert import export
@@ -22,7 +21,7 @@ from dat_deploy.commands.options import (
     check_pytorch_options,
     parse_image_size,
 )
-from dat_deploy.commands.output import check_json, err, option, out, print_next, write_json
+from dat_deploy.commands.output import check_json, err, option, out, print_next, table_of, write_json
 from dat_deploy.commands.stages import Stages
 from dat_deploy.commands.wording import in_shell
 from dat_deploy.errors import OutputError
@@ -107,12 +106,8 @@ def visualize(
 
         stages.begin("looking")
         drawing = library.visualize(image, engine, target, checkpoint=checkpoint, image_size=pixels, force=force)
-    table = Table("block", box=None)
-    for heading in ("points", "moved px", "at most", "outside"):
-        table.add_column(heading, justify="right")
-    if len(engine) == 2:
-        table.add_column("drift px", justify="right")
-        table.add_column("at most", justify="right")
+    of_two = (">drift px", ">at most") if len(engine) == 2 else ()
+    table = table_of("block", ">points", ">moved px", ">at most", ">outside", *of_two)
     for row in drawing.blocks:
         drift = () if row.median_drift_px is None else (f"{row.median_drift_px:.2g}", f"{row.largest_drift_px:.2g}")
         table.add_row(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from dat_deploy.engine.passport import Passport, Profile
 from dat_deploy.networks.family import Network
+from dat_deploy.progress import Progress
 
 __all__ = ["Backend", "BuildRequest", "BuiltEngine", "EngineLayer"]
 
@@ -35,7 +36,7 @@ class BuildRequest:
     workspace_bytes: int | None = None
     image_size: tuple[int, int] | None = None
     command: tuple[str, ...] = ()
-    progress: Callable[[str], None] = lambda _: None
+    progress: Progress = lambda _: None
 
 
 class BuiltEngine(NamedTuple):

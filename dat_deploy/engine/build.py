@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -13,6 +13,7 @@ from dat_deploy.engine.passport import Passport, Profile, passport_path, write_e
 from dat_deploy.errors import EngineBuildError, ShapeError
 from dat_deploy.files import check_output
 from dat_deploy.networks.family import Network
+from dat_deploy.progress import Progress
 
 __all__ = ["BuildReport", "backend_names", "build", "find_backend"]
 
@@ -20,7 +21,6 @@ __all__ = ["BuildReport", "backend_names", "build", "find_backend"]
 
 _FOLDERS = ("tensorrt", "aotinductor")  # each has a module `backend` with a row or two
 _GROUP = "dat_deploy.backends"  # of entry points
-Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)

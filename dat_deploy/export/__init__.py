@@ -5,13 +5,12 @@ import dataclasses
 import gc
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
 
-from dat_deploy.environment import tool_version
 from dat_deploy.errors import ExportError
 from dat_deploy.export.census import PrecisionCensus, precision_census
 from dat_deploy.export.options import (
@@ -23,11 +22,11 @@ from dat_deploy.export.options import (
     check_precision,
 )
 from dat_deploy.files import atomic_output, check_output
-from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import DOMAIN_NAME, FileMetadata, load_onnx, read_metadata
 from dat_deploy.networks.checkpoint_file import check_checkpoint
 from dat_deploy.networks.family import Network, family_of, find_network
 from dat_deploy.precision import FULL
+from dat_deploy.progress import Progress
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -44,8 +43,6 @@ __all__ = [
     "read_metadata",
     "relower",
 ]
-
-Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +61,8 @@ class ExportReport:
     operators: int
     census: PrecisionCensus
     outputs: tuple[str, ...]
-    seconds: float
-    notes: tuple[str, ...]
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -138,18 +135,16 @@ def export(
                 "Give `image_size=(height, width)`."
             )
     check_checkpoint(checkpoint)
-    from dat_deploy.export.lowering import lower
     from dat_deploy.export.onnx_model import onnx_from_model
     from dat_deploy.export.precision import cast_graph
-    from dat_deploy.plugins.onnx_domain import operator_nodes
 
     progress("loading weights")
     family = family_of(network)
     weights = family.weights(network, checkpoint)
     module = family.module(network, weights, fused=True, sampled_points=sampling_locations)
-    preprocessing = network.preprocessing
-    metadata = FileMetadata(
-        network=network,
+    metadata = FileMetadata.of(
+        network,
+        weights,
         batch=batch,
         dynamic_image_size=dynamic_image_size,
         lowering=lowering,
@@ -157,13 +152,6 @@ def export(
         fp32_added=tuple(fp32),
         fp32_removed=tuple(no_fp32),
         opset_version=opset_version,
-        preprocessing=preprocessing,
-        class_names=network.answer.class_names,
-        weights_sha256=weights.sha256,
-        weights_source=weights.source,
-        version=tool_version(),
-        golden_sha256=golden_sha256(preprocessing),
-        family=family.name,
     )
     model = onnx_from_model(
         module,
@@ -174,25 +162,11 @@ def export(
         opset_version=opset_version,
         progress=progress,
     )
-    operators = len(operator_nodes(model))
     if precision != FULL.name:
         progress(f"casting to {precision}")
     cast_graph(model, precision, fp32=fp32, no_fp32=no_fp32)
-    progress("lowering")
-    model = lower(model, lowering)
-    progress("writing")
-    proto = _saved(model, metadata, output, force=force)
-    return ExportReport(
-        path=output,
-        metadata=metadata,
-        size_bytes=output.stat().st_size,
-        nodes=len(model.graph),
-        operators=operators,
-        census=precision_census(proto),
-        outputs=network.output_names(sampled_points=sampling_locations),
-        seconds=time.monotonic() - start,
-        notes=weights.notes,
-    )
+    report = _lowered_and_saved(model, metadata, output, force=force, progress=progress)
+    return dataclasses.replace(report, seconds=time.monotonic() - start, notes=weights.notes)
 
 
 def relower(
@@ -213,16 +187,30 @@ def relower(
         raise already_inlined()
     import onnx_ir as ir
 
+    metadata = dataclasses.replace(metadata, lowering=lowering)
+    report = _lowered_and_saved(ir.from_proto(proto), metadata, output, force=force, progress=progress)
+    return dataclasses.replace(report, seconds=time.monotonic() - start)
+
+
+def _lowered_and_saved(
+    model: "ir.Model", metadata: FileMetadata, output: Path, *, force: bool, progress: Progress
+) -> ExportReport:
+    import onnx_ir as ir
+
     from dat_deploy.export.lowering import lower
     from dat_deploy.plugins.onnx_domain import operator_nodes
 
-    model = ir.from_proto(proto)
     operators = len(operator_nodes(model))
     progress("lowering")
-    model = lower(model, lowering)
+    model = lower(model, metadata.lowering)
     progress("writing")
-    metadata = dataclasses.replace(metadata, lowering=lowering)
-    proto = _saved(model, metadata, output, force=force)
+    model.producer_name = "dat-deploy"
+    model.producer_version = metadata.version
+    model.graph.name = f"{metadata.family}_" + re.sub(r"\W", "_", metadata.network.name)
+    model.metadata_props.update(metadata.to_properties())
+    proto = ir.to_proto(model)
+    with atomic_output(output, force=force) as temporary:
+        onnx.save(proto, temporary)
     return ExportReport(
         path=output,
         metadata=metadata,
@@ -231,20 +219,4 @@ def relower(
         operators=operators,
         census=precision_census(proto),
         outputs=tuple(str(value.name) for value in model.graph.outputs),
-        seconds=time.monotonic() - start,
-        notes=(),
     )
-
-
-def _saved(model: "ir.Model", metadata: FileMetadata, output: Path, *, force: bool) -> onnx.ModelProto:
-    """What was written."""
-    import onnx_ir as ir
-
-    model.producer_name = "dat-deploy"
-    model.producer_version = metadata.version
-    model.graph.name = f"{metadata.family}_" + re.sub(r"\W", "_", metadata.network.name)
-    model.metadata_props.update(metadata.to_properties())
-    proto = ir.to_proto(model)
-    with atomic_output(output, force=force) as temporary:
-        onnx.save(proto, temporary)
-    return proto

@@ -25,6 +25,7 @@ from dat_deploy.networks.family import Network, family_of
 from dat_deploy.plugins.onnx_domain import DOMAIN, DOMAIN_NAME, DOMAIN_VERSION
 from dat_deploy.plugins.operator import OPERATORS, Operator
 from dat_deploy.plugins.specification import PLUGIN_ATTRIBUTES, Kind, Role, Specification
+from dat_deploy.progress import Progress
 
 __all__ = ["IR_VERSION", "onnx_from_model"]
 
@@ -42,7 +43,7 @@ def onnx_from_model(
     batch: int | None = None,
     dynamic_image_size: bool = False,
     opset_version: int = 18,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> ir.Model:
     """Capture `model` with torch.export; every operator is one node that carries all its attributes.
 

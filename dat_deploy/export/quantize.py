@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from dat_deploy.files import atomic_output, check_output
 from dat_deploy.images.preprocess import image_files, preprocess, read_image
 from dat_deploy.metadata import Calibration, FileMetadata, load_onnx
 from dat_deploy.precision import FULL, PRECISIONS
+from dat_deploy.progress import Progress
 
 # What loads a graph library or a runtime is imported after the checks, so that a wrong argument is told at once.
 
@@ -51,8 +52,6 @@ METHODS = {
     # with its default of as many bins as quantized bins there would be one candidate, the whole range
     "entropy": ("Entropy", {"symmetric": True, "num_bins": 2048, "num_quantized_bins": 128}),
 }
-
-Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)

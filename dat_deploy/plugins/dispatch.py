@@ -30,7 +30,9 @@ __all__ = [
     "recorded_jobs",
     "require",
     "require_countable",
+    "require_heads",
     "require_inputs",
+    "require_shape",
     "torch_operator",
 ]
 
@@ -131,13 +133,16 @@ def require(holds: bool, operator: str, got: str, takes: str) -> None:
 
 
 def require_inputs(specification: Specification, *tensors: Tensor) -> None:
-    """The tensors, in order, are on one device and of the types of their roles; locations have their shape, too.
+    """The tensors, in order, are on one device and of the types of their roles; the first and locations fit `dims`.
 
     Raises:
-        ShapeError: if they are not.
+        ShapeError: if they are not, or the first is empty but for its batch.
     """
     operator, (first, *_) = specification.name, tensors
-    (first_name, *_) = specification.inputs
+    (first_name, dims), *_ = ((name, each.dims.split()) for name, each in specification.inputs.items())
+    first_shape = f"{first_name} of shape {list(first.shape)}"
+    require(first.ndim == len(dims), operator, first_shape, f"[{', '.join(dims)}]")
+    require(first.shape[1:].numel() > 0, operator, first_shape, "maps that are not empty")
     for (name, role), tensor in zip(specification.roles.items(), tensors, strict=True):
         if role is Role.LOCATIONS:
             _require_locations(specification, name, tensor, first)
@@ -151,6 +156,22 @@ def require_inputs(specification: Specification, *tensors: Tensor) -> None:
         require(is_taken, operator, f"{name} of {tensor.dtype}{beside}", takes)
         devices = f"{name} on {tensor.device} and {first_name} on {first.device}"
         require(tensor.device == first.device, operator, devices, "tensors on one device")
+
+
+def require_heads(operator: str, qkv: Tensor, num_heads: int) -> None:
+    """Raises ShapeError unless query, key and value side by side, each has `num_heads` heads."""
+    require(
+        num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0,
+        operator,
+        f"{qkv.shape[-1]} channels of query, key and value and {num_heads} heads",
+        "heads that divide each of the three",
+    )
+
+
+def require_shape(operator: str, name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Raises ShapeError unless an input has this shape, which means, such as `a row a distance`."""
+    is_so = tuple(tensor.shape) == shape
+    require(is_so, operator, f"{name} of shape {list(tensor.shape)}", f"{meaning}, {list(shape)}")
 
 
 def _require_locations(specification: Specification, name: str, locations: Tensor, beside: Tensor) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "Kind",
     "Role",
     "Specification",
+    "shape_without_projection",
 ]
 
 # TensorRT picks the plugin by these two attributes of a node; every node carries them.
@@ -143,6 +144,11 @@ class Frame:
         """Of a pixel of an axis, counted from 0; fractions are between the centres."""
         span = self.high - self.low
         return (pixel / max(size - 1, 1) if self.align_corners else (pixel + 0.5) / size) * span + self.low
+
+
+def shape_without_projection(qkv: Sequence[Any], *_: Sequence[Any], **__: Any) -> tuple[Any, ...]:
+    """The output shape of an operator on query, key and value side by side: [B, H, W, 3C] -> [B, H, W, C]."""
+    return qkv[0], qkv[1], qkv[2], qkv[3] // 3
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dat_deploy.environment import installed_version
 from dat_deploy.errors import UnsupportedError
+from dat_deploy.progress import Progress
 
 __all__ = ["serve"]
 
@@ -14,7 +15,7 @@ _PACKAGES = ("ray", "starlette", "uvicorn", "prometheus-client", "pydantic")  # 
 def serve(
     config: Path | None = None,
     *,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
     note: Callable[[str], None] = print,
     **options: object,
 ) -> None:

@@ -14,6 +14,7 @@ from dat_deploy.errors import DatDeployError, OutputError, PassportError, ShapeE
 from dat_deploy.images.data_set import DataSet, open_data_set
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import check_images
+from dat_deploy.progress import Progress
 from dat_deploy.runners import EngineDescription, EngineOutline, Runner, check_engine, open_runner
 from dat_deploy.validate.check import Check
 from dat_deploy.validate.checks import CHECKS
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 # What loads torch or a graph library is imported after the checks, so that a wrong argument is told at once.
 
 __all__ = ["BATCHES", "CHECKS", "FP32_TOLERANCE", "Check", "ValidationReport", "validate"]
-
-Progress = Callable[[str], None]
 DataProgress = Callable[[int, int], None]
 
 

@@ -19,8 +19,9 @@ from dat_deploy.engine.passport import read_passport
 from dat_deploy.errors import DatDeployError, PassportError, UnsupportedError
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import check_images
+from dat_deploy.progress import Progress
 from dat_deploy.runners import Runtime, check_engine, parse_engine
-from dat_deploy.validate.bisect_report import PHOTOGRAPHS, BisectReport, Progress, Run
+from dat_deploy.validate.bisect_report import PHOTOGRAPHS, BisectReport, Run
 
 if TYPE_CHECKING:
     from dat_deploy.validate.reference import Reference

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ from dat_deploy.errors import VerificationError
 from dat_deploy.files import atomic_output
 from dat_deploy.runners import EngineDescription
 
-__all__ = ["PHOTOGRAPHS", "BisectReport", "Progress", "Run"]
+__all__ = ["PHOTOGRAPHS", "BisectReport", "Run"]
 
 PHOTOGRAPHS = 2  # that are looked at where the user names none
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from dat_deploy.networks.operators import operator_weights
 from dat_deploy.plugins.eager import eager_output
 from dat_deploy.plugins.operator import Operator
 from dat_deploy.precision import PRECISIONS
+from dat_deploy.progress import Progress
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.runners.base import Graph, graph_in_batches
-from dat_deploy.validate.bisect_report import PHOTOGRAPHS, BisectReport, Progress, Run
+from dat_deploy.validate.bisect_report import PHOTOGRAPHS, BisectReport, Run
 from dat_deploy.validate.defaults import FP32_TOLERANCE
 from dat_deploy.validate.hooks import captured
 from dat_deploy.validate.reference import Reference, open_reference

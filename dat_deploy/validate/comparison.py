@@ -15,6 +15,7 @@ from dat_deploy.images.data_set import DataSet
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import preprocess_files
 from dat_deploy.precision import PRECISIONS
+from dat_deploy.progress import Progress
 from dat_deploy.runners import EngineDescription, Outputs, Runner
 from dat_deploy.runners.base import Images
 from dat_deploy.validate.accuracy import Accuracy
@@ -29,8 +30,6 @@ __all__ = ["Comparison"]
 # PyTorch has no eager int8 to compare with. Half the spread of the logits is far more than eight bits cost a sound
 # network and less than a mixed-up slot or a swapped axis does; what eight bits cost is judged on labelled data.
 INT8_SHARE_OF_SPREAD = 0.5
-
-Progress = Callable[[str], None]
 
 
 @dataclass

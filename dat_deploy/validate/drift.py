@@ -1,7 +1,7 @@
 """How far from PyTorch's the points lie that an engine samples, for each deformable block."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from dat_deploy.export.records import operator_records
 from dat_deploy.export.subgraph import model_up_to
 from dat_deploy.networks.family import Network, family_of
 from dat_deploy.networks.sampling import SampledBlock
+from dat_deploy.progress import Progress
 from dat_deploy.runners import Runner
 from dat_deploy.runners.base import Images
 
@@ -59,7 +60,7 @@ def engine_locations(
     model: ir.Model | None,
     images: Images,
     blocks: Sequence[SampledBlock],
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> dict[str, Locations] | None:
     """What the blocks of an engine sample; None if it cannot be had.
 

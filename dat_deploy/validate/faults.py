@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.metadata import FileMetadata
-from dat_deploy.networks.family import Network
+from dat_deploy.networks.family import Family, Network, family_of
 from dat_deploy.networks.sampling import SampledBlock
 from dat_deploy.runners import Outputs, Runner, engine_path, engine_with_path, open_runner
 from dat_deploy.runners.base import Graph, Images
@@ -20,7 +20,10 @@ from dat_deploy.validate import ValidationReport, validate
 from dat_deploy.validate.defaults import SELF_TEST_BATCHES
 from dat_deploy.validate.reference import Reference
 
-__all__ = ["FAULTS", "Fault", "faulty_report"]
+__all__ = ["FAULTS", "Fault", "faulty_report", "lacks"]
+
+
+_SAMPLING = "deformable blocks"
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,26 @@ class Fault:
         story: how it comes about.
         change: puts it into a file; or
         misbehave: the answer of a runtime that has it, from the images and the right answer.
+        needs: what the file must have for it, one of those that `lacks` knows.
     """
 
     name: str
     story: str
     change: Callable[[ir.Model], None] | None = None
     misbehave: Callable[[Images, Outputs], Outputs] | None = None
+    needs: str | None = None
+
+
+def lacks(engine: str) -> list[str]:
+    """What faults need and an exported file does not have."""
+    model = ir.load(str(engine_path(engine)))
+    has = {
+        _SAMPLING: any(r.operator == "deformable_attention" for r in operator_records(model.metadata_props)),
+        "bias tables": bool(_bias_tables(model)),
+        "LayerNormalization": bool(_layer_norms(model)),
+        "half precision in PyTorch": type(family_of(_network(model))).rounded is not Family.rounded,
+    }
+    return [name for name, is_there in has.items() if not is_there]
 
 
 def faulty_report(
@@ -182,14 +199,20 @@ def _reverse_classes(model: ir.Model) -> None:
 
 
 def _change_epsilon(model: ir.Model) -> None:
-    for node in model.graph:
-        if node.op_type == "LayerNormalization":
-            node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-3)
+    for node in _layer_norms(model):
+        node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-3)
+
+
+def _layer_norms(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == "LayerNormalization"]
 
 
 def _forget_bias_table(model: ir.Model) -> None:
-    name = next(name for name in model.graph.initializers if "attns" in name and "bias_table" in name)
-    _set_weight(model.graph.initializers[name], 0.0, 0)
+    _set_weight(_bias_tables(model)[0], 0.0, 0)
+
+
+def _bias_tables(model: ir.Model) -> list[ir.Value]:
+    return [value for name, value in model.graph.initializers.items() if "attns" in name and "bias_table" in name]
 
 
 def _truncate_weights(model: ir.Model) -> None:
@@ -256,23 +279,39 @@ def _differs_by_run() -> Callable[[Images, Outputs], Outputs]:
 
 
 FAULTS = (
-    Fault("x and y swapped", "locations are (y, x), GridSample takes (x, y)", _swap_x_and_y),
-    Fault("align_corners flipped", "the sampling operator was rebuilt with its default", _flip_align_corners),
-    Fault("offsets scaled", "offsets 1.1 times as large: a range factor by another formula", _scale_offsets),
-    Fault("half-pixel shift", "reference points at corners instead of centres", _shift_by_half_a_pixel),
-    Fault("locations in float16", "the coordinate path was rounded, too", _round_locations),
-    Fault("heads transposed", "channels read as [D, M] instead of [M, D]", _transpose_heads),
+    Fault("x and y swapped", "locations are (y, x), GridSample takes (x, y)", _swap_x_and_y, needs=_SAMPLING),
+    Fault(
+        "align_corners flipped",
+        "the sampling operator was rebuilt with its default",
+        _flip_align_corners,
+        needs=_SAMPLING,
+    ),
+    Fault(
+        "offsets scaled",
+        "offsets 1.1 times as large: a range factor by another formula",
+        _scale_offsets,
+        needs=_SAMPLING,
+    ),
+    Fault(
+        "half-pixel shift",
+        "reference points at corners instead of centres",
+        _shift_by_half_a_pixel,
+        needs=_SAMPLING,
+    ),
+    Fault("locations in float16", "the coordinate path was rounded, too", _round_locations, needs=_SAMPLING),
+    Fault("heads transposed", "channels read as [D, M] instead of [M, D]", _transpose_heads, needs=_SAMPLING),
     Fault("BGR", "the picture's channels in the order of OpenCV", _reverse_channels),
     Fault("wrong mean and std", "0.5 for ImageNet's, in the file's preprocessing", _normalise_to_one),
     Fault("wrong resize", "another size before the crop, in the file's preprocessing", _crop_less),
-    Fault("LayerNorm epsilon", "1e-3, TensorFlow's default, for 1e-5", _change_epsilon),
-    Fault("stale bias table", "a block's table as before training: zeros", _forget_bias_table),
+    Fault("LayerNorm epsilon", "1e-3, TensorFlow's default, for 1e-5", _change_epsilon, needs="LayerNormalization"),
+    Fault("stale bias table", "a block's table as before training: zeros", _forget_bias_table, needs="bias tables"),
     Fault("truncated weights", "the second half of the largest tensor is zeros", _truncate_weights),
     Fault("classes reversed", "labels in another order than logits", _reverse_classes),
     Fault(
         "precision not as asked",
         "said to be fp16, built in fp32",
         lambda model: _set_metadata(model, "precision", "fp16"),
+        needs="half precision in PyTorch",
     ),
     Fault("one slot wrong", "the last image of a batch gets its neighbour's answer", None, _last_slot_wrong),
     Fault("images leak", "each image's answer depends a little on the others'", None, _leaks_between_images),

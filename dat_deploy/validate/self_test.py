@@ -2,13 +2,13 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dat_deploy.errors import DatDeployError, VerificationError
 from dat_deploy.export import export
 from dat_deploy.networks.checkpoint_file import check_checkpoint
+from dat_deploy.progress import Progress
 from dat_deploy.runners import EngineDescription, check_engine, open_runner, parse_engine
 from dat_deploy.validate import validate
 from dat_deploy.validate.defaults import SELF_TEST_BATCHES
@@ -30,10 +30,11 @@ class Tried:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What validate made of each fault."""
+    """What validate made of each fault; `notes` say which were left out, and why."""
 
     engine: EngineDescription
     tried: tuple[Tried, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def missed(self) -> list[str]:
@@ -55,9 +56,9 @@ def self_test(
     engine: str | None = None,
     *,
     checkpoint: Path | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> SelfTest:
-    """Put each of FAULTS into an exported file and validate it.
+    """Put each of FAULTS into an exported file and validate it, but for those that need what the file does not have.
 
     Args:
         engine: `[RUNTIME:]FILE.onnx` in fp32; by default `demo`, exported for this.
@@ -71,7 +72,7 @@ def self_test(
     if engine is not None:
         _check(engine)
     check_checkpoint(checkpoint)
-    from dat_deploy.validate.faults import FAULTS, faulty_report
+    from dat_deploy.validate.faults import FAULTS, faulty_report, lacks
     from dat_deploy.validate.reference import open_reference
 
     with contextlib.ExitStack() as stack:
@@ -88,13 +89,18 @@ def self_test(
         if not sound.passed:
             raise VerificationError(f"the self-test needs an engine that is right. {sound.verdict}")
         trials = []
+        lacking = lacks(engine)
         for fault in FAULTS:
+            if fault.needs in lacking:
+                continue
             progress(fault.name)
             report = faulty_report(fault, engine, Path(folder), reference)
             failures = [check for check in report.checks if check.passed is False]
             kinds = tuple(dict.fromkeys(check.kind for check in failures))
             trials.append(Tried(fault.name, fault.story, kinds, failures[0].name if failures else ""))
-    return SelfTest(about, tuple(trials))
+    left_out = {name: [fault.name for fault in FAULTS if fault.needs == name] for name in lacking}
+    notes = [f"left out, for {about.name} has no {name}: {', '.join(faults)}" for name, faults in left_out.items()]
+    return SelfTest(about, tuple(trials), tuple(notes))
 
 
 def _check(engine: str) -> None:

@@ -6,7 +6,7 @@ import logging
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +22,14 @@ from torch.fx.node import map_arg
 
 from dat_deploy.engine.backend import BuildRequest, BuiltEngine
 from dat_deploy.engine.passport import Passport, sha256, versions
-from dat_deploy.environment import cpu_flags, gpu_architecture, tool_version
+from dat_deploy.environment import cpu_flags, gpu_architecture
 from dat_deploy.errors import DatDeployError, EngineBuildError, UnsupportedError
-from dat_deploy.images.preprocess import golden_sha256
 from dat_deploy.metadata import FileMetadata
 from dat_deploy.networks.family import Network, family_of
 from dat_deploy.networks.operators import FUSED, REFERENCE, with_operators
 from dat_deploy.plugins.neighborhood_attention.reference import neighborhood_index
 from dat_deploy.precision import PRECISIONS
+from dat_deploy.progress import Progress
 
 __all__ = ["check_fits", "compile_package", "model_name", "package_and_passport"]
 
@@ -53,7 +53,7 @@ def compile_package(
     batches: Sequence[int],
     precision: str = "fp32",
     device: str = "cpu",
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> None:
     """Compile a network for each of the batches, and write them as one package.
 
@@ -113,20 +113,14 @@ def package_and_passport(network: Network, precision: str, request: BuildRequest
             progress=request.progress,
         )
         content = package.read_bytes()
-    preprocessing = network.preprocessing
-    metadata = FileMetadata(
-        network=network,
+    metadata = FileMetadata.of(
+        network,
+        weights,
         batch=None,
         dynamic_image_size=False,
         lowering="kernels" if device == "cuda" else "reference",
         precision=precision,
         opset_version=0,
-        preprocessing=preprocessing,
-        class_names=network.answer.class_names,
-        weights_sha256=weights.sha256,
-        weights_source=weights.source,
-        version=tool_version(),
-        golden_sha256=golden_sha256(preprocessing),
     )
     passport = Passport(
         engine_sha256=sha256(content),

@@ -33,6 +33,7 @@ from dat_deploy.networks.family import Network, family_of
 from dat_deploy.plugins.tensorrt import registry
 from dat_deploy.plugins.tuning import configurations_path
 from dat_deploy.precision import FULL, PRECISIONS
+from dat_deploy.progress import Progress
 from dat_deploy.typed_json import typed
 
 __all__ = ["Choice", "LoweringVerdict", "choose_lowering", "stored_verdicts", "try_lowerings"]
@@ -40,7 +41,6 @@ __all__ = ["Choice", "LoweringVerdict", "choose_lowering", "stored_verdicts", "t
 CANDIDATES = ("plugin", "gather", "function", "hat", "gridsample")
 Outputs = dict[str, NDArray[np.float32]]
 Execute = Callable[[str, onnx.ModelProto, NDArray[np.float32]], tuple[Outputs, float]]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

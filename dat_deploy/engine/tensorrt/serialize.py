@@ -1,6 +1,6 @@
 """An exported file -> a serialised engine of TensorRT or TensorRT-RTX."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,10 +16,9 @@ from dat_deploy.environment import gpu_architecture
 from dat_deploy.errors import EngineBuildError, ShapeError, UnsupportedError
 from dat_deploy.files import atomic_output
 from dat_deploy.plugins.tensorrt.calls import last_error
+from dat_deploy.progress import Progress
 
 __all__ = ["SerializedEngine", "serialized_engine"]
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

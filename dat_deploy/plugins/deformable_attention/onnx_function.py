@@ -196,56 +196,30 @@ def attention(query, key, value, bias, num_heads: int):
     return op.Reshape(out, op.Concat(minus, plane, channels, axis=0))
 
 
-# onnxscript takes no function as an argument, so the operator is written once for each way to read the bias.
+def _operator(bias_of_table: onnxscript.OnnxFunction) -> onnxscript.OnnxFunction:
+    """The body that reads the bias so; onnxscript takes no function as an argument, but sees those of its scope."""
 
+    @onnxscript.script(DOMAIN, default_opset=op)
+    def deformable_attention(
+        query: FLOAT["B", "H", "W", "C"],  # noqa: F821  # letters of dimensions, as onnxscript writes them
+        key: FLOAT["B", "Ns", "C"],  # noqa: F821
+        value: FLOAT["B", "Ns", "C"],  # noqa: F821
+        sampling_locations: FLOAT["B", "G", "Hk", "Wk", 2],  # noqa: F821
+        relative_position_bias_table: FLOAT["M", "Th", "Tw"],  # noqa: F821
+        num_heads: int,
+        half_pixel_queries: int,
+    ) -> FLOAT["B", "H", "W", "C"]:  # noqa: F821
+        bias = bias_of_table(query, sampling_locations, relative_position_bias_table, half_pixel_queries)
+        return attention(query, key, value, bias, num_heads)
 
-@onnxscript.script(DOMAIN, default_opset=op)
-def deformable_attention_hat(
-    query: FLOAT["B", "H", "W", "C"],  # noqa: F821  # letters of dimensions, as onnxscript writes them
-    key: FLOAT["B", "Ns", "C"],  # noqa: F821
-    value: FLOAT["B", "Ns", "C"],  # noqa: F821
-    sampling_locations: FLOAT["B", "G", "Hk", "Wk", 2],  # noqa: F821
-    relative_position_bias_table: FLOAT["M", "Th", "Tw"],  # noqa: F821
-    num_heads: int,
-    half_pixel_queries: int,
-) -> FLOAT["B", "H", "W", "C"]:  # noqa: F821
-    bias = bias_hat(query, sampling_locations, relative_position_bias_table, half_pixel_queries)
-    return attention(query, key, value, bias, num_heads)
-
-
-@onnxscript.script(DOMAIN, default_opset=op)
-def deformable_attention_gather(
-    query: FLOAT["B", "H", "W", "C"],  # noqa: F821
-    key: FLOAT["B", "Ns", "C"],  # noqa: F821
-    value: FLOAT["B", "Ns", "C"],  # noqa: F821
-    sampling_locations: FLOAT["B", "G", "Hk", "Wk", 2],  # noqa: F821
-    relative_position_bias_table: FLOAT["M", "Th", "Tw"],  # noqa: F821
-    num_heads: int,
-    half_pixel_queries: int,
-) -> FLOAT["B", "H", "W", "C"]:  # noqa: F821
-    bias = bias_gather(query, sampling_locations, relative_position_bias_table, half_pixel_queries)
-    return attention(query, key, value, bias, num_heads)
-
-
-@onnxscript.script(DOMAIN, default_opset=op)
-def deformable_attention_gridsample(
-    query: FLOAT["B", "H", "W", "C"],  # noqa: F821
-    key: FLOAT["B", "Ns", "C"],  # noqa: F821
-    value: FLOAT["B", "Ns", "C"],  # noqa: F821
-    sampling_locations: FLOAT["B", "G", "Hk", "Wk", 2],  # noqa: F821
-    relative_position_bias_table: FLOAT["M", "Th", "Tw"],  # noqa: F821
-    num_heads: int,
-    half_pixel_queries: int,
-) -> FLOAT["B", "H", "W", "C"]:  # noqa: F821
-    bias = bias_gridsample(query, sampling_locations, relative_position_bias_table, half_pixel_queries)
-    return attention(query, key, value, bias, num_heads)
+    return deformable_attention
 
 
 # `hat` wins by a factor of 4 over GridSample on ONNX Runtime's CPU, so it is the body of `function` too.
 BODIES = {
-    "function": deformable_attention_hat,
-    "gather": deformable_attention_gather,
-    "gridsample": deformable_attention_gridsample,
-    "hat": deformable_attention_hat,
+    "function": _operator(bias_hat),
+    "gather": _operator(bias_gather),
+    "gridsample": _operator(bias_gridsample),
+    "hat": _operator(bias_hat),
 }
 HELPERS = (query_coordinates, hat_weights, bias_hat, bias_gather, bias_gridsample, attention)

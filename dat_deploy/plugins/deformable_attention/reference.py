@@ -75,16 +75,7 @@ def deformable_attention(
 ) -> Tensor:
     """`softmax(q · k / sqrt(D) + bias) v`, every query against the keys that its image sampled.
 
-    Args:
-        query: [B, H, W, C], heads side by side in the channels.
-        key, value: [B, Ns, C].
-        sampling_locations: [B, G, Hk, Wk, 2] with Hk·Wk = Ns, last axis (y, x); head m reads group m // (M / G).
-        relative_position_bias_table: [M, Th, Tw], one table a head; usually [M, 2H-1, 2W-1].
-        num_heads: M; the head dim D is C / M.
-        half_pixel_queries: the frame of the queries: True for DAT, False for DAT+ and DAT++ (see `query_grid`).
-
-    Returns:
-        [B, H, W, C] in the type of `query`.
+    Arguments and result are those of `torch_op.deformable_attention`; the frame of the queries is `query_grid`.
     """
     _, height, width, _ = query.shape
     bias = interpolated_bias(relative_position_bias_table, sampling_locations, height, width, half_pixel_queries)

@@ -17,10 +17,8 @@ def _check(
     num_heads: int,
     half_pixel_queries: bool,
 ) -> None:
-    name = SPECIFICATION.name
-    require(
-        query.ndim == 4 and query.shape[1:].numel() > 0, name, f"query of shape {list(query.shape)}", "[B, H, W, C]"
-    )
+    name, table = SPECIFICATION.name, relative_position_bias_table
+    require_inputs(SPECIFICATION, query, key, value, sampling_locations, table)
     batch, _, _, channels = query.shape
     require(
         num_heads > 0 and channels % num_heads == 0,
@@ -28,7 +26,6 @@ def _check(
         f"{channels} channels and {num_heads} heads",
         "heads that divide the channels",
     )
-    require_inputs(SPECIFICATION, query, key, value, sampling_locations, relative_position_bias_table)
     groups, sampled_height, sampled_width = sampling_locations.shape[1:4]
     keys = sampled_height * sampled_width
     require(
@@ -43,7 +40,6 @@ def _check(
         f"key of shape {list(key.shape)} and value of shape {list(value.shape)} for {keys} locations",
         f"one key and one value a location, [{batch}, Ns, {channels}]",
     )
-    table = relative_position_bias_table
     require(
         table.ndim == 3 and table.shape[0] == num_heads and table.numel() > 0,
         name,

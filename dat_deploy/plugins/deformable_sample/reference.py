@@ -10,14 +10,8 @@ def deformable_sample(value: Tensor, sampling_locations: Tensor) -> Tensor:
     """Read a channels-last feature map at one set of locations for each group of channels.
 
     The read is bilinear, with `align_corners=True` and zeros outside, `φ(z; p) = Σ_r g(p_y, r_y) g(p_x, r_x) z[r]`
-    with `g(a, b) = max(0, 1 - |a - b|)` (arXiv 2201.00520, §3.2).
-
-    Args:
-        value: [B, H, W, C]; group g owns the channels g·C/G to (g + 1)·C/G.
-        sampling_locations: [B, G, Hk, Wk, 2], last axis (y, x); -1 and +1 are the centres of the first and last pixel.
-
-    Returns:
-        [B, Hk·Wk, C], in the type of `value`; the coordinates are used in their own type.
+    with `g(a, b) = max(0, 1 - |a - b|)` (arXiv 2201.00520, §3.2). Arguments and result are those of
+    `torch_op.deformable_sample`; the coordinates are used in their own type.
     """
     batch, height, width, channels = value.shape
     _, groups, sampled_height, sampled_width, _ = sampling_locations.shape

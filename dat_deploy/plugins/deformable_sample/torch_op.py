@@ -9,14 +9,11 @@ __all__ = ["deformable_sample"]
 
 
 def _check(value: Tensor, sampling_locations: Tensor) -> None:
-    name = SPECIFICATION.name
-    require(value.ndim == 4, name, f"value of shape {list(value.shape)}", "[B, H, W, C]")
-    require(value.shape[1:].numel() > 0, name, f"value of shape {list(value.shape)}", "maps that are not empty")
     require_inputs(SPECIFICATION, value, sampling_locations)
     channels, groups = value.shape[-1], sampling_locations.shape[1]
     require(
         groups > 0 and channels % groups == 0,
-        name,
+        SPECIFICATION.name,
         f"{channels} channels and {groups} groups of locations",
         "groups that divide the channels",
     )

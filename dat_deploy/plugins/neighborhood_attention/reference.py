@@ -50,19 +50,8 @@ def neighborhood_attention(
     """`softmax(q · k / sqrt(D) + bias) v` over the K × K neighbors of each pixel (arXiv 2204.07143, §3.1).
 
     Row by row of the window: the products of a row of queries with one row of keys hold those with its neighbors, so
-    nothing larger than [B, M, H, W, W] or the scores themselves, [B, M, H, W, K²], is ever made.
-
-    Args:
-        qkv: [B, H, W, 3C], query, key and value side by side, each with its heads side by side.
-        padding_qkv: [3C], what a pixel of zeros projects to. A side shorter than K · dilation is continued with such
-            pixels to that length, right and bottom; they are keys like any other.
-        relative_position_bias_table: [M, 2K-1, 2K-1], by (neighbor - pixel + K - 1), y first.
-        num_heads: M; the head dim D is C / M.
-        kernel_size: K, odd.
-        dilation: the step between neighbors, in pixels.
-
-    Returns:
-        [B, H, W, C] in the type of `qkv`.
+    nothing larger than [B, M, H, W, W] or the scores themselves, [B, M, H, W, K²], is ever made. Arguments and result
+    are those of `torch_op.neighborhood_attention`; a short side is continued right and bottom.
 
     Raises:
         ShapeError: if K is even, or the table has another size.

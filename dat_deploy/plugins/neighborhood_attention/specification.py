@@ -1,15 +1,8 @@
 """What is known of `neighborhood_attention`."""
 
-from collections.abc import Sequence
-from typing import Any
-
-from dat_deploy.plugins.specification import INT, Input, Role, Specification
+from dat_deploy.plugins.specification import INT, Input, Role, Specification, shape_without_projection
 
 __all__ = ["SPECIFICATION"]
-
-
-def _output_shape(qkv: Sequence[Any], *_: Sequence[Any], **__: Any) -> tuple[Any, ...]:
-    return qkv[0], qkv[1], qkv[2], qkv[3] // 3
 
 
 SPECIFICATION = Specification(
@@ -20,6 +13,6 @@ SPECIFICATION = Specification(
         "relative_position_bias_table": Input("M T T", Role.TABLE),
     },
     attributes={"num_heads": INT, "kernel_size": INT, "dilation": INT},
-    output_shape=_output_shape,
+    output_shape=shape_without_projection,
     sized_by=("qkv",),
 )

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dat_deploy.plugins.dispatch import compute, require, require_inputs, torch_operator
+from dat_deploy.plugins.dispatch import compute, require, require_heads, require_inputs, require_shape, torch_operator
 from dat_deploy.plugins.neighborhood_attention.reference import require_table
 from dat_deploy.plugins.neighborhood_attention.specification import SPECIFICATION
 
@@ -18,24 +18,12 @@ def _check(
     dilation: int,
 ) -> None:
     name, table = SPECIFICATION.name, relative_position_bias_table
-    require(qkv.ndim == 4 and qkv.shape[1:].numel() > 0, name, f"qkv of shape {list(qkv.shape)}", "[B, H, W, 3C]")
-    channels3 = qkv.shape[-1]
-    require(
-        num_heads > 0 and channels3 % (3 * num_heads) == 0,
-        name,
-        f"{channels3} channels of query, key and value and {num_heads} heads",
-        "heads that divide each of the three",
-    )
+    require_inputs(SPECIFICATION, qkv, padding_qkv, table)
+    require_heads(name, qkv, num_heads)
     require(
         kernel_size > 0 and dilation > 0, name, f"kernel_size {kernel_size}, dilation {dilation}", "at least 1 each"
     )
-    require_inputs(SPECIFICATION, qkv, padding_qkv, table)
-    require(
-        tuple(padding_qkv.shape) == (channels3,),
-        name,
-        f"padding_qkv of shape {list(padding_qkv.shape)}",
-        f"a value a channel of qkv, [{channels3}]",
-    )
+    require_shape(name, "padding_qkv", padding_qkv, (qkv.shape[-1],), "a value a channel of qkv")
     require_table(table, num_heads, kernel_size)
 
 

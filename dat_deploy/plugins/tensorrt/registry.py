@@ -36,7 +36,8 @@ def _is_rtx(trt: Any) -> bool:
     return str(trt.__name__).startswith("tensorrt_rtx")
 
 
-def _reasons_against_both(trt: Any) -> list[str]:
+def reasons_against_plugins(trt: Any) -> list[str]:
+    """Why `register_plugins` cannot work here, a sentence each; none if it can."""
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("Triton is not installed, which compiles the kernels; install it with: pip install triton")
@@ -46,14 +47,9 @@ def _reasons_against_both(trt: Any) -> list[str]:
     return reasons
 
 
-def reasons_against_plugins(trt: Any) -> list[str]:
-    """Why `register_plugins` cannot work here, a sentence each; none if it can."""
-    return _reasons_against_both(trt)
-
-
 def reasons_against_ahead_of_time(trt: Any) -> list[str]:
     """Why `register_ahead_of_time` cannot work here, a sentence each; none if it can."""
-    reasons = _reasons_against_both(trt)
+    reasons = reasons_against_plugins(trt)
     if _is_rtx(trt):
         reasons.append("TensorRT-RTX takes no plugins that are compiled ahead of time")
     elif _version(trt) == (10, 14):

@@ -48,15 +48,8 @@ def window_attention(
 ) -> Tensor:
     """Attention inside each window of Ws × Ws pixels; with a shift, the map is rolled up and left by it and back after.
 
-    Args:
-        qkv: [B, H, W, 3C], query, key and value side by side, each with its heads side by side. Windows tile H × W.
-        relative_position_bias_table: [(2·Ws - 1)², M].
-        num_heads: M; the head dim D is C / M.
-        window_size: Ws, in pixels of the feature map.
-        shift_size: 0 for plain windows; else pixels that the roll brought together are masked with -100.
-
-    Returns:
-        [B, H, W, C] in the type of `qkv`.
+    Pixels that only the roll brought together are masked with -100. Arguments and result are those of
+    `torch_op.window_attention`.
     """
     _, height, width, channels3 = qkv.shape
     head_dim = channels3 // (3 * num_heads)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dat_deploy.plugins.dispatch import compute, require, require_inputs, torch_operator
+from dat_deploy.plugins.dispatch import compute, require, require_heads, require_inputs, require_shape, torch_operator
 from dat_deploy.plugins.window_attention.specification import SPECIFICATION
 
 __all__ = ["window_attention"]
@@ -12,27 +12,17 @@ def _check(
     qkv: Tensor, relative_position_bias_table: Tensor, num_heads: int, window_size: int, shift_size: int
 ) -> None:
     name, table = SPECIFICATION.name, relative_position_bias_table
-    require(qkv.ndim == 4 and qkv.shape[1:].numel() > 0, name, f"qkv of shape {list(qkv.shape)}", "[B, H, W, 3C]")
-    _, height, width, channels3 = qkv.shape
-    require(
-        num_heads > 0 and channels3 % (3 * num_heads) == 0,
-        name,
-        f"{channels3} channels of query, key and value and {num_heads} heads",
-        "heads that divide each of the three",
-    )
+    require_inputs(SPECIFICATION, qkv, table)
+    require_heads(name, qkv, num_heads)
+    _, height, width, _ = qkv.shape
     require(
         window_size > 0 and height % window_size == 0 and width % window_size == 0 and 0 <= shift_size < window_size,
         name,
         f"a map of {height}x{width}, window_size {window_size} and shift_size {shift_size}",
         "windows that tile the map, and a shift of less than a window",
     )
-    require_inputs(SPECIFICATION, qkv, table)
-    require(
-        tuple(table.shape) == ((2 * window_size - 1) ** 2, num_heads),
-        name,
-        f"relative_position_bias_table of shape {list(table.shape)}",
-        f"a row a distance, [{(2 * window_size - 1) ** 2}, {num_heads}]",
-    )
+    shape = ((2 * window_size - 1) ** 2, num_heads)
+    require_shape(name, "relative_position_bias_table", table, shape, "a row a distance")
 
 
 @torch_operator(SPECIFICATION, _check)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from dat_deploy.engine.passport import sha256
 from dat_deploy.environment import available_cores, tool_version
 from dat_deploy.errors import DatDeployError, ServingError, UnsupportedError
+from dat_deploy.progress import Progress
 from dat_deploy.runners import parse_engine
 from dat_deploy.serving.engine_file import EngineFile, check_model_name, read_engine_file
 from dat_deploy.serving.own.replica import Replica, Reply, ServedModel
@@ -49,7 +50,7 @@ _START_S = 900.0  # of one replica, nodes that are added for it included
 _USUAL_BATCH = 16  # of an engine without a limit
 
 
-def serve(settings: ServeSettings, *, progress: Callable[[str], None], note: Callable[[str], None]) -> None:
+def serve(settings: ServeSettings, *, progress: Progress, note: Callable[[str], None]) -> None:
     """As `dat_deploy.serving.serve`, with settings that were read."""
     file, model = _served_model(settings)
     with _listening(settings) as listener:
@@ -110,7 +111,7 @@ def _listening(settings: ServeSettings) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def _ray(settings: ServeSettings, file: EngineFile, progress: Callable[[str], None]) -> Iterator[tuple[int, float]]:
+def _ray(settings: ServeSettings, file: EngineFile, progress: Progress) -> Iterator[tuple[int, float]]:
     """Ray, started or joined; the threads and the GPUs of each replica."""
     variables = ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     before = {name: os.environ.get(name) for name in variables}
@@ -123,7 +124,7 @@ def _ray(settings: ServeSettings, file: EngineFile, progress: Callable[[str], No
                 os.environ[name] = value
 
 
-def _started(settings: ServeSettings, file: EngineFile, progress: Callable[[str], None]) -> Iterator[tuple[int, float]]:
+def _started(settings: ServeSettings, file: EngineFile, progress: Progress) -> Iterator[tuple[int, float]]:
     """As `_ray`; what Ray reads of the environment is left there."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

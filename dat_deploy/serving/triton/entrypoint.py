@@ -26,6 +26,7 @@ from dat_deploy.engine.tensorrt.library import import_tensorrt, version
 from dat_deploy.environment import nvidia_smi, tool_version
 from dat_deploy.errors import CheckpointError, DatDeployError, ExportError, OutputError, UnsupportedError
 from dat_deploy.metadata import FileMetadata, read_metadata
+from dat_deploy.progress import Progress
 from dat_deploy.serving.engine_file import check_model_name
 from dat_deploy.serving.triton.repository import package
 from dat_deploy.serving.triton.tritonserver import HARDENED, tritonserver_command
@@ -375,7 +376,7 @@ def _write_repository(engine: Path, metadata: FileMetadata, settings: ContainerS
     steps.package(engine, settings.repository, name=name, batches=batches, device=settings.device)
 
 
-def _progress(event: str) -> Callable[[str], None]:
+def _progress(event: str) -> Progress:
     return lambda what: log(event, step=what)
 
 

@@ -139,13 +139,13 @@ def package(
     accepted = _batches(first, batches)
     metadata = dataclasses.replace(first.metadata, batch=accepted.fixed)
     files = _network_files(model, sources, metadata, accepted, settings)
-    models = [_packaged(model, accepted, (input_spec(metadata),), output_specs(metadata, first.outputs))]
+    models = [PackagedModel(model, accepted.most, (input_spec(metadata),), output_specs(metadata, first.outputs))]
     if images:
         files |= _image_files(names, first, metadata, accepted, settings)
         pixels = dataclasses.replace(PIXELS, shape=(accepted.fixed or -1, *PIXELS.shape[1:]))
         prepared = TensorSpec("image", "FP32", (accepted.fixed or -1, 3, *metadata.preprocessing.image_size))
-        models.append(_packaged(names[1], accepted, (pixels,), (prepared,)))
-        models.append(_packaged(names[2], accepted, (pixels,), models[0].outputs))
+        models.append(PackagedModel(names[1], accepted.most, (pixels,), (prepared,)))
+        models.append(PackagedModel(names[2], accepted.most, (pixels,), models[0].outputs))
     _write(output, names, files)
     if kserve is not None and storage_uri is not None:
         service = inference_service(model, storage_uri, device=device, tag=triton_tag)
@@ -311,12 +311,6 @@ def _labels(name: str, metadata: FileMetadata, outputs: Sequence[str]) -> dict[s
     if "logits" not in outputs or not metadata.class_names:
         return {}
     return {f"{name}/{LABELS}": "".join(f"{' '.join(label.split())}\n" for label in metadata.class_names).encode()}
-
-
-def _packaged(
-    name: str, batches: Batches, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
-) -> PackagedModel:
-    return PackagedModel(name, batches.most, inputs, outputs)
 
 
 def _notes(engines: Sequence[EngineFile], batches: Batches, output: Path, names: Sequence[str]) -> Iterator[str]:

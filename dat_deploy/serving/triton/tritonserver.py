@@ -5,7 +5,6 @@ KServe's own runtime for Triton, kserve-tritonserver, listens on port 8080 and r
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,8 @@ def inference_service(name: str, storage_uri: str, *, device: str, tag: str = TR
         "metadata": {"name": _service_name(name)},
         "spec": {"predictor": {"model": model}},
     }
-    return _dump(service)
+    text: str = yaml.dump(service, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=10**6)
+    return text
 
 
 def _service_name(name: str) -> str:
@@ -73,8 +73,3 @@ def _service_name(name: str) -> str:
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
-
-
-def _dump(document: Sequence[Any] | dict[str, Any]) -> str:
-    text: str = yaml.dump(document, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=10**6)
-    return text
