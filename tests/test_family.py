@@ -1,5 +1,6 @@
 """networks/family.py: a family of networks is one file, here or in another package, and every command takes it."""
 
+import importlib.metadata
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dat_deploy.export import export, read_metadata
 from dat_deploy.export.boundaries import block_boundaries
 from dat_deploy.images.photographs import photographs
 from dat_deploy.networks.dat.variants import VARIANTS, Variant
-from dat_deploy.networks.family import family_called, family_of, find_network
+from dat_deploy.networks.family import family_called, family_of, find_network, network_names
 from dat_deploy.runners import open_runner
 from dat_deploy.serving.tensors import TensorSpec, output_specs
 from dat_deploy.validate.faults import FAULTS
@@ -139,3 +140,24 @@ def test_the_blocks_that_sample_say_where_they_look_as_the_module_does(mini_dat:
         assert list(located) == [block.name for block in network.sampled_blocks]
         for block in network.sampled_blocks:
             torch.testing.assert_close(located[block.name], results[block.locations], rtol=0, atol=0)
+
+
+def test_a_family_that_cannot_be_loaded_is_left_out_with_a_warning(monkeypatch):
+    class Entry:
+        value = "broken:FAMILY"
+
+        def load(self):
+            raise ImportError("no module broken")
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [Entry()])
+    with pytest.warns(UserWarning, match="broken:FAMILY cannot be loaded: no module broken; it is left out"):
+        names = network_names()
+    assert names == network_names(own=True)
+    assert "tiny" in names
+
+
+def test_a_network_of_no_family_is_refused_in_one_sentence(toy, monkeypatch):
+    network = toy.find("toy")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    with pytest.raises(VariantError, match="no family has networks of type Toy, as 'toy' is"):
+        family_of(network)

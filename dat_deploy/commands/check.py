@@ -30,6 +30,7 @@ from dat_deploy.commands.stages import Stages
 from dat_deploy.commands.wording import in_shell
 from dat_deploy.errors import DatDeployError
 from dat_deploy.networks.family import find_network
+from dat_deploy.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from dat_deploy.validate.accuracy import Accuracy
@@ -143,7 +144,7 @@ def validate(
         out.print(f"page: {html}")
     print_notes(report.notes)
     if report.differs and report.engine.file_kind == "exported":
-        tolerated = ("--tolerance", "0.1") if report.engine.precision == "int8" else ()
+        tolerated = () if PRECISIONS[report.engine.answer_precision].is_exported else ("--tolerance", "0.1")
         print_next("bisect", "--engine", engine, *option("--checkpoint", checkpoint), *tolerated)
     report.raise_if_failed()
     out.print(report.verdict)

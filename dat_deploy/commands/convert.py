@@ -37,6 +37,7 @@ from dat_deploy.commands.output import (
     write_json,
 )
 from dat_deploy.commands.stages import Stages
+from dat_deploy.commands.wording import in_shell
 from dat_deploy.errors import DatDeployError
 from dat_deploy.networks.family import find_network, network_names
 
@@ -321,7 +322,7 @@ def inspect(
     elif inspection.passport is not None:
         print_passport(engine, inspection.passport)
     if inspection.unseen is not None:
-        out.print(f"layers of the built engine: not seen; {inspection.unseen}")
+        out.print(f"layers of the built engine: not seen; {in_shell(inspection.unseen)}")
     elif inspection.engine_layers:
         plugins = sum(layer.is_plugin for layer in inspection.engine_layers)
         counts = counts_text(library.count_types(inspection.engine_layers))

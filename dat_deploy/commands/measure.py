@@ -21,6 +21,7 @@ from dat_deploy.commands.options import (
 )
 from dat_deploy.commands.output import check_json, err, out, print_next, table_of, write_json
 from dat_deploy.commands.stages import Stages
+from dat_deploy.commands.wording import in_shell
 
 if TYPE_CHECKING:
     from dat_deploy.benchmark import Record
@@ -214,7 +215,7 @@ def doctor(force: ForceOption = False, json_file: JsonOption = None) -> None:
         table.add_row(f"runs {runtime}", "; ".join(reasons) or "yes")
     for where, networks in report.lowerings.items():
         for network, verdicts in networks.items():
-            table.add_row(f"lowerings, {where}", f"{network}: {'; '.join(map(str, verdicts))}")
+            table.add_row(f"lowerings, {where}", in_shell(f"{network}: {'; '.join(map(str, verdicts))}"))
     out.print(table)
     write_json(report, json_file, force=force)
     print_next("demo")

@@ -25,7 +25,7 @@ __all__ = [
     "parse_numbers",
 ]
 
-VariantOption = Annotated[str, typer.Option("--variant", help=f"One of: {', '.join(network_names())}.")]
+VariantOption = Annotated[str, typer.Option("--variant", help=f"One of: {', '.join(network_names(own=True))}.")]
 FeaturesOption = Annotated[
     str | None,
     typer.Option("--features", help="Stages, such as 0,1,2,3: their maps instead of logits, for use as a backbone."),

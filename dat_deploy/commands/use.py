@@ -108,10 +108,10 @@ def visualize(
         drawing = library.visualize(image, engine, target, checkpoint=checkpoint, image_size=pixels, force=force)
     of_two = (">drift px", ">at most") if len(engine) == 2 else ()
     table = table_of("block", ">points", ">moved px", ">at most", ">outside", *of_two)
-    for row in drawing.blocks:
+    for row, block in zip(drawing.blocks, drawing.engines[0].network.sampled_blocks, strict=True):
         drift = () if row.median_drift_px is None else (f"{row.median_drift_px:.2g}", f"{row.largest_drift_px:.2g}")
         table.add_row(
-            f"stages.{row.stage}.attns.{row.block}",
+            block.name,
             str(row.points),
             f"{row.mean_offset_px:.1f}",
             f"{row.largest_offset_px:.1f}",

@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import importlib
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass
 from pathlib import Path
@@ -287,17 +288,33 @@ class Family(abc.ABC):
 
 
 def families() -> Iterator[Family]:
-    for module in FAMILIES:
-        yield importlib.import_module(module).FAMILY
+    """Those of this package, then those of others; of which one that cannot be had is left out, with a warning."""
+    yield from _own_families()
     from importlib.metadata import entry_points  # slow to import
 
+    names = {family.name for family in _own_families()}
     for entry_point in entry_points(group=ENTRY_POINTS):
-        yield entry_point.load()
+        try:
+            family = entry_point.load()
+            reason = "" if isinstance(family, Family) else f"is no Family but {type(family).__name__}"
+            reason = reason or (f"has the name '{family.name}' of another" if family.name in names else "")
+        except Exception as error:  # whatever somebody else's module raises
+            reason = f"cannot be loaded: {' '.join(str(error).split())}"
+        if reason:
+            warnings.warn(f"family of networks {entry_point.value} {reason}; it is left out.", stacklevel=2)
+            continue
+        names.add(family.name)
+        yield family
 
 
-def network_names() -> list[str]:
-    """Of all families, to list."""
-    return [name for family in families() for name in family.names]
+def _own_families() -> Iterator[Family]:
+    for module in FAMILIES:
+        yield importlib.import_module(module).FAMILY
+
+
+def network_names(*, own: bool = False) -> list[str]:
+    """Of all families, to list; with `own`, of this package's alone, for which nothing else is loaded."""
+    return [name for family in (_own_families() if own else families()) for name in family.names]
 
 
 def family_called(name: str) -> Family:
@@ -309,7 +326,14 @@ def family_called(name: str) -> Family:
 
 
 def family_of(network: Network) -> Family:
-    return next(family for family in families() if isinstance(network, family.network_type))
+    """Raises VariantError if no family has networks of that type."""
+    for family in families():
+        if isinstance(network, family.network_type):
+            return family
+    raise VariantError(
+        f"no family has networks of type {type(network).__name__}, as '{network.name}' is; a package names its family by "
+        f"an entry point of the group {ENTRY_POINTS}."
+    )
 
 
 def find_network(
@@ -328,11 +352,16 @@ def find_network(
     """
     if isinstance(name, Network):
         return name.adapted(image_size, features)
+    refusal = None
     for family in families():
-        network = family.find(name)
+        try:
+            network = family.find(name)
+        except VariantError as error:  # of a file, which may be another family's
+            refusal = refusal or error
+            continue
         if network is not None:
             return network.adapted(image_size, features)
-    raise no_network(name, network_names())
+    raise refusal or no_network(name, network_names())
 
 
 def no_network(name: str, names: Iterable[str]) -> VariantError:

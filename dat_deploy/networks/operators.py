@@ -26,7 +26,7 @@ def with_operators(module: nn.Module, operators: Operators) -> nn.Module:
         shared[id(buffer)] = buffer.detach()
     copied = copy.deepcopy(module, shared)
     for part in copied.modules():
-        if hasattr(part, "operators"):
+        if isinstance(getattr(part, "operators", None), Operators):
             part.operators = operators  # type: ignore[assignment]  # torch knows modules and tensors alone
     return copied
 

@@ -5,7 +5,7 @@ A runtime of somebody else's is a row like those of the modules here, found by a
 
 import difflib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -75,7 +75,8 @@ def parse_engine(engine: str) -> tuple[Runtime, str]:
         DatDeployError: if there is no such runtime, or no way to tell one.
     """
     name, colon, target = engine.partition(":")
-    table = RUNTIMES if name in RUNTIMES else runtimes()
+    is_own = name in RUNTIMES or any(row.opens and engine.endswith(row.opens) for row in RUNTIMES.values())
+    table = RUNTIMES if is_own else runtimes()  # others' are loaded only where none of these will do
     if not colon:
         rows = [row for row in table.values() if row.opens and engine.endswith(row.opens)]
         if not rows:
@@ -84,7 +85,7 @@ def parse_engine(engine: str) -> tuple[Runtime, str]:
                 f"cannot tell what runs '{engine}'; an engine is {files} or RUNTIME:TARGET, such as pytorch:tiny or "
                 f"openvino:tiny.onnx. Runtimes: {', '.join(table)}."
             )
-        return rows[0] if len(rows) == 1 else _built_for(Path(engine), rows, table), engine
+        return rows[0] if len(rows) == 1 else _built_for(Path(engine), rows), engine
     if name not in table:
         near = difflib.get_close_matches(name, table, n=2)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
@@ -94,12 +95,13 @@ def parse_engine(engine: str) -> tuple[Runtime, str]:
     return table[name], target
 
 
-def _built_for(engine: Path, rows: Sequence[Runtime], table: Mapping[str, Runtime]) -> Runtime:
+def _built_for(engine: Path, rows: Sequence[Runtime]) -> Runtime:
     """What the passport says; the first row where nothing says so, of which the runner then complains."""
     try:
-        return table.get(read_passport(engine).backend, rows[0])
+        backend = read_passport(engine).backend
     except PassportError:
         return rows[0]
+    return RUNTIMES.get(backend) or runtimes().get(backend, rows[0])
 
 
 def engine_path(engine: str) -> Path | None:

@@ -302,12 +302,11 @@ def in_batches(
     count = len(next(iter(feeds.values())))
     if count == 0:  # `run` says what is wrong with it
         return dict(run(dict(feeds)))
-    if batch is None and not about.profiles:
-        batch = about.batch or min(count, MOST_IMAGES)
+    takes_any = about.batch is None and not about.profiles
     results: dict[str, NDArray[Any]] = {}
     first = 0
     while first < count:
-        size = batch or about.next_batch(count - first)
+        size = batch or about.next_batch(min(count - first, MOST_IMAGES) if takes_any else count - first)
         slots = np.arange(first, first + size) % count
         for name, values in run({key: value[slots] for key, value in feeds.items()}).items():
             results.setdefault(name, np.empty((count, *values.shape[1:]), values.dtype))[slots] = values

@@ -62,7 +62,11 @@ class Runtime:
         return self._missing() or self.own_reasons()
 
     def _missing(self) -> list[str]:
-        if importlib.util.find_spec(self.package) is None:
+        try:
+            is_installed = importlib.util.find_spec(self.package) is not None
+        except (ImportError, ValueError):  # of a package in a package that is missing
+            is_installed = False
+        if not is_installed:
             source = f"dat-deploy[{self.extra}]" if self.extra else self.package
             return [f"package {self.package} is not installed: pip install '{source}'"]
         return []

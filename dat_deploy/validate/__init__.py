@@ -53,7 +53,7 @@ def validate(
 
     Args:
         engine: `[RUNTIME:]TARGET`, see `open_runner`; or one that is open, whose passport is then left alone.
-        checkpoint: what the engine was exported from; without one, see `load_weights`.
+        checkpoint: what the engine was exported from; without one, see `Family.weights`.
         images: photographs of your own; without any, those in scikit-image's wheel.
         data: a folder of images, labelled or not, see `open_data_set`; `limit`: at most so many of them.
         strict_data: let an image of `data` that cannot be read be an error; otherwise it is counted and left out.
@@ -155,7 +155,7 @@ def validate(
         accuracy=first.accuracy,
         drift=first.drift,
         gates=limits,
-        file_sha256=None if about.path is None else hashlib.sha256(about.path.read_bytes()).hexdigest(),
+        file_sha256=_sha256(about.path),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         version=tool_version(),
         skipped=tuple(name for name in CHECKS if name in skip),
@@ -171,6 +171,11 @@ def _data(engine: EngineOutline | EngineDescription, folder: Path, limit: int | 
             f"{engine.name} is a backbone and classifies nothing; leave `data` out, or validate an engine with logits."
         )
     return open_data_set(folder, engine.network.answer.class_names, limit)
+
+
+def _sha256(path: Path | None) -> str | None:
+    """None of what is no file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else None
 
 
 def _identity(about: EngineDescription) -> str | None:

@@ -94,7 +94,7 @@ class _Search:
         self.network_blocks = list(family_of(self.about.network).blocks(self.about.network))
         if not self.network_blocks:
             raise DatDeployError(
-                f"a network of {self.about.network.family} cannot be cut into blocks, so none is found."
+                f"a network of family '{self.about.family}' cannot be cut into blocks, so none is found."
             )
         self.blocks = sum(any(step.operator != "" for step in block.steps) for block in self.network_blocks)
         self.limit = int(2 * math.log2(self.blocks or len(self.network_blocks)) + 4)
@@ -387,7 +387,7 @@ class _Parts:
         first, last = operators[0], operators[-1]
         names = set(dict(steps[last].inputs).values()) - set(dict(steps[first].inputs).values())
         sources = [step for step in (*steps[first + 1 : last], *steps[:first]) if step.name in names]
-        return cls(steps[: first + 1], steps[last], steps[last + 1 :], sources)
+        return cls(steps[: first + 1], steps[last], steps[last + 1 :], sources) if len(sources) > 1 else None
 
 
 def _worst_case(block: Block) -> int:

@@ -307,6 +307,9 @@ class CoordinatesCheck(CheckKind):
         sampled = {block.name: block for block in about.network.sampled_blocks}
         blocks = family_of(about.network).blocks(about.network)
         steps = {(block.name, step.operator): (block, step) for block in blocks for step in block.steps}
+        if not all((r.name.partition("/")[0], r.operator) in steps for r in records):
+            detail = f"its family, {about.family}, does not say what its operators are fed with"
+            return [self.row("coordinates", None, FP32_TOLERANCE, detail)]
         precision = PRECISIONS[about.answer_precision]
         worst: dict[str, Check] = {}
         for record in records:

@@ -75,9 +75,9 @@ def engine_locations(
     if model is None:
         return None
     tensors = {
-        record.name.partition("/")[0]: record.inputs["sampling_locations"]
-        for record in operator_records(model.metadata_props)
-        if record.operator == "deformable_sample"
+        record.name.partition("/")[0]: record.locations[0]
+        for record in reversed(operator_records(model.metadata_props))  # of a module, the first
+        if record.locations
     }
     if set(tensors) != {block.name for block in blocks}:
         return None

@@ -82,6 +82,10 @@ class _Misbehaving(Runner):
         right = {name: values.copy() for name, values in self._inner.outputs(images_nchw).items()}
         return self._misbehave(images_nchw, right)
 
+    @property
+    def takes_graphs(self) -> bool:
+        return self._inner.takes_graphs
+
     def open_graph(self, onnx_model: bytes) -> Graph:
         return self._inner.open_graph(onnx_model)
 

@@ -29,7 +29,7 @@ class Reference(PytorchRunner):
     """
 
     def __init__(self, about: EngineDescription, checkpoint: Path | None) -> None:
-        with_points = any(name.startswith("sampling_locations") for name in about.outputs)
+        with_points = any(block.locations in about.outputs for block in about.network.sampled_blocks)
         name = f"pytorch:{about.variant}"
         super().__init__(about.network, name, checkpoint=checkpoint, sampled_points=with_points)
         self._answers: dict[Hashable, Any] = {}

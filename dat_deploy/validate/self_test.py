@@ -62,7 +62,7 @@ def self_test(
 
     Args:
         engine: `[RUNTIME:]FILE.onnx` in fp32; by default `demo`, exported for this.
-        checkpoint: what it was exported from; without one, see `load_weights`.
+        checkpoint: what it was exported from; without one, see `Family.weights`.
         progress: called with the name of each fault.
 
     Raises:

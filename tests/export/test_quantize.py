@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import platform
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from dat_deploy import api
 from dat_deploy.engine.tensorrt.library import Log, import_tensorrt
 from dat_deploy.engine.tensorrt.network import parsed_network
+from dat_deploy.environment import cpu_flags
 from dat_deploy.errors import DatDeployError, ExportError, ImageError, OutputError, UnsupportedError
 from dat_deploy.export import export, read_metadata, relower
 from dat_deploy.export.quantize import METHODS, QuantizeReport, quantize
@@ -389,6 +391,10 @@ def test_backbone_of_dynamic_size_is_quantized_at_the_size_of_its_preprocessing(
         assert np.abs(got[name] - values).mean() <= ALLOWED * values.std()  # noise, on scales of pictures
 
 
+@pytest.mark.skipif(
+    platform.machine() == "x86_64" and not {"avx_vnni", "avx512_vnni"} & set(cpu_flags()),
+    reason="ONNX Runtime's int8 products saturate on an x86 CPU without VNNI",
+)
 def test_validate_passes_an_int8_file_and_says_that_its_accuracy_needs_data(report):
     found = api.validate(str(report.path), images=photographs(2), batches=[1, 2])
     assert found.passed, found.verdict

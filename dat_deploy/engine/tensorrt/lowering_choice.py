@@ -151,8 +151,8 @@ def try_lowerings(
     images = np.random.default_rng(0).standard_normal((batch, 3, *small.image_size)).astype(np.float32)
     exact = _eager(family.module(small, weights).double(), small, images)
     eager = family.module(small, weights)
-    if precision != "fp32":
-        eager = family.rounded(eager, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+    if PRECISIONS[precision].is_half:
+        eager = family.rounded(eager, PRECISIONS[precision].dtype)
     tolerances = _tolerances(precision, _eager(eager, small, images), exact)
     verdicts = []
     with tempfile.TemporaryDirectory() as folder:
@@ -212,9 +212,8 @@ def _eager(model: torch.nn.Module, network: Network, images: NDArray[np.float32]
 
 def _tolerances(precision: str, rounded: Outputs, exact: Outputs) -> dict[str, float]:
     """Twice the error of eager PyTorch in that precision, on the same images."""
-    least = (
-        0.0 if PRECISIONS[precision].is_half else 1e-4
-    )  # two orders of summation differ by more than one does from exact
+    # two orders of summation differ by more than one does from exact
+    least = 0.0 if PRECISIONS[precision].is_half else 1e-4
     return {name: max(least, 2 * float(np.abs(rounded[name] - exact[name]).max())) for name in exact}
 
 
