@@ -331,8 +331,8 @@ def family_of(network: Network) -> Family:
         if isinstance(network, family.network_type):
             return family
     raise VariantError(
-        f"no family has networks of type {type(network).__name__}, as '{network.name}' is; a package names its family by "
-        f"an entry point of the group {ENTRY_POINTS}."
+        f"no family has networks of type {type(network).__name__}, as '{network.name}' is; a package names its family "
+        f"by an entry point of the group {ENTRY_POINTS}."
     )
 
 

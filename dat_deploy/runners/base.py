@@ -289,8 +289,9 @@ def in_batches(
 ) -> dict[str, NDArray[Any]]:
     """What `run` gives for N images, called with batches that the engine takes.
 
-    They are as large as it takes; of an engine that takes any, MOST_IMAGES at most. A batch that is not full is filled
-    up with the first images again; of an image that is in several slots, the last answer counts.
+    They are as large as it takes; of an engine that takes any, MOST_IMAGES at most, and all alike, for some compile anew
+    for each. A batch that is not full is filled up with the first images again; of an image that is in several slots, the
+    last answer counts.
 
     Args:
         feeds: by name, [N, ...] each, with any N from one on.
@@ -302,11 +303,12 @@ def in_batches(
     count = len(next(iter(feeds.values())))
     if count == 0:  # `run` says what is wrong with it
         return dict(run(dict(feeds)))
-    takes_any = about.batch is None and not about.profiles
+    if batch is None and not about.profiles:
+        batch = about.batch or min(count, MOST_IMAGES)
     results: dict[str, NDArray[Any]] = {}
     first = 0
     while first < count:
-        size = batch or about.next_batch(min(count - first, MOST_IMAGES) if takes_any else count - first)
+        size = batch or about.next_batch(count - first)
         slots = np.arange(first, first + size) % count
         for name, values in run({key: value[slots] for key, value in feeds.items()}).items():
             results.setdefault(name, np.empty((count, *values.shape[1:]), values.dtype))[slots] = values
