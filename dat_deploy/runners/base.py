@@ -289,9 +289,9 @@ def in_batches(
 ) -> dict[str, NDArray[Any]]:
     """What `run` gives for N images, called with batches that the engine takes.
 
-    They are as large as it takes; of an engine that takes any, MOST_IMAGES at most, and all alike, for some compile anew
-    for each. A batch that is not full is filled up with the first images again; of an image that is in several slots, the
-    last answer counts.
+    They are as large as it takes; of an engine that takes any, MOST_IMAGES at most, and all alike, as some compile anew
+    for each size. A batch that is not full is filled up with the first images again; of an image that is in several
+    slots, the last answer counts.
 
     Args:
         feeds: by name, [N, ...] each, with any N from one on.
