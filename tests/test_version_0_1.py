@@ -177,13 +177,14 @@ def test_the_tensors_that_a_file_of_0_1_lists_are_in_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_tensor_that_bisect_looks_for_is_listed_in_a_file_of_0_1(name: str) -> None:
-    boundaries: Any = importlib.import_module("dat_deploy.export.boundaries")  # what `bisect` runs depends on the fault
+    family: Any = importlib.import_module("dat_deploy.networks.family")  # what `bisect` runs depends on the fault
     listed = properties(GOLDEN / name)
-    blocks = boundaries.network_blocks(api.inspect(GOLDEN / name).metadata.network)
+    network = api.inspect(GOLDEN / name).metadata.network
+    blocks = family.family_of(network).blocks(network)
     steps = [step for block in blocks for step in block.steps]
     assert {step.ends for step in steps if step.ends} == set(listed["dat_deploy.boundaries"])
     operators = {(entry["name"].partition("/")[0], entry["operator"]) for entry in listed["dat_deploy.operators"]}
-    inside = {(block.name, step.name) for block in blocks for step in block.steps if step.is_operator}
+    inside = {(block.name, step.name) for block in blocks for step in block.steps if step.operator}
     assert inside == operators
 
 

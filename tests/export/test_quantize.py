@@ -36,6 +36,11 @@ PRODUCTS = ("MatMul", "Gemm", "Conv")
 # weights alike; through two products in each of a dozen residual branches that adds up to 5% of what comes out.
 ALLOWED = 0.1
 
+needs_vnni = pytest.mark.skipif(
+    platform.machine() == "x86_64" and not {"avx_vnni", "avx512_vnni"} & set(cpu_flags()),
+    reason="ONNX Runtime's int8 products saturate on an x86 CPU without VNNI",
+)
+
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -255,6 +260,7 @@ def preprocessed(path: Path) -> np.ndarray:
     return preprocess(read_image(path), MINI.preprocessing)
 
 
+@needs_vnni
 def test_logits_stay_close_on_onnx_runtime_and_openvino(files, reports, pictures):
     images = np.stack([preprocessed(path) for path in sorted(pictures.rglob("*/*.png"))[1::5]])
     expected = logits(files["function"], images)
@@ -391,10 +397,7 @@ def test_backbone_of_dynamic_size_is_quantized_at_the_size_of_its_preprocessing(
         assert np.abs(got[name] - values).mean() <= ALLOWED * values.std()  # noise, on scales of pictures
 
 
-@pytest.mark.skipif(
-    platform.machine() == "x86_64" and not {"avx_vnni", "avx512_vnni"} & set(cpu_flags()),
-    reason="ONNX Runtime's int8 products saturate on an x86 CPU without VNNI",
-)
+@needs_vnni
 def test_validate_passes_an_int8_file_and_says_that_its_accuracy_needs_data(report):
     found = api.validate(str(report.path), images=photographs(2), batches=[1, 2])
     assert found.passed, found.verdict

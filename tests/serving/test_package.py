@@ -455,10 +455,10 @@ def refusal(kind: type[DatDeployError], *arguments: Any, **options: Any) -> str:
 
 def test_missing_files_are_told(tmp_path: Path) -> None:
     assert refusal(EngineBuildError, [tmp_path / "a.engine"], tmp_path / "m") == (
-        f"there is no file {tmp_path}/a.engine. Build one with: dat-deploy build tiny.onnx"
+        f'there is no file {tmp_path}/a.engine. Build one with: `build("tiny.onnx")`'
     )
     assert refusal(ExportError, [tmp_path / "a.onnx"], tmp_path / "m") == (
-        f"there is no file {tmp_path}/a.onnx. Export one with: dat-deploy export --variant tiny --output a.onnx"
+        f'there is no file {tmp_path}/a.onnx. Export one with: `export(variant="tiny", output="a.onnx")`'
     )
     assert refusal(EngineBuildError, [], tmp_path / "m") == (
         "no engine to package; give one, such as `engines=['tiny.onnx']`."
