@@ -383,6 +383,7 @@ def test_fixed_batch_is_filled_up_with_images_that_change_no_range(files, pictur
         assert scales[0][name] == pytest.approx(scales[1][name], rel=1e-4)  # sums in another order
 
 
+@needs_vnni
 def test_backbone_of_dynamic_size_is_quantized_at_the_size_of_its_preprocessing(mini_pp, pictures, tmp_path):
     stages = tuple(replace(stage, blocks=stage.blocks[-1]) for stage in mini_pp.stages)
     network: Variant = replace(mini_pp, stages=stages).with_image_size(64, 96).as_backbone((1, 3))
