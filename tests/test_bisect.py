@@ -26,6 +26,7 @@ from dat_deploy.export.boundaries import block_boundaries
 from dat_deploy.export.records import operator_records
 from dat_deploy.networks.dat.boundaries import network_blocks
 from dat_deploy.networks.dat.checkpoint import load_model, official_state_dict_shapes
+from dat_deploy.networks.dat.model import DAT
 from dat_deploy.networks.dat.variants import VARIANTS, StageConfig, Variant
 from dat_deploy.runners import EngineDescription, Runner, onnxruntime_runner, open_runner, openvino_runner
 from dat_deploy.validate.bisect import bisect
@@ -398,7 +399,7 @@ def test_boundaries_hold_what_pytorch_has_there(precision, lowering, network, ch
     records = {tuple(r.name.split("/")): r for r in operator_records(properties)}
     tensors = {}
     for step, block in steps.items():
-        if step.is_operator:
+        if step.operator:
             tensors[step] = records[block.name, step.name].output
         elif step.side == "locations":
             tensors[step] = records[block.name, "deformable_sample"].inputs["sampling_locations"]
@@ -581,7 +582,7 @@ def test_every_step_of_a_network_is_listed(letters):
         StageConfig(8 << i, blocks, 1, offset_groups=1, offset_stride=1, **shared) for i, blocks in enumerate(letters)
     )
     variant = replace(VARIANTS["demo"], stages=stages)
-    model_modules = dict(library.DAT(variant).named_modules())
+    model_modules = dict(DAT(variant).named_modules())
     for block in network_blocks(variant):
         assert all(step.module in model_modules for step in block.steps)
         assert all(step.ends in model_modules for step in block.steps if step.ends)
