@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -113,3 +114,14 @@ def test_a_page_that_exists_is_refused_before_any_work(run, demo_onnx: Path, tmp
     assert (code, out) == (1, [])
     assert str(page) in err[-1]
     assert page.read_text() == "mine"
+
+
+def test_a_page_names_options_as_the_terminal_does(run, demo_onnx: Path, tmp_path: Path) -> None:
+    model = onnx.load(demo_onnx)
+    next(entry for entry in model.metadata_props if entry.key == "dat_deploy.precision").value = '"int8"'
+    onnx.save(model, tmp_path / "int8.onnx")
+    code, out, _ = run("validate", "--engine", tmp_path / "int8.onnx", *QUICK, "--html", tmp_path / "page.html")
+    assert code == 2  # nothing of it is quantized
+    sentence = "what eight bits cost shows on images alone: give --data"
+    assert any(sentence in line for line in out)
+    assert sentence in (tmp_path / "page.html").read_text()

@@ -1,5 +1,6 @@
 """Is the answer still the same? Networks, and the preprocessing before them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,7 +141,9 @@ def validate(
             from dat_deploy.validate.page import write_page
 
             stages.begin("drawing the page")
-            write_page(report, html, force=force)
+            rows = tuple(replace(row, detail=in_shell(row.detail)) for row in report.checks)
+            worded = replace(report, checks=rows, notes=tuple(map(in_shell, report.notes)))
+            write_page(worded, html, force=force)
         out.print(f"page: {html}")
     print_notes(report.notes)
     if report.differs and report.engine.file_kind == "exported":
