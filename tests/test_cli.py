@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import onnx
@@ -31,7 +32,6 @@ from PIL import ExifTags, Image
 from typer.core import TyperCommand, TyperGroup
 
 from dat_deploy import cli
-from dat_deploy.commands import convert
 from dat_deploy.export import LOWERINGS, export
 from dat_deploy.images.photographs import photographs
 from dat_deploy.networks.dat.checkpoint import official_state_dict_shapes
@@ -459,10 +459,10 @@ def test_wrong_usage_is_a_user_error_and_not_a_wrong_answer(words: list[str], na
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bug(_: str) -> Variant:
+    def bug(*_: object, **__: object) -> NoReturn:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(convert, "get_variant", bug)
+    monkeypatch.setattr("dat_deploy.export.export", bug)
     monkeypatch.setattr(sys, "argv", ["dat-deploy", "export", "--variant", "tiny"])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(RuntimeError, match="a bug"):

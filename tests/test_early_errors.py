@@ -935,13 +935,17 @@ def test_inspecting_an_exported_file_prints_what_is_in_it_and_loads_nothing_slow
 
 
 @pytest.mark.parametrize("words", [INSPECT + " --force", EARLY["validate missing"][0], EARLY["bench variant"][0]])
-def test_it_takes_under_1_s(words: str, folder: Path) -> None:
-    command = [sys.executable, "-c", "from dat_deploy.cli import main; main()", *words.format(folder=folder).split()]
-
-    def seconds() -> float:
+def test_it_takes_little_more_than_to_import_its_libraries(words: str, folder: Path) -> None:
+    def seconds(code: str, *arguments: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, check=False, capture_output=True)  # noqa: S603  # our own interpreter and code
+        subprocess.run([sys.executable, "-c", code, *arguments], check=False, capture_output=True)  # noqa: S603  # ours
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert statistics.median(seconds() for _ in range(3)) < 1  # of a processor, whoever else is busy
+    arguments = words.format(folder=folder).split()
+    ratios = [
+        seconds("from dat_deploy.cli import main; main()", *arguments)
+        / seconds("import numpy, onnx, pydantic, rich.console, typer")
+        for _ in range(3)
+    ]
+    assert statistics.median(ratios) < 3  # 1.5 to 2.1 here; importing torch makes it 5 and more

@@ -75,7 +75,7 @@ def parse_engine(engine: str) -> tuple[Runtime, str]:
         DatDeployError: if there is no such runtime, or no way to tell one.
     """
     name, colon, target = engine.partition(":")
-    is_own = name in RUNTIMES or any(row.opens and engine.endswith(row.opens) for row in RUNTIMES.values())
+    is_own = name in RUNTIMES if colon else any(row.opens and engine.endswith(row.opens) for row in RUNTIMES.values())
     table = RUNTIMES if is_own else runtimes()  # others' are loaded only where none of these will do
     if not colon:
         rows = [row for row in table.values() if row.opens and engine.endswith(row.opens)]
