@@ -106,9 +106,12 @@ def _translations() -> dict[Callable[..., object], Callable[..., object]]:
     """What torch.onnx makes of each torch operator."""
 
     def gelu(x: _Value, approximate: str = "none") -> _Value:
-        """The order of factors that ONNX Runtime's and TensorRT's fusions look for; torch's own differs."""
+        """An order of factors that ONNX Runtime's and TensorRT's fusions look for; torch's own differs.
+
+        The half comes first: `x * (1 + erf)` is twice `x`, which float16 does not hold from 32768 on.
+        """
         assert approximate == "none"
-        return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, math.sqrt(2.0))), 1.0)), 0.5)  # type: ignore[no-any-return]  # untyped library
+        return op.Mul(op.Mul(x, 0.5), op.Add(op.Erf(op.Div(x, math.sqrt(2.0))), 1.0))  # type: ignore[no-any-return]  # untyped library
 
     table: dict[Callable[..., object], Callable[..., object]] = {torch.ops.aten.gelu.default: gelu}
     for name in OPERATORS:

@@ -21,16 +21,18 @@ from dat_deploy.plugins.operator import specification
 from dat_deploy.plugins.specification import Role
 from dat_deploy.precision import EXPORTED, PRECISIONS
 
-__all__ = ["cast_graph", "nodes_in_another_precision", "polymorphic_body", "value_types"]
+__all__ = ["MOVES", "cast_graph", "nodes_in_another_precision", "polymorphic_body", "value_types"]
 
 FLOAT = ir.DataType.FLOAT
 _NAMES = {ir.DataType(PRECISIONS[name].onnx_type): name for name in EXPORTED}
 
 # Computes nothing, so it has the type of its data, whatever that is.
-_MOVES = frozenset({
+MOVES = frozenset({
     "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice",
     "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
 })  # fmt: skip
+
+_PRODUCT_SCALE = 64.0
 
 _Types = dict[ir.Value, ir.DataType]
 
@@ -66,6 +68,9 @@ def polymorphic_body(body: onnx.FunctionProto) -> onnx.FunctionProto:
     the first input, as is the output. Products with interpolation weights or selections are not of this kind. Sampling
     locations and bias tables come in float32 whatever the node's type. One body serves all types, since TensorRT and
     OpenVINO know one a name.
+
+    The product of query with key is made of a query that is 2^6 times smaller, and multiplied up again in float32: its
+    softmax is representable whatever it is, but float16 ends at 65504. A power of two rounds nothing.
     """
     function = ir.serde.deserialize_function(body)
     _BodyRetyping(function).run()
@@ -308,7 +313,7 @@ class _GraphRetyping(_Retyping):
         if node.domain == DOMAIN_NAME:
             roles = specification(node.op_type).roles.values()
             return [FLOAT if role.stays_float32 else self.half for role in roles if role is not Role.INDICES]
-        dtype = self.type_of_data(values) if node.op_type in _MOVES else self.half
+        dtype = self.type_of_data(values) if node.op_type in MOVES else self.half
         return [dtype] * len(values)
 
     def convert(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node) -> ir.Value:
@@ -375,11 +380,46 @@ class _BodyRetyping(_Retyping):
         types.update(dict.fromkeys(self.carries_data, half))
         super().__init__(function.graph, types, half)
 
+    def run(self) -> None:
+        super().run()
+        for node in list(self.graph):
+            widening = [
+                reader
+                for reader, _ in node.outputs[0].uses()
+                if reader.op_type == "Cast" and reader.attributes["to"].as_int() == FLOAT
+            ]
+            if node.op_type == "MatMul" and self.types[node.outputs[0]] == self.half and widening:
+                self._scale_product(node, widening)
+
+    def _scale_product(self, product: ir.Node, widening: Sequence[ir.Node]) -> None:
+        """Of a first factor that is rounded from float32; what widens the result scales it back."""
+        first = product.inputs[0]
+        rounding = None if first is None else first.producer()
+        if rounding is None or rounding.op_type != "CastLike":
+            return
+        exact = rounding.inputs[0]
+        assert exact is not None
+        rounding.replace_input_with(0, self._scaled(exact, 1 / _PRODUCT_SCALE, rounding, before=True))
+        for cast in widening:
+            (wide,) = cast.outputs
+            readers = list(wide.uses())
+            scaled = self._scaled(wide, _PRODUCT_SCALE, cast, before=False)
+            for reader, index in readers:
+                reader.replace_input_with(index, scaled)
+
+    def _scaled(self, value: ir.Value, factor: float, place: ir.Node, *, before: bool) -> ir.Value:
+        constant = ir.node("Constant", [], {"value_float": factor})
+        product = ir.node("Mul", [value, constant.outputs[0]])
+        insert = self.graph.insert_before if before else self.graph.insert_after
+        insert(place, [constant, product])
+        self.types.update({constant.outputs[0]: FLOAT, product.outputs[0]: FLOAT})
+        return product.outputs[0]
+
     def input_types(self, node: ir.Node, values: Sequence[ir.Value]) -> list[ir.DataType]:
         carrying = [value in self.carries_data for value in values]
         if any(carrying):
             self.carries_data.update(filter(self._is_float, node.outputs))
-        if node.op_type in _MOVES:
+        if node.op_type in MOVES:
             return [self.type_of_data(values)] * len(values)
         is_product_of_data = node.op_type == "MatMul" and all(carrying)
         return [self.half if is_product_of_data else FLOAT] * len(values)

@@ -64,12 +64,14 @@ class Output:
         shape: without the batch, for images of the network's size.
         sides: the axes of `shape` that follow the image's height and width, if any do.
         stride: of a map, pixels of the image a side of one of its pixels.
+        channel_axis: of `shape`, along which every element is a quantity of its own: a class, a channel, y or x.
     """
 
     name: str
     shape: tuple[int, ...]
     sides: tuple[int, ...] = ()
     stride: int = 1
+    channel_axis: int = 0
 
 
 class Network(abc.ABC):
@@ -285,6 +287,10 @@ class Family(abc.ABC):
             UnsupportedError: if the family has none.
         """
         raise UnsupportedError(f"networks of family '{self.name}' have no half precision in PyTorch.")
+
+    def quantized(self, module: "torch.nn.Module", images: "torch.Tensor") -> "torch.nn.Module | None":
+        """The same as int8 files are, with ranges seen on `images`, see `networks.quantized`; None if it has none."""
+        return None
 
 
 def families() -> Iterator[Family]:

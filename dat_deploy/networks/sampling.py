@@ -1,5 +1,6 @@
 """Sampling locations as places in the picture."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,11 @@ class SampledBlock:
         sides = np.array(self.feature_map)
         strides = np.array(self.image_size) / sides
         return np.asarray(((locations.astype(np.float64) + 1) / 2 * (sides - 1) + 0.5) * strides - 0.5)
+
+    @property
+    def extent_px(self) -> float:
+        """From one corner of the feature map to the opposite, in its pixels: two points are no further apart in it."""
+        return math.hypot(self.feature_map[0] - 1, self.feature_map[1] - 1)
 
     def distances_px(self, first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
         """[..., 2] locations twice -> [...], in pixels of the feature map: -1 to 1 are H - 1 of them."""

@@ -184,6 +184,11 @@ class EngineDescription(EngineOutline):
         of_file = self.file_precision or self.precision
         return of_file if self.precision == "fp32" or of_file == "int8" else self.precision
 
+    @property
+    def judged_in(self) -> str | None:
+        """What it computes in, where that is wider than what its answers were rounded to, for which it cannot vouch."""
+        return self.precision if self.precision != self.answer_precision and self.answer_precision != "int8" else None
+
     def at_image_size(self, height: int, width: int) -> "EngineDescription":
         """The same engine as it is with images of another size; raises ShapeError as `network_at`."""
         network = self.network_at(height, width)

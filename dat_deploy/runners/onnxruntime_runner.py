@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dat_deploy.environment import available_cores
 from dat_deploy.errors import EngineBuildError, EngineRunError, UnsupportedError
 from dat_deploy.metadata import FileMetadata, read_metadata
+from dat_deploy.precision import FULL, PRECISIONS
 from dat_deploy.runners.base import Graph, Images, Outputs, Runner, describe, no_plugin_here
 from dat_deploy.runners.runtime import Runtime
 
@@ -23,7 +24,7 @@ __all__ = ["RUNTIMES", "OnnxruntimeRunner"]
 
 
 class OnnxruntimeRunner(Runner):
-    """An exported file on ONNX Runtime, in the file's precision; its CPU has no kernels for bfloat16."""
+    """An exported file on ONNX Runtime; its CPU computes float16 in float32, and has no kernels for bfloat16."""
 
     def __init__(
         self,
@@ -61,7 +62,8 @@ class OnnxruntimeRunner(Runner):
             runtime="onnxruntime-cuda" if cuda else "onnxruntime",
             runtime_version=ort.__version__,
             device="cuda" if cuda else "cpu",
-            precision=metadata.precision,
+            # its CPU kernels are float32's, between casts, whatever half precision the file has
+            precision=FULL.name if PRECISIONS[metadata.precision].is_half and not cuda else metadata.precision,
             threads=self._threads,
             path=path,
         )

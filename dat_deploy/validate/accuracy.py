@@ -16,6 +16,7 @@ from dat_deploy.runners import EngineDescription, Runner
 from dat_deploy.validate.check import Check
 from dat_deploy.validate.gates import Gates
 from dat_deploy.validate.statistics import mcnemar_p, wilson_interval
+from dat_deploy.validate.tolerance import Tolerance
 
 __all__ = ["Accuracy", "Flip", "Share", "Side", "accuracy_rows", "compare_on_data"]
 
@@ -82,6 +83,7 @@ class Accuracy:
         only_engine, only_reference: images that one side alone gets right; mcnemar_p: see `mcnemar_p`.
         agreement: images on which the first classes are the same.
         largest_error, mean_error, p999_error: of the absolute differences of all logits.
+        scaled_error: the largest in the scales of the classes, see `Tolerance`.
         least_cosine: of the angles between the two sides' logits of an image.
         not_finite: images for which the engine gives NaN or infinity; they count as wrong, and as flips.
         unreadable: files that are no image, and why; they are left out of all the rest.
@@ -97,6 +99,7 @@ class Accuracy:
     mcnemar_p: float | None
     agreement: Share
     flips: tuple[Flip, ...]
+    scaled_error: float
     largest_error: float
     mean_error: float
     p999_error: float
@@ -111,6 +114,7 @@ def compare_on_data(
     reference: Runner,
     about: EngineDescription,
     data: DataSet,
+    scale: Callable[[Logits], Tolerance] = lambda _: Tolerance.absolute(0.0, ""),
     *,
     strict: bool = False,
     progress: Callable[[int, int], None] = lambda count, total: None,
@@ -119,6 +123,7 @@ def compare_on_data(
 
     Args:
         about: the engine at the image size of the comparison; its preprocessing is that of both sides.
+        scale: of the classes, from the reference's logits [N, classes]; by default 1.
         strict: let an image that cannot be read be an error.
         progress: called with the number of images done, and of all.
 
@@ -147,9 +152,8 @@ def compare_on_data(
         progress(indices[-1] + 1, len(data.images))
     if not positions:
         raise DatDeployError(f"none of the {len(unreadable)} images of '{data.folder}' can be read: {unreadable[0][1]}")
-    accuracy = _compared(
-        about, data, positions, np.concatenate(engine_parts), np.concatenate(reference_parts), unreadable
-    )
+    answers = np.concatenate(reference_parts)
+    accuracy = _compared(about, data, positions, np.concatenate(engine_parts), answers, unreadable, scale(answers))
     seconds["own"] = time.perf_counter() - start - sum(seconds.values())
     accuracy.seconds.update(seconds)
     return accuracy
@@ -162,12 +166,12 @@ def _timed(runner: Runner, images: NDArray[np.float32], seconds: dict[str, float
     return logits
 
 
-def accuracy_rows(accuracy: Accuracy, gates: Gates, tolerance: float) -> list[Check]:
+def accuracy_rows(accuracy: Accuracy, gates: Gates, tolerance: Tolerance) -> list[Check]:
     """What was found, held to the gates; `tolerance` is of the logits."""
     rows = []
 
-    def row(name: str, error: float, limit: float, detail: str, unit: str, *, in_numbers: bool = False) -> None:
-        rows.append(Check("data", name, None, error, limit, detail, unit, in_numbers))
+    def row(name: str, error: float, limit: float, detail: str, unit: str, basis: str = "the gate") -> None:
+        rows.append(Check("data", name, None, error, limit, detail, unit, name == "logits on data", basis))
 
     if accuracy.engine is not None and accuracy.reference is not None:
         for name, engine, reference, gate in (
@@ -191,7 +195,7 @@ def accuracy_rows(accuracy: Accuracy, gates: Gates, tolerance: float) -> list[Ch
     detail = f"mean {accuracy.mean_error:.1e}, p99.9 {accuracy.p999_error:.1e}"
     if accuracy.not_finite:
         detail = f"NaN or infinity for {accuracy.not_finite} images"
-    row("logits on data", accuracy.largest_error, tolerance, detail, "", in_numbers=True)
+    row("logits on data", accuracy.scaled_error, tolerance.allowed, detail, tolerance.unit, tolerance.basis)
     row("cosine on data", 1 - accuracy.least_cosine, gates.cosine_distance, f"least {accuracy.least_cosine:.8f}", "")
     if accuracy.unreadable:
         total = accuracy.images + len(accuracy.unreadable)
@@ -241,6 +245,7 @@ def _compared(
     engine: Logits,
     reference: Logits,
     unreadable: list[tuple[Path, str]],
+    scale: Tolerance,
 ) -> Accuracy:
     names = about.network.answer.class_names
     finite = _finite(engine)
@@ -282,6 +287,7 @@ def _compared(
         mcnemar_p=None if data.labels is None else mcnemar_p(only_engine, only_reference),
         agreement=Share.of(of_engine == first),
         flips=tuple(sorted(flips, key=_surest_first)),
+        scaled_error=scale.error(engine, reference) if finite.all() else float("nan"),
         largest_error=float(errors.max()) if finite.all() else float("nan"),
         mean_error=float(errors.mean()) if errors.size else float("nan"),
         p999_error=p999,

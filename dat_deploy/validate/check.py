@@ -13,9 +13,9 @@ class Check:
     Attributes:
         kind: of `CHECKS`, which found it.
         batch: images in the call; None where there is no batch to speak of.
-        error: what was seen: the largest absolute difference, or what `unit` says; None if the check could not run,
-            `detail` then says why.
-        tolerance: what it may be.
+        error: what was seen: the largest absolute difference, or what `unit` says, such as `spread`: so many times as
+            much as answers to different images spread; None if the check could not run, `detail` then says why.
+        tolerance: what it may be; basis: what that was derived from, empty where it is a rule.
         in_numbers: it is about the numbers that the engine gives, in which `bisect` finds the place.
     """
 
@@ -27,6 +27,7 @@ class Check:
     detail: str
     unit: str = ""
     in_numbers: bool = False
+    basis: str = ""
 
     @property
     def share(self) -> float:

@@ -1,35 +1,42 @@
 """The two sides of a validation at one image size, and what the engine is held to there."""
 
+import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 
-from dat_deploy.errors import DatDeployError
+from dat_deploy.errors import VerificationError
 from dat_deploy.images.data_set import DataSet
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import preprocess_files
-from dat_deploy.precision import PRECISIONS
+from dat_deploy.precision import PRECISIONS, Precision
 from dat_deploy.progress import Progress
 from dat_deploy.runners import EngineDescription, Outputs, Runner
 from dat_deploy.runners.base import Images
 from dat_deploy.validate.accuracy import Accuracy
-from dat_deploy.validate.defaults import FP32_TOLERANCE, PHOTOGRAPHS
+from dat_deploy.validate.defaults import FP32_TOLERANCE, OF_FLOAT32, OF_INT8, OF_LOWER, PHOTOGRAPHS
 from dat_deploy.validate.drift import BlockDrift, Locations, engine_locations, network_locations
 from dat_deploy.validate.gates import Gates
 from dat_deploy.validate.reference import Reference
 from dat_deploy.validate.stress import stress_images
+from dat_deploy.validate.tolerance import Tolerance, spread_between
 
 __all__ = ["Comparison"]
 
-# PyTorch has no eager int8 to compare with. Half the spread of the logits is far more than eight bits cost a sound
-# network and less than a mixed-up slot or a swapped axis does; what eight bits cost is judged on labelled data.
-INT8_SHARE_OF_SPREAD = 0.5
+# Without one: more than eight bits cost a sound network, less than a mixed-up slot or a swapped axis does.
+INT8_SPREADS = 0.5
+# Units in the last place of the answer: a class that is switched off by a bias of -1e4 has nothing else to differ by.
+ULPS_OF_FLOAT32, ULPS_OF_LOWER = 4.0, 2.0
+# A spread of fewer is an accident: stress images then count, too.
+LEAST_IMAGES = 4
+OF_DATA = 4.0
 
 
 @dataclass
@@ -43,6 +50,7 @@ class Comparison:
         asked_tolerance: of every output; None for the default.
         data: see `compare_on_data`; strict_data, data_progress: likewise.
         accuracy, drift: for the report, where a check leaves them.
+        engine_answers: the engine's to the photographs, by batch, as far as they were asked for.
     """
 
     runner: Runner
@@ -57,6 +65,7 @@ class Comparison:
     progress: Progress
     data_progress: Callable[[int, int], None]
     accuracy: Accuracy | None = None
+    engine_answers: dict[int, Outputs] = field(default_factory=dict)
     drift: tuple[BlockDrift, ...] = ()
 
     @cached_property
@@ -65,9 +74,12 @@ class Comparison:
 
     @cached_property
     def expected(self) -> Outputs:
-        """PyTorch's answers to the photographs."""
+        """PyTorch's answers to the photographs; raises VerificationError if one is not finite."""
         self.progress("PyTorch")
-        return _joined([self.reference.answers(image[None]) for image in self.photos])
+        answers = [self.reference.answers(image[None]) for image in self.photos]
+        for index, answer in enumerate(answers):
+            self._check_finite(answer, f"photograph {index + 1}")
+        return _joined(answers)
 
     @cached_property
     def stress(self) -> dict[str, Images]:
@@ -75,46 +87,192 @@ class Comparison:
 
     @cached_property
     def stress_expected(self) -> dict[str, Outputs]:
-        return {label: self.reference.answers(image) for label, image in self.stress.items()}
+        """As `expected`."""
+        answers = {label: self.reference.answers(image) for label, image in self.stress.items()}
+        for label, answer in answers.items():
+            self._check_finite(answer, f"stress image '{label}'")
+        return answers
+
+    def _check_finite(self, outputs: Outputs, image: str) -> None:
+        for name, values in outputs.items():
+            if not np.isfinite(values).all():
+                raise VerificationError(
+                    f"{self.reference.description.name} itself gives NaN or infinity as {name} of {image}, so no "
+                    f"engine can be judged by it. Check the checkpoint."
+                )
 
     @cached_property
-    def tolerances(self) -> dict[str, float]:
-        """One an output: what is much for attention is little for a logit."""
-        if self.asked_tolerance is not None:
-            return dict.fromkeys(self.about.outputs, self.asked_tolerance)
-        expected = _joined([self.expected, *self.stress_expected.values()])
-        precision = PRECISIONS[self.about.answer_precision]
-        if not precision.is_exported:
-            return {name: INT8_SHARE_OF_SPREAD * float(values.std()) for name, values in self.expected.items()}
-        if not precision.is_half:
-            return dict.fromkeys(expected, FP32_TOLERANCE)
-        images = np.concatenate([self.photos, *self.stress.values()])
-        errors = self.reference.remembered(("errors", *self.lowered), images, lambda: self._errors(images, expected))
-        for name, error in errors.items():
-            if not math.isfinite(error):
-                raise DatDeployError(
-                    f"eager PyTorch in {precision.name} overflows at {name}, so its error is no measure. "
-                    f"Say what is allowed: `tolerance={FP32_TOLERANCE:g}`"
-                )
-        return {name: 2 * error for name, error in errors.items()}
-
-    def _errors(self, images: Images, expected: Outputs) -> dict[str, float]:
-        """The largest of eager PyTorch in the engine's half precision, by output; NaN where it is one."""
-        network, takes = self.reference.rounded(*self.lowered)
-        worst = dict.fromkeys(expected, 0.0)
-        with torch.inference_mode():
-            for i, image in enumerate(torch.from_numpy(images)):
-                outputs = network(image[None].to(takes))
-                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-                for (name, exact), rounded in zip(expected.items(), outputs, strict=True):
-                    error = float(np.abs(rounded[0].float().numpy() - exact[i]).max())
-                    worst[name] = float(np.maximum(worst[name], error))  # NaN stays
-        return worst
+    def precision(self) -> Precision:
+        """That the answers were rounded to."""
+        return PRECISIONS[self.about.answer_precision]
 
     @property
-    def lowered(self) -> tuple[torch.dtype, bool]:
-        """The half precision that the engine computes in, and whether it rounds the locations, too."""
-        return PRECISIONS[self.about.answer_precision].dtype, self.about.rounds_locations
+    def is_full(self) -> bool:
+        """Whether nothing is rounded to less than float32."""
+        return self.precision.is_exported and not self.precision.is_half
+
+    @property
+    def factor(self) -> float:
+        """How many times PyTorch's own error an engine may have."""
+        if self.is_full:
+            return OF_FLOAT32
+        return OF_LOWER if self.precision.is_half else OF_INT8
+
+    @cached_property
+    def distinct(self) -> Outputs:
+        """PyTorch's answers to images that are to be told apart: the photographs, and where they are few, all."""
+        if len(self.photos) >= LEAST_IMAGES:
+            return self.expected
+        return _joined([self.expected, *self.stress_expected.values()])
+
+    @cached_property
+    def scales(self) -> dict[str, Tolerance]:
+        """Of each output: how far its answers to different images spread, and units in the last place."""
+        return {name: self._scale(name, answers) for name, answers in self.distinct.items()}
+
+    def _scale(self, output: str, answers: NDArray[np.float32]) -> Tolerance:
+        axes = {each.name: each.channel_axis for each in self.about.network.outputs(sampled_points=True)}
+        ulps = ULPS_OF_LOWER if self.precision.is_half else ULPS_OF_FLOAT32
+        return spread_between(answers, axes[output], self.precision, ulps=ulps)
+
+    @cached_property
+    def tolerances(self) -> dict[str, Tolerance]:
+        """Of each output on photographs: what is much for attention is little for a logit."""
+        return self._tolerances(self.photos, self.expected)
+
+    @cached_property
+    def stress_tolerances(self) -> dict[str, Tolerance]:
+        return self._tolerances(
+            np.concatenate(list(self.stress.values())), _joined(list(self.stress_expected.values()))
+        )
+
+    @cached_property
+    def default_tolerances(self) -> dict[str, Tolerance]:
+        """As `tolerances` where none is asked for."""
+        return self._derived(self.photos, self.expected)
+
+    def _tolerances(self, images: Images, expected: Outputs) -> dict[str, Tolerance]:
+        if self.asked_tolerance is not None:
+            return dict.fromkeys(expected, Tolerance.absolute(self.asked_tolerance, "`tolerance`"))
+        return self._derived(images, expected)
+
+    def _derived(self, images: Images, expected: Outputs) -> dict[str, Tolerance]:
+        if self.is_full:
+            basis = f"{FP32_TOLERANCE:g} of the spread between images"
+            return {name: self._capped(name, FP32_TOLERANCE, basis) for name in expected}
+        name = self.precision.name
+        if self.lowered is None:
+            basis = f"{INT8_SPREADS:g} of the spread between images"
+            return {output: self._capped(output, INT8_SPREADS, basis) for output in expected}
+        errors = self._lowered_errors(images, expected)
+        basis = f"{self.factor:g} times the error of eager PyTorch in {name}"
+        return {output: self._capped(output, self.factor * error, basis) for output, error in errors.items()}
+
+    def _lowered_errors(self, images: Images, expected: Outputs) -> dict[str, float]:
+        assert self.lowered is not None
+        what = ("errors", self.precision.name, self.about.rounds_locations)
+        return self._errors(what, *self.lowered, images, expected)
+
+    @property
+    def lowered_errors(self) -> list[dict[str, float]]:
+        """Of eager PyTorch in the engine's lower precision, by output, in scales: on photographs, on stress images."""
+        stress = np.concatenate(list(self.stress.values()))
+        return [
+            self._lowered_errors(self.photos, self.expected),
+            self._lowered_errors(stress, _joined(list(self.stress_expected.values()))),
+        ]
+
+    def widened(self, tolerance: Tolerance, name: str, *, stress: bool = False) -> Tolerance:
+        """For an answer that is outside: in float32, as much as float32 itself errs in this network, if that is more.
+
+        Most networks need none of it, and it takes PyTorch longer than all the rest.
+        """
+        if not self.is_full or not tolerance.unit:
+            return tolerance
+        allowed = self.factor * self._float32_errors[stress][name]
+        if not allowed > tolerance.allowed:
+            return tolerance
+        return self._capped(name, allowed, f"{self.factor:g} times float32's own error against float64")
+
+    def data_scale(self, answers: NDArray[np.float32]) -> Tolerance:
+        """Of logits on a data set, to whose images PyTorch gives `answers` [N, classes]."""
+        tolerance = self.tolerances["logits"]
+        few = len(answers) < LEAST_IMAGES
+        return tolerance if not tolerance.unit or few else self._scale("logits", answers)
+
+    @property
+    def data_tolerance(self) -> Tolerance:
+        """The same with what is allowed; thousands of images find rarer inputs than the photographs."""
+        tolerance = self.tolerances["logits"]
+        if not tolerance.unit or self.is_full:
+            return tolerance
+        return tolerance.at(OF_DATA * tolerance.allowed, f"{OF_DATA:g} times what the photographs are held to")
+
+    def nearest_images(self, outputs: Outputs, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        """For each answer, the photograph whose own is nearest, of those that differ from that of its own, `order`."""
+        nearest = order.copy()
+        kept = np.zeros((len(order), len(self.photos)))
+        apart = np.zeros(kept.shape, bool)
+        for name, expected in self.expected.items():
+            scale = self.scales[name]
+            kept += np.square(scale.distances(outputs[name], expected))
+            allowed = max(self.default_tolerances[name].allowed, 0)
+            for row, own in enumerate(order):
+                apart[row] |= np.array([scale.error(other, expected[own]) > 2 * allowed for other in expected])
+        for row, own in enumerate(order):
+            others = np.flatnonzero(apart[row])
+            if others.size and not kept[row, own] <= kept[row, others].min():
+                nearest[row] = others[kept[row, others].argmin()]
+        return nearest
+
+    def _capped(self, name: str, allowed: float, basis: str) -> Tolerance:
+        if not math.isfinite(allowed):  # NaN is no tolerance either
+            allowed, basis = math.inf, f"eager PyTorch, which overflows in {self.precision.name}"
+        return self.scales[name].at(max(allowed, FP32_TOLERANCE), basis).capped(self.distinct[name])
+
+    @cached_property
+    def _in_float64(self) -> torch.nn.Module:
+        return copy.deepcopy(self.reference.model).double()
+
+    @cached_property
+    def _float32_errors(self) -> dict[bool, dict[str, float]]:
+        """Of eager PyTorch, against itself in float64, on the stress images and on the photographs."""
+        exact = (self._in_float64, torch.float64)
+        stress = np.concatenate(list(self.stress.values()))
+        self.progress("PyTorch in float64")
+        return {
+            False: self._errors("float64", *exact, self.photos, self.expected),
+            True: self._errors("float64", *exact, stress, _joined(list(self.stress_expected.values()))),
+        }
+
+    def _errors(
+        self, what: Hashable, network: torch.nn.Module, takes: torch.dtype, images: Images, expected: Outputs
+    ) -> dict[str, float]:
+        """By how much another network differs from PyTorch, by output, in scales; NaN where it is one."""
+
+        def compute() -> dict[str, NDArray[np.float64]]:
+            with torch.inference_mode():
+                results = [network(image[None].to(takes)) for image in torch.from_numpy(images)]
+            parts = [result if isinstance(result, tuple) else (result,) for result in results]
+            joined = (torch.cat(each).double().numpy() for each in zip(*parts, strict=True))
+            return dict(zip(expected, joined, strict=True))
+
+        answers = self.reference.remembered(what, images, compute)
+        # what is left will be multiplied, as is what was left out
+        scales = {name: replace(scale, floor=scale.floor / self.factor) for name, scale in self.scales.items()}
+        return {name: scales[name].error(answers[name], values) for name, values in expected.items()}
+
+    @cached_property
+    def lowered(self) -> tuple[torch.nn.Module, torch.dtype] | None:
+        """The network in the engine's lower precision, and the type of its images; None in float32, and where its
+        family has none.
+        """
+        if self.precision.is_half:
+            return self.reference.rounded(self.precision.dtype, self.about.rounds_locations)
+        if self.is_full:
+            return None
+        quantized = self.reference.quantized(self.photos)
+        return None if quantized is None else (quantized, torch.float32)
 
     @cached_property
     def drift_images(self) -> Images:
@@ -129,12 +287,21 @@ class Comparison:
         return self.reference.remembered("locations", images, lambda: network_locations(network, model, images))
 
     @cached_property
-    def rounded_locations(self) -> dict[str, Locations]:
-        """The same in the engine's half precision."""
+    def lowered_locations(self) -> dict[str, Locations] | None:
+        """The same in the engine's lower precision, if there is a `lowered`."""
+        if self.lowered is None:
+            return None
+        return self._locations(("locations", self.precision.name, self.about.rounds_locations), *self.lowered)
+
+    @cached_property
+    def exact_locations(self) -> dict[str, Locations]:
+        """The same in float64."""
+        return self._locations("float64 locations", self._in_float64, torch.float64)
+
+    def _locations(self, what: Hashable, network: torch.nn.Module, takes: torch.dtype) -> dict[str, Locations]:
         images = self.drift_images
-        half, takes = self.reference.rounded(*self.lowered)
         return self.reference.remembered(
-            ("locations", *self.lowered), images, lambda: network_locations(self.about.network, half, images, takes)
+            what, images, lambda: network_locations(self.about.network, network, images, takes)
         )
 
     @cached_property

@@ -28,7 +28,8 @@ class BlockDrift:
 
     Attributes:
         block: `stages.2.attns.1`.
-        allowed: what the largest may be.
+        allowed: what `judged` may be: the largest, but for the share `left_out` of the points; basis: what it was
+            derived from.
     """
 
     block: str
@@ -37,13 +38,16 @@ class BlockDrift:
     p99: float
     largest: float
     allowed: float
+    basis: str = ""
+    left_out: float = 0.0
+    judged: float = math.nan
 
     @property
     def share(self) -> float:
-        """The largest as a share of what is allowed; infinite where it is NaN."""
-        if self.largest == 0:
+        """`judged` as a share of what is allowed; infinite where it is NaN."""
+        if self.judged == 0:
             return 0.0
-        return self.largest / self.allowed if self.allowed and not math.isnan(self.largest) else math.inf
+        return self.judged / self.allowed if self.allowed and not math.isnan(self.judged) else math.inf
 
 
 def network_locations(
@@ -88,10 +92,20 @@ def engine_locations(
     return locations
 
 
-def block_drift(block: SampledBlock, locations: Locations, expected: Locations, allowed: float) -> BlockDrift:
-    """One row."""
-    distances = block.distances_px(locations, expected)
+def block_drift(
+    block: SampledBlock,
+    locations: Locations,
+    expected: Locations,
+    allowed: float,
+    basis: str = "",
+    left_out: float = 0.0,
+) -> BlockDrift:
+    """One row; NaN counts as infinitely far."""
+    distances = np.nan_to_num(block.distances_px(locations, expected), nan=np.inf)
     if not np.isfinite(distances).all():
-        return BlockDrift(block.name, distances.size, math.nan, math.nan, math.nan, allowed)
-    median, p99 = np.quantile(distances, [0.5, 0.99])
-    return BlockDrift(block.name, distances.size, float(median), float(p99), float(distances.max()), allowed)
+        return BlockDrift(block.name, distances.size, math.nan, math.nan, math.nan, allowed, basis, left_out)
+    median, p99, judged = np.quantile(distances, [0.5, 0.99, 1 - left_out], method="higher")
+    return BlockDrift(
+        block.name, distances.size, float(median), float(p99), float(distances.max()), allowed, basis, left_out,
+        float(judged),
+    )  # fmt: skip

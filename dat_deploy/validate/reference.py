@@ -81,6 +81,13 @@ class Reference(PytorchRunner):
             )
         return self._answers[key], dtype if locations_too else torch.float32
 
+    def quantized(self, images: NDArray[np.float32]) -> torch.nn.Module | None:
+        """The same network in int8, with ranges seen on `images`; None if its family has none."""
+        family = family_of(self.description.network)
+        return self.remembered(
+            "quantized", images, lambda: family.quantized(self.model, torch.from_numpy(images.copy()))
+        )
+
     def close(self) -> None:
         super().close()
         self._answers.clear()

@@ -57,6 +57,11 @@ class ValidationReport:
         failures = [check for check in self.checks if check.passed is False]
         ran = [check for check in self.checks if check.passed is not None]
         less = f"; left out on request: {', '.join(self.skipped)}" if self.skipped else ""
+        if self.engine.judged_in is not None:
+            of_file = self.engine.answer_precision
+            less += (
+                f"; judged in {self.engine.judged_in}, as {self.engine.runtime} computes what the file has in {of_file}"
+            )
         if not ran:
             return f"{self.engine.name} was not compared with {self.reference.name}: no check ran{less}."
         if not failures:

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from dat_deploy.export.boundaries import block_boundaries
 from dat_deploy.export.subgraph import model_up_to
 from dat_deploy.networks.family import Network, family_of
-from dat_deploy.precision import PRECISIONS
 from dat_deploy.runners.base import graph_in_batches
 from dat_deploy.validate.comparison import Comparison
 from dat_deploy.validate.drift import Locations
@@ -68,9 +67,9 @@ def _errors(comparison: Comparison) -> list[BlockError]:
     sources = [(step.module, step.side) for step in ends.values()]
     exact = captured(comparison.reference.model, sources, image)
     rounded = None
-    if PRECISIONS[comparison.about.answer_precision].is_half:
-        half, takes = comparison.reference.rounded(*comparison.lowered)
-        rounded = captured(half, sources, image, takes)
+    if comparison.lowered is not None:
+        lowered, takes = comparison.lowered
+        rounded = captured(lowered, sources, image, takes)
     rows = []
     for block, step in ends.items():
         comparison.progress(f"trace: {block}")

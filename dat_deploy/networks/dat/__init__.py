@@ -55,5 +55,11 @@ class _DatFamily(Family):
         assert isinstance(module, DAT)
         return half_network(module, dtype)
 
+    def quantized(self, module: "torch.nn.Module", images: "torch.Tensor") -> "torch.nn.Module":
+        from dat_deploy.networks.quantized import quantized_network
+
+        # what computes the sampling locations stays as it is
+        return quantized_network(module, images, stays=lambda name: name.endswith(".pointwise"))
+
 
 FAMILY = _DatFamily()

@@ -187,7 +187,10 @@ class Variant(Network):
         ] or [Output("logits", (self.classes,))]
         if sampled_points:
             blocks = self.sampled_blocks
-            outputs += [Output(block.locations, (block.groups, *block.sampled_map, 2), (1, 2)) for block in blocks]
+            outputs += [
+                Output(block.locations, (block.groups, *block.sampled_map, 2), (1, 2), channel_axis=3)
+                for block in blocks
+            ]
             outputs += [Output(block.attention, (block.groups, *block.sampled_map), (1, 2)) for block in blocks]
         return tuple(outputs)
 
