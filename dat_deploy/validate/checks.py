@@ -381,6 +381,31 @@ def _share(layers: dict[str, int], precision: str) -> float:
     return computing.get(precision, 0) / max(1, sum(computing.values()))
 
 
+class WeightsCheck(CheckKind):
+    """The tensors of the file against the checkpoint's: one that is off by little hides in what a precision may err."""
+
+    name = "weights"
+
+    def run(self, comparison: "Comparison") -> Iterator[Check]:
+        from dat_deploy.validate.weights import weight_errors
+
+        model = comparison.onnx_model
+        if model is None:
+            return
+        parameters = comparison.reference.model.state_dict()
+        errors = weight_errors(model, parameters)
+        if not errors.compared:
+            yield self.row(
+                "weights of the file", None, 0.0, "none of its tensors has the name of a parameter", "tensors"
+            )
+            return
+        detail = f"{errors.compared} of {len(parameters)} have the names of the network's parameters"
+        if errors.off:
+            detail += f"; {errors.worst} is off by {errors.steps:.3g} steps of its type"
+        basis = "rounding to the nearest"
+        yield self.row("weights of the file", float(len(errors.off)), 0.0, detail, "tensors", basis=basis)
+
+
 class RangeCheck(CheckKind):
     """Whether half precision holds what the network computes, measured in float32: what runs the file may widen it."""
 
@@ -458,7 +483,7 @@ class RoundingCheck(CheckKind):
         work = gigamacs(comparison.reference.model, comparison.photos[0])
         if work * batch > MOST_GIGAMACS:
             detail = (
-                f"{work:.2g} GMACs are more than the {MOST_GIGAMACS:g} that can be rounded step by step here; build it, "
+                f"{work:.2g} GMACs are more than the {MOST_GIGAMACS:g} that are rounded step by step here; build it, "
                 f"and validate the engine where {comparison.precision.name} is computed"
             )
             yield self.row(name, None, 0.0, detail)
@@ -628,6 +653,7 @@ CHECKS: dict[str, CheckKind] = {
         SlotsCheck(),
         RepeatsCheck(),
         PrecisionCheck(),
+        WeightsCheck(),
         RangeCheck(),
         RoundingCheck(),
         CoordinatesCheck(),

@@ -65,7 +65,8 @@ class ValidationReport:
         if not ran:
             return f"{self.engine.name} was not compared with {self.reference.name}: no check ran{less}."
         if not failures:
-            worst = max(ran, key=lambda check: check.share)
+            # of a tolerance that was lowered to what tells images apart, that is all of what is allowed
+            worst = max([c for c in ran if c.kind != "telling"] or ran, key=lambda check: check.share)
             return (
                 f"{self.engine.name} agrees with {self.reference.name}: {len(ran)} checks passed, the worst is "
                 f"'{worst.name}' at {worst.share:.1%} of what is allowed{self._top1()}{less}."

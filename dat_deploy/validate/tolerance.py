@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dat_deploy.precision import Precision
 
-__all__ = ["TELLS_APART", "Tolerance", "spread_between"]
+__all__ = ["TELLS_APART", "Tolerance", "spread_between", "ulp"]
 
 # No tolerance may take more of the distance between two images' answers: from half of it on, one could be the other.
 TELLS_APART = 1 / 3
@@ -88,14 +88,20 @@ def spread_between(answers: Answers, channel_axis: int, precision: Precision, *,
     exact = answers.astype(np.float64)
     others = tuple(axis for axis in range(exact.ndim) if axis != channel_axis + 1)
     spread = np.sqrt(exact.var(axis=0, keepdims=True).mean(axis=others, keepdims=True))[0]
-    ulp = _ulp(np.abs(exact).max(axis=others, keepdims=True)[0], precision)
-    return Tolerance(np.maximum(spread, ulp), ulps * ulp, 0.0, f"{ulps:g} units in the last place")
+    largest = np.abs(exact).max(axis=others, keepdims=True)[0]
+    step = _step(largest, precision.torch if precision.is_half else "float32")
+    return Tolerance(np.maximum(spread, step), ulps * step, 0.0, f"{ulps:g} units in the last place")
 
 
-def _ulp(values: NDArray[np.float64], precision: Precision) -> NDArray[np.float64]:
-    """The distance to the next number of the type; of float32 where the type is no floating one."""
+def ulp(values: NDArray[Any]) -> NDArray[np.float64]:
+    """From each element to the next number of its type: the unit in the last place."""
+    return _step(np.abs(values.astype(np.float64)), values.dtype.name)
+
+
+def _step(magnitudes: NDArray[np.float64], type_name: str) -> NDArray[np.float64]:
+    """The same of numbers of another type."""
     import torch
 
-    limits = torch.finfo(precision.dtype if precision.is_exported else torch.float32)
-    largest = np.maximum(values, limits.smallest_normal)
+    limits = torch.finfo(getattr(torch, type_name))
+    largest = np.maximum(magnitudes, limits.smallest_normal)
     return np.asarray(limits.eps * np.exp2(np.floor(np.log2(largest))))
