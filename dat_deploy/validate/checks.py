@@ -3,6 +3,7 @@
 import abc
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -245,7 +246,11 @@ class StressCheck(CheckKind):
             comparison.progress(f"stress image: {label}")
             outputs = comparison.runner.outputs(np.repeat(image, batch, axis=0))
             expected = comparison.stress_expected[label]
-            yield self.worst_output(comparison, f"stress image: {label}", batch, outputs, expected, stress=True)
+            row = self.worst_output(comparison, f"stress image: {label}", batch, outputs, expected, stress=True)
+            if row.passed is False and math.isfinite(row.share) and comparison.is_clipped(label):
+                detail = "outside of the range that int8 was calibrated for: eager PyTorch in int8 errs as much"
+                row = replace(row, error=None, detail=detail)
+            yield row
 
 
 class SlotsCheck(CheckKind):

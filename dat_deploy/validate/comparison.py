@@ -37,6 +37,7 @@ ULPS_OF_FLOAT32, ULPS_OF_LOWER = 4.0, 2.0
 # A spread of fewer is an accident: stress images then count, too.
 LEAST_IMAGES = 4
 OF_DATA = 4.0
+SHAKEN = 4  # times that the last bits of an image are changed
 
 
 @dataclass
@@ -173,6 +174,13 @@ class Comparison:
         what = ("errors", self.precision.name, self.about.rounds_locations)
         return self._errors(what, *self.lowered, images, expected)
 
+    def is_clipped(self, label: str) -> bool:
+        """Whether eight bits alone, in eager PyTorch, take a stress image outside of what it may err."""
+        if self.precision.is_exported or self.lowered is None or self.asked_tolerance is not None:
+            return False
+        errors = self._lowered_errors(self.stress[label], self.stress_expected[label])
+        return any(OF_LOWER * error > self.stress_tolerances[name].allowed for name, error in errors.items())
+
     @property
     def lowered_errors(self) -> list[dict[str, float]]:
         """Of eager PyTorch in the engine's lower precision, by output, in scales: on photographs, on stress images."""
@@ -236,14 +244,22 @@ class Comparison:
 
     @cached_property
     def _float32_errors(self) -> dict[bool, dict[str, float]]:
-        """Of eager PyTorch, against itself in float64, on the stress images and on the photographs."""
-        exact = (self._in_float64, torch.float64)
-        stress = np.concatenate(list(self.stress.values()))
+        """Of eager PyTorch on the stress images and on the photographs: against itself in float64, and on images whose
+        last bits differ, which shows what hangs on a bit.
+        """
         self.progress("PyTorch in float64")
+        stress = np.concatenate(list(self.stress.values()))
         return {
-            False: self._errors("float64", *exact, self.photos, self.expected),
-            True: self._errors("float64", *exact, stress, _joined(list(self.stress_expected.values()))),
+            False: self._own_errors(self.photos, self.expected),
+            True: self._own_errors(stress, _joined(list(self.stress_expected.values()))),
         }
+
+    def _own_errors(self, images: Images, expected: Outputs) -> dict[str, float]:
+        noise = np.random.default_rng(0).choice([-1, 0, 1], (SHAKEN, *images.shape)).astype(np.float32)
+        errors = [self._errors("float64", self._in_float64, torch.float64, images, expected)]
+        for shaken in images * (1 + noise * np.finfo(np.float32).eps):
+            errors.append(self._errors("shaken", self.reference.model, torch.float32, shaken, expected))
+        return {name: float(np.max([each[name] for each in errors])) for name in expected}
 
     def _errors(
         self, what: Hashable, network: torch.nn.Module, takes: torch.dtype, images: Images, expected: Outputs

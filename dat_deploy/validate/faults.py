@@ -20,7 +20,7 @@ from dat_deploy.validate import ValidationReport, validate
 from dat_deploy.validate.defaults import SELF_TEST_BATCHES
 from dat_deploy.validate.reference import Reference
 
-__all__ = ["FAULTS", "Fault", "faulty_report", "lacks"]
+__all__ = ["FAULTS", "Fault", "Misbehaving", "faulty_report", "lacks"]
 
 
 _SAMPLING = "deformable blocks"
@@ -67,11 +67,11 @@ def faulty_report(
         ir.save(model, path)
         engine = engine_with_path(engine, path)
     with open_runner(engine) as runner:
-        tested = runner if fault.misbehave is None else _Misbehaving(runner, fault.misbehave)
+        tested = runner if fault.misbehave is None else Misbehaving(runner, fault.misbehave)
         return validate(tested, batches=SELF_TEST_BATCHES, skip=skip, reference=reference)
 
 
-class _Misbehaving(Runner):
+class Misbehaving(Runner):
     """A runtime with a fault of its own."""
 
     def __init__(self, inner: Runner, misbehave: Callable[[Images, Outputs], Outputs]) -> None:
@@ -220,9 +220,30 @@ def _bias_tables(model: ir.Model) -> list[ir.Value]:
 
 
 def _truncate_weights(model: ir.Model) -> None:
-    largest = max(model.graph.initializers.values(), key=lambda v: 0 if v.const_value is None else v.const_value.size)
+    largest = _largest_weight(model)
     assert largest.const_value is not None
     _set_weight(largest, 0.0, largest.const_value.size // 2)
+
+
+def _alter_weights(model: ir.Model) -> None:
+    """Of one layer, whatever the precision: every sign."""
+    names = (name for name in model.graph.initializers if name.endswith(("/MatMul/input_1", "/weight")))
+    weight = model.graph.initializers[next(names)]
+    assert weight.const_value is not None
+    weight.const_value = ir.tensor(-weight.const_value.numpy(), name=weight.name)
+
+
+def _alter_a_weight(model: ir.Model) -> None:
+    """By a tenth of the largest, of which nothing may show in the answers."""
+    weight = _largest_weight(model)
+    assert weight.const_value is not None
+    values = weight.const_value.numpy().copy()
+    values.reshape(-1)[0] += np.abs(values).max() / 10
+    weight.const_value = ir.tensor(values, name=weight.name)
+
+
+def _largest_weight(model: ir.Model) -> ir.Value:
+    return max(model.graph.initializers.values(), key=lambda v: 0 if v.const_value is None else v.const_value.size)
 
 
 def _set_weight(weight: ir.Value, number: float, first: int) -> None:
@@ -257,6 +278,10 @@ def _last_slot_wrong(images: Images, right: Outputs) -> Outputs:
         for values in right.values():
             values[-1] = values[-2]
     return right
+
+
+def _answers_moved(_: Images, right: Outputs) -> Outputs:
+    return {name: np.roll(values, 1, axis=0) for name, values in right.items()}
 
 
 def _leaks_between_images(images: Images, right: Outputs) -> Outputs:
@@ -310,6 +335,8 @@ FAULTS = (
     Fault("LayerNorm epsilon", "1e-3, TensorFlow's default, for 1e-5", _change_epsilon, needs="LayerNormalization"),
     Fault("stale bias table", "a block's table as before training: zeros", _forget_bias_table, needs="bias tables"),
     Fault("truncated weights", "the second half of the largest tensor is zeros", _truncate_weights),
+    Fault("weights altered", "one layer's with the other sign", _alter_weights),
+    Fault("a weight altered", "one of all, by a tenth of the largest", _alter_a_weight),
     Fault("classes reversed", "labels in another order than logits", _reverse_classes),
     Fault(
         "precision not as asked",
@@ -318,6 +345,7 @@ FAULTS = (
         needs="half precision in PyTorch",
     ),
     Fault("one slot wrong", "the last image of a batch gets its neighbour's answer", None, _last_slot_wrong),
+    Fault("answers moved", "each image of a batch gets its neighbour's answer", None, _answers_moved),
     Fault("images leak", "each image's answer depends a little on the others'", None, _leaks_between_images),
     Fault("NaN", "an overflow, on very bright images alone", None, _nan_where_bright),
     Fault("runs differ", "the last bits change from run to run", None, _differs_by_run()),

@@ -13,7 +13,7 @@ from dat_deploy.plugins.onnx_domain import operator_nodes
 from dat_deploy.precision import Precision
 from dat_deploy.runners import Runner
 
-__all__ = ["TensorRange", "half_ranges", "modules_to_keep"]
+__all__ = ["TensorRange", "half_ranges", "modules_to_keep", "widen"]
 
 FLOAT = ir.DataType.FLOAT
 
@@ -56,7 +56,7 @@ def half_ranges(
     if not values:
         return []
     found = [(_name(value), _modules(value)) for value in values]
-    _widen(model, half)
+    widen(model, half)
     run = runner.open_graph(_with_statistics(model, values, precision))
     batch = runner.description.batch or runner.description.least_batch
     rows = np.stack([run({"image": np.repeat(image[None], batch, axis=0)}) for image in images])
@@ -99,7 +99,7 @@ def _modules(value: ir.Value) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(node.name).partition("/")[0] for node in nodes if node is not None))
 
 
-def _widen(model: ir.Model, half: ir.DataType) -> None:
+def widen(model: ir.Model, half: ir.DataType) -> None:
     """In place of the half precision float32."""
     for weight in model.graph.initializers.values():
         if weight.dtype == half and weight.const_value is not None:
