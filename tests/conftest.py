@@ -29,7 +29,7 @@ from dat_deploy.export import export, onnx_model, relower
 from dat_deploy.networks.dat.checkpoint import load_model
 from dat_deploy.networks.dat.model import DAT
 from dat_deploy.networks.dat.variants import VARIANTS, StageConfig, Variant
-from dat_deploy.networks.family import Network
+from dat_deploy.networks.family import Network, family_called
 from dat_deploy.runners import open_runner
 from dat_deploy.validate.reference import Reference, open_reference
 
@@ -348,3 +348,15 @@ def call_main(
         return subprocess.CompletedProcess(arguments, stop.value.code, text, errors)
 
     return run
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`toy_family.py` as another package would bring it, by an entry point."""
+    shutil.copy(Path(__file__).parent / "toy_family.py", tmp_path)
+    about = tmp_path / "toy_family-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-family\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[dat_deploy.families]\ntoy = toy_family:FAMILY\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return family_called("toy")

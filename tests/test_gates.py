@@ -11,6 +11,9 @@ from dat_deploy.images.data_set import DataSet
 from dat_deploy.validate import Check, ValidationReport
 from dat_deploy.validate.accuracy import Accuracy, Flip, Share, Side, accuracy_rows
 from dat_deploy.validate.gates import Gates, default_gates
+from dat_deploy.validate.tolerance import Tolerance
+
+TOLERANCE = Tolerance.absolute(1e-4, "a test")
 
 
 def share(count: int, images: int) -> Share:
@@ -29,6 +32,7 @@ def accuracy(images: int, engine: int, reference: int, flips: int = 0, **changes
         mcnemar_p=1.0,
         agreement=share(images - flips, images),
         flips=(flip,) * flips,
+        scaled_error=0.0,
         largest_error=0.0,
         mean_error=0.0,
         p999_error=0.0,
@@ -41,7 +45,7 @@ def accuracy(images: int, engine: int, reference: int, flips: int = 0, **changes
 
 
 def verdicts(found: Accuracy, gates: Gates) -> dict[str, bool | None]:
-    return {row.name: row.passed for row in accuracy_rows(found, gates, 1e-4)}
+    return {row.name: row.passed for row in accuracy_rows(found, gates, TOLERANCE)}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +66,7 @@ def test_a_gate_that_was_set_holds_for_a_single_image() -> None:
 
 
 def test_an_engine_that_is_better_loses_nothing() -> None:
-    rows = accuracy_rows(accuracy(1000, 950, 900), default_gates("fp16"), 1e-4)
+    rows = accuracy_rows(accuracy(1000, 950, 900), default_gates("fp16"), TOLERANCE)
     assert next(row.error for row in rows if row.name == "top-1 lost") == 0
 
 
@@ -77,14 +81,14 @@ def test_flips_are_held_to_the_precision(precision: str, flips: int, passes: boo
 
 def test_nan_fails_every_row_that_it_reaches() -> None:
     nan = float("nan")
-    found = accuracy(10_000, 9_999, 10_000, 1, largest_error=nan, least_cosine=nan, not_finite=1)
+    found = accuracy(10_000, 9_999, 10_000, 1, scaled_error=nan, largest_error=nan, least_cosine=nan, not_finite=1)
     failed = {name for name, passed in verdicts(found, default_gates("fp32")).items() if passed is False}
     assert failed == {"logits on data", "cosine on data"}
 
 
 def test_unreadable_images_are_held_to_their_gate() -> None:
     found = accuracy(98, 98, 98, unreadable=((Path("a.png"), "torn"), (Path("b.png"), "torn")))
-    row = next(row for row in accuracy_rows(found, default_gates("fp32"), 1e-4) if row.name == "unreadable images")
+    row = next(row for row in accuracy_rows(found, default_gates("fp32"), TOLERANCE) if row.name == "unreadable images")
     assert (row.error, row.passed) == (2.0, False)
     assert row.detail == "2 of 100 left out: a.png, b.png"
     assert verdicts(found, default_gates("fp32", {"unreadable": 2}))["unreadable images"] is True

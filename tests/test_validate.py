@@ -40,15 +40,21 @@ def test_right_file_passes_every_check(report):
     assert [(check.name, check.batch) for check in report.checks] == [
         ("preprocessing", None),
         *((("photographs", batch)) for batch in (1, 3)),
+        ("images told apart", None),
+        *((f"top-{first} kept", None) for first in (1, 5)),
         *((f"stress image: {name}", 1) for name in ("zero", "bright", "checkerboard", "noise")),
         *((name, 3) for name in ("slots: one image in all", "slots: images permuted")),
+        ("slots: own image nearest", None),
         ("batch invariance", None),
         ("repeated runs", 3),
         ("precision of the file", None),
+        ("weights of the file", None),
         *((f"coordinates: {kind}", None) for kind in ("pixels", "half pixels", "border", "outside")),
         ("drift of sampling locations", None),
     ]
-    assert all(check.error is not None and check.error < 1e-5 for check in report.checks)
+    told_apart = next(check for check in report.checks if check.kind == "telling")
+    assert told_apart.error < 0.1  # %
+    assert all(check.error is not None and check.error < 3e-5 for check in report.checks if check != told_apart)
 
 
 def test_report_is_json_that_says_the_verdict(report):
@@ -94,7 +100,7 @@ def test_fault_in_the_file_is_caught(lowering, change, demo_lowerings, demo_refe
     with pytest.raises(VerificationError) as error:
         report.raise_if_failed()
     assert str(error.value) == report.verdict
-    sentence = f"differs from pytorch:demo: {len(failed(report))} of 14 checks failed, first 'photographs' at batch 1"
+    sentence = f"differs from pytorch:demo: {len(failed(report))} of 18 checks failed, first 'photographs' at batch 1"
     assert sentence in str(error.value)
     assert json.loads(report.to_json())["passed"] is False
 
@@ -120,7 +126,7 @@ def test_runtime_that_mixes_up_slots_is_caught_only_by_batches(demo_onnx, demo_r
     monkeypatch.setattr(library, "open_runner", lambda *a, **k: _MixesSlots(open_runner(*a, **k)))
     assert validate(str(demo_onnx), images=photographs(2), batches=[1], reference=demo_reference).passed
     report = validate(str(demo_onnx), images=photographs(2), batches=[1, 2], reference=demo_reference)
-    assert failed(report) == {"photographs", "slots: images permuted"}
+    assert failed(report) >= {"photographs", "slots: images permuted", "slots: own image nearest"}
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

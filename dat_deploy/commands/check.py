@@ -72,7 +72,8 @@ def validate(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            "--tolerance", help="Largest error of an output. Default: 1e-4; fp16, bf16: twice that of eager PyTorch."
+            "--tolerance",
+            help="Largest error of an output as it stands. Default: in shares of the spread between images.",
         ),
     ] = None,
     gate: Annotated[
@@ -125,13 +126,17 @@ def validate(
             progress=stages.begin,
             data_progress=lambda done, of: stages.count(done, of, "data"),
         )
-    table = table_of("check", ">batch", ">error", ">allowed", "verdict", "")
+    table = table_of("check", ">batch", ">error", ">allowed", "verdict", "", "by")
+    bases = list(dict.fromkeys(check.basis for check in report.checks if check.basis))
     for check in report.checks:
         verdict = {True: "ok", False: "FAILED", None: "not run"}[check.passed]
         error = "" if check.error is None else _figure(check.error, check.unit)
         allowed = _figure(check.tolerance, check.unit)
-        table.add_row(check.name, str(check.batch or ""), error, allowed, verdict, in_shell(check.detail))
+        by = str(bases.index(check.basis) + 1) if check.basis else ""
+        table.add_row(check.name, str(check.batch or ""), error, allowed, verdict, in_shell(check.detail), by)
     out.print(table)
+    for number, basis in enumerate(bases, 1):
+        out.print(f"allowed by {number}: {in_shell(basis)}")
     if report.accuracy is not None:
         _print_accuracy(report.accuracy)
     if json_file is not None:
@@ -196,8 +201,8 @@ def _gates(texts: list[str]) -> dict[str, float]:
 
 def _figure(value: float, unit: str) -> str:
     """Small differences in powers of ten, what has a unit as people write it."""
-    if not unit:
-        return f"{value:.2e}"
+    if not unit or unit == "spread":
+        return f"{value:.2e}{'' if not unit else ' spread'}"
     return f"{value:.3g}{'' if unit == '%' else ' '}{unit}"
 
 

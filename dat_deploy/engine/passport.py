@@ -77,6 +77,7 @@ class Verdict:
 
     Attributes:
         batches: that were tried; tolerance, gates: that the user asked for, None for the usual ones.
+        judged_in: the precision that the runtime computed in, where that was wider than the engine's; else None.
     """
 
     passed: bool
@@ -86,6 +87,7 @@ class Verdict:
     batches: tuple[int, ...]
     tolerance: float | None
     gates: dict[str, float] | None = dataclasses.field(default=None, metadata={"optional": True})
+    judged_in: str | None = dataclasses.field(default=None, metadata={"optional": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -60,8 +60,10 @@ def validate(
         batches: batch sizes to try; an engine of a fixed batch is tried at that one.
         image_sizes: (height, width) in pixels to try; by default the engine's own, and where its size is dynamic a
             rectangle as well, since a size that tracing has frozen shows at another one alone.
-        tolerance: largest error of a logit or of an element of another output; by default FP32_TOLERANCE, and in a
-            lower precision twice the largest error of eager PyTorch in that precision.
+        tolerance: largest error of a logit or of an element of another output, as it stands; by default FP32_TOLERANCE
+            of how far PyTorch's answers to different images spread in that class or channel, and in a lower precision
+            twice the error of eager PyTorch in that precision (int8: four times), in the same terms; a third of the
+            distance between two images' answers at most.
         gates: largest values that pass, by name, where they are not to be the defaults; see `Gates`.
         skip: kinds of checks to leave out, of CHECKS; the verdict says so.
         trace: also follow one photograph through the blocks of both sides, for a page; see `Trace`.
@@ -195,7 +197,9 @@ def _recorded(
     batches = tuple(
         sorted({check.batch for check in report.checks if check.batch is not None and check.passed is not None})
     )
-    verdict = Verdict(report.passed, report.verdict, date, checks, batches, tolerance, dict(gates) if gates else None)
+    asked = dict(gates) if gates else None
+    judged_in = report.engine.judged_in
+    verdict = Verdict(report.passed, report.verdict, date, checks, batches, tolerance, asked, judged_in)
     try:
         record_verdict(report.engine.path, verdict, identity)
     except (OutputError, PassportError) as error:

@@ -13,12 +13,11 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from dat_deploy.errors import DatDeployError
+from dat_deploy.errors import DatDeployError, VerificationError
 from dat_deploy.export.boundaries import block_boundaries
 from dat_deploy.export.records import OperatorRecord, operator_records
 from dat_deploy.export.subgraph import model_up_to, operator_model
 from dat_deploy.images.photographs import photographs
-from dat_deploy.images.preprocess import preprocess_files
 from dat_deploy.networks.family import Block, Step, family_of
 from dat_deploy.networks.operators import operator_weights
 from dat_deploy.plugins.eager import eager_output
@@ -28,10 +27,12 @@ from dat_deploy.progress import Progress
 from dat_deploy.runners import Runner, open_runner
 from dat_deploy.runners.base import Graph, graph_in_batches
 from dat_deploy.validate.bisect_report import PHOTOGRAPHS, BisectReport, Run
+from dat_deploy.validate.comparison import Comparison, joined
 from dat_deploy.validate.defaults import FP32_TOLERANCE
+from dat_deploy.validate.gates import default_gates
 from dat_deploy.validate.hooks import captured
+from dat_deploy.validate.overflow import first_overflow, kept_in_fp32
 from dat_deploy.validate.reference import Reference, open_reference
-from dat_deploy.validate.stress import stress_images
 
 __all__ = ["find_difference"]
 
@@ -113,9 +114,13 @@ class _Search:
                 f"edited. Export it again with: `export(variant={self.about.variant!r})`"
             )
         paths = list(images) if images else photographs(PHOTOGRAPHS)
-        self.images = preprocess_files(paths, self.about.preprocessing)
+        gates = default_gates(self.about.answer_precision)
+        self.comparison = Comparison(
+            runner, reference, self.about, paths, (1,), tolerance, gates, None, False, progress, lambda *_: None
+        )
+        self.images = self.comparison.photos
         if not images:
-            self.images = np.concatenate([self.images, *stress_images(self.about.image_size).values()])
+            self.images = np.concatenate([self.images, *self.comparison.stress.values()])
         precision = PRECISIONS[self.about.answer_precision]
         if tolerance is None and not precision.is_exported:
             raise DatDeployError(
@@ -147,28 +152,23 @@ class _Search:
     def wrong_output(self) -> str | None:
         """The first output of the engine itself that is outside its tolerance."""
         self.progress("the whole engine")
-        expected: dict[str, list[Array]] = {name: [] for name in self.about.outputs}
-        rounded: dict[str, float] = dict.fromkeys(expected, 0.0)
-        networks, lowered = self.networks(), (self.dtype, self.about.rounds_locations)
-
-        def answers(image: Array) -> list[list[Array]]:
-            return [_outputs(network, image, dtype) for network, dtype in networks]
-
-        for image in self.images:
-            exact, *lower = self.reference.remembered(("bisect", *lowered), image, functools.partial(answers, image))
-            for name, value in zip(self.about.outputs, exact, strict=True):
-                expected[name].append(value)
-            for (name, values), value in zip(expected.items(), lower[0] if lower else (), strict=bool(lower)):
-                rounded[name] = max(rounded[name], float(np.abs(value - values[-1]).max()))
-        arrays = {name: np.concatenate(values) for name, values in expected.items()}
-        for name, value in arrays.items():
-            self.check_finite(name, value, rounded[name])
+        comparison = self.comparison
         outputs = self.runner.in_batches(self.images)
-        # an output may err as `validate` lets it
-        runs = [
-            Run(name, name, _error(outputs[name], value), max(self.scale, 2 * rounded[name]))
-            for name, value in arrays.items()
-        ]
+        count = len(comparison.photos)
+        parts = [(comparison.tolerances, comparison.expected, slice(count), False)]
+        if len(self.images) > count:
+            stress = joined(list(comparison.stress_expected.values()))
+            parts.append((comparison.stress_tolerances, stress, slice(count, None), True))
+        runs = []
+        for tolerances, expected, part, is_stress in parts:
+            for name, exact in expected.items():
+                tolerance = tolerances[name]
+                if not math.isfinite(tolerance.allowed):
+                    self.check_finite(name, exact, math.inf)
+                error = tolerance.error(outputs[name][part], exact)
+                if not error <= tolerance.allowed:
+                    tolerance = comparison.widened(tolerance, name, stress=is_stress)
+                runs.append(Run(name, name, error, tolerance.allowed))
         wrong = [run for run in runs if not run.passed]
         worst = wrong[0] if wrong else max(runs, key=lambda run: run.error / run.tolerance)
         self.runs.append(worst)
@@ -317,8 +317,8 @@ class _Search:
     def compare(self, sources: Sequence[tuple[str, str]]) -> None:
         """Let PyTorch make the tensors `sources`, and with them what each is allowed.
 
-        In float32 that is FP32_TOLERANCE times the largest element, where that exceeds 1: rounding errors grow with
-        the numbers that are summed, and a residual stream reaches tens.
+        In float32 that is FP32_TOLERANCE times the largest element: rounding errors grow with the numbers that are
+        summed.
         """
         if not sources:
             return
@@ -340,7 +340,7 @@ class _Search:
             value = np.concatenate(values)
             self.check_finite(f"the {source[1]} of {source[0]}", value, rounded[source])
             self.exact[source] = value
-            self.tolerances[source] = max(self.scale * max(1.0, float(np.abs(value).max())), 2 * rounded[source])
+            self.tolerances[source] = max(self.scale * float(np.abs(value).max()), 2 * rounded[source])
 
     def check_finite(self, name: str, exact: Array, rounded: float) -> None:
         if not np.isfinite(exact).all():
@@ -349,9 +349,12 @@ class _Search:
                 f"{self.about.name} with. Check the checkpoint and the images."
             )
         if not math.isfinite(rounded):
-            raise DatDeployError(
-                f"eager PyTorch in {self.about.answer_precision} overflows at {name}, so its error is no measure. "
-                f"Say what is allowed: `tolerance={FP32_TOLERANCE:g}`"
+            assert self.dtype is not None
+            network, takes = self.reference.rounded(self.dtype, self.about.rounds_locations)
+            module = (first_overflow(network, self.images, takes) or (name, 0))[0]
+            raise VerificationError(
+                f"eager PyTorch in {self.about.answer_precision} overflows first in {module}, so it cannot judge "
+                f"{self.about.name}; {kept_in_fp32([module])}."
             )
 
 

@@ -428,6 +428,7 @@ class RangeCheck(CheckKind):
             return
         if about.rounds_locations:  # of a file in another precision
             return
+        from dat_deploy.validate.overflow import kept_in_fp32
         from dat_deploy.validate.ranges import half_ranges, modules_to_keep
 
         comparison.progress("range of each tensor")
@@ -442,17 +443,17 @@ class RangeCheck(CheckKind):
         worst = outside[0] if outside else max(ranges, key=lambda each: each.largest)
         detail = f"{worst.node} holds {worst.largest:.3g}, {precision.name} {limit:.4g}"
         if outside:
-            detail += f"; {_kept_in_fp32(modules_to_keep(outside))}"
+            detail += f"; {kept_in_fp32(modules_to_keep(outside))}"
         yield self.row(name, 100 * worst.largest / limit, 100.0, detail, "%", basis="the largest number of the type")
         lost = [each for each in ranges if each.flushed > MOST_FLUSHED]
         worst = max(lost or ranges, key=lambda each: each.flushed)
         detail = f"{worst.node} is worst" if lost or worst.flushed else "nothing is rounded to zero"
         if lost:
-            detail += f"; {_kept_in_fp32(modules_to_keep(lost))}"
+            detail += f"; {kept_in_fp32(modules_to_keep(lost))}"
         yield self.row(f"flushed in {precision.name}", 100 * worst.flushed, 100 * MOST_FLUSHED, detail, "%")
 
     def _of_pytorch(self, comparison: "Comparison") -> Check:
-        from dat_deploy.validate.overflow import first_overflow
+        from dat_deploy.validate.overflow import first_overflow, kept_in_fp32
 
         name = f"eager PyTorch in {comparison.precision.name}"
         finite = all(math.isfinite(error) for errors in comparison.lowered_errors for error in errors.values())
@@ -463,13 +464,7 @@ class RangeCheck(CheckKind):
         place = first_overflow(comparison.lowered[0], images, comparison.lowered[1])
         module, count = place or ("", len(images))
         detail = f"overflows first in {module or 'the network itself'}"
-        return self.row(name, float(count), 0.0, f"{detail}; {_kept_in_fp32([module] if module else [])}", "images")
-
-
-def _kept_in_fp32(modules: Sequence[str]) -> str:
-    """What to do about a range."""
-    kept = "" if not modules else f"keep it in float32, `export(fp32={list(modules)})`, or "
-    return f'{kept}export with `precision="bf16"`'
+        return self.row(name, float(count), 0.0, f"{detail}; {kept_in_fp32([module] if module else [])}", "images")
 
 
 class RoundingCheck(CheckKind):
@@ -604,12 +599,12 @@ class DriftCheck(CheckKind):
             drift = block.distances_px(comparison.engine_locations[block.name], expected)  # type: ignore[index]  # there are some
             if not drift.max() > LEAST_DRIFT_PX:
                 return min(LEAST_DRIFT_PX, cap), least, 0.0
-            lowered, factor, basis = comparison.exact_locations, OF_FLOAT32, "float32's own against float64"
+            lowered, factor, basis = comparison.exact_locations, OF_FLOAT32, "the drift of float32 against float64"
         elif comparison.lowered_locations is None:
             return min(INT8_DRIFT_PX, cap), f"{INT8_DRIFT_PX:g} px, and a third of the map at most", 0.0
         else:
             lowered, factor = comparison.lowered_locations, ROUNDED_DRIFTS
-            basis = f"that of eager PyTorch in {comparison.precision.name}"
+            basis = f"the drift of eager PyTorch in {comparison.precision.name}"
         own = np.nan_to_num(block.distances_px(lowered[block.name], expected), nan=np.inf)
         allowed = factor * float(own.max()) + LEAST_DRIFT_PX
         thrown = factor * float((factor * own > cap).mean())

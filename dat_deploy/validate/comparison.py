@@ -28,16 +28,17 @@ from dat_deploy.validate.reference import Reference
 from dat_deploy.validate.stress import stress_images
 from dat_deploy.validate.tolerance import Tolerance, spread_between
 
-__all__ = ["Comparison"]
+__all__ = ["Comparison", "joined"]
 
 # Without one: more than eight bits cost a sound network, less than a mixed-up slot or a swapped axis does.
 INT8_SPREADS = 0.5
 # Units in the last place of the answer: a class that is switched off by a bias of -1e4 has nothing else to differ by.
 ULPS_OF_FLOAT32, ULPS_OF_LOWER = 4.0, 2.0
 # A spread of fewer is an accident: stress images then count, too.
-LEAST_IMAGES = 4
+LEAST_IMAGES = 6
 OF_DATA = 4.0
-SHAKEN = 4  # times that the last bits of an image are changed
+# Times that the last bits of an image are changed, and by how much of each element: of what layer after layer rounds.
+SHAKEN, SHAKEN_BY = 4, np.float32(2e-6)
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Comparison:
         answers = [self.reference.answers(image[None]) for image in self.photos]
         for index, answer in enumerate(answers):
             self._check_finite(answer, f"photograph {index + 1}")
-        return _joined(answers)
+        return joined(answers)
 
     @cached_property
     def stress(self) -> dict[str, Images]:
@@ -124,7 +125,7 @@ class Comparison:
         """PyTorch's answers to images that are to be told apart: the photographs, and where they are few, all."""
         if len(self.photos) >= LEAST_IMAGES:
             return self.expected
-        return _joined([self.expected, *self.stress_expected.values()])
+        return joined([self.expected, *self.stress_expected.values()])
 
     @cached_property
     def scales(self) -> dict[str, Tolerance]:
@@ -143,9 +144,7 @@ class Comparison:
 
     @cached_property
     def stress_tolerances(self) -> dict[str, Tolerance]:
-        return self._tolerances(
-            np.concatenate(list(self.stress.values())), _joined(list(self.stress_expected.values()))
-        )
+        return self._tolerances(np.concatenate(list(self.stress.values())), joined(list(self.stress_expected.values())))
 
     @cached_property
     def default_tolerances(self) -> dict[str, Tolerance]:
@@ -187,7 +186,7 @@ class Comparison:
         stress = np.concatenate(list(self.stress.values()))
         return [
             self._lowered_errors(self.photos, self.expected),
-            self._lowered_errors(stress, _joined(list(self.stress_expected.values()))),
+            self._lowered_errors(stress, joined(list(self.stress_expected.values()))),
         ]
 
     def widened(self, tolerance: Tolerance, name: str, *, stress: bool = False) -> Tolerance:
@@ -251,13 +250,13 @@ class Comparison:
         stress = np.concatenate(list(self.stress.values()))
         return {
             False: self._own_errors(self.photos, self.expected),
-            True: self._own_errors(stress, _joined(list(self.stress_expected.values()))),
+            True: self._own_errors(stress, joined(list(self.stress_expected.values()))),
         }
 
     def _own_errors(self, images: Images, expected: Outputs) -> dict[str, float]:
-        noise = np.random.default_rng(0).choice([-1, 0, 1], (SHAKEN, *images.shape)).astype(np.float32)
+        noise = np.random.default_rng(0).uniform(-1, 1, (SHAKEN, *images.shape)).astype(np.float32)
         errors = [self._errors("float64", self._in_float64, torch.float64, images, expected)]
-        for shaken in images * (1 + noise * np.finfo(np.float32).eps):
+        for shaken in images * (1 + SHAKEN_BY * noise):
             errors.append(self._errors("shaken", self.reference.model, torch.float32, shaken, expected))
         return {name: float(np.max([each[name] for each in errors])) for name in expected}
 
@@ -351,5 +350,6 @@ class Comparison:
         return self.onnx_model if self.runner.takes_graphs else None
 
 
-def _joined(parts: Sequence[Outputs]) -> Outputs:
+def joined(parts: Sequence[Outputs]) -> Outputs:
+    """By name, one after another."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

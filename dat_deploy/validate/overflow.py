@@ -1,13 +1,13 @@
 """Where a network in PyTorch first leaves the numbers that its precision has."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["first_overflow"]
+__all__ = ["first_overflow", "kept_in_fp32"]
 
 
 @torch.inference_mode()
@@ -46,3 +46,9 @@ def _is_finite(values: Any) -> bool:
     if isinstance(values, torch.Tensor):
         return not values.is_floating_point() or bool(values.isfinite().all())
     return all(map(_is_finite, values)) if isinstance(values, tuple | list) else True
+
+
+def kept_in_fp32(modules: Sequence[str]) -> str:
+    """What to do about modules whose range half precision does not have."""
+    kept = f"keep it in float32, `export(fp32={list(modules)})`, or " if modules else ""
+    return f'{kept}export with `precision="bf16"`'

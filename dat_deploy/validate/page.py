@@ -57,7 +57,9 @@ def _figure(check: Check, what: str) -> str:
     value = getattr(check, what)
     if value is None:
         return ""
-    return f"{value:.2e}" if not check.unit else f"{value:.3g} {check.unit}"
+    if check.unit in ("", "spread"):
+        return f"{value:.2e} {check.unit}".rstrip()
+    return f"{value:.3g} {check.unit}"
 
 
 def _plots(report: ValidationReport) -> list[tuple[str, str, str]]:

@@ -96,6 +96,7 @@ class ValidationReport:
         del fields["trace"]
         for check, row in zip(self.checks, fields["checks"], strict=True):
             row["passed"] = check.passed
+        fields |= {"judged_in": self.engine.judged_in}
         return json.dumps(_plain({"passed": self.passed, "verdict": self.verdict, **fields}), indent=2) + "\n"
 
     def write(self, path: Path, *, force: bool = False) -> None:
