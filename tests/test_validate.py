@@ -320,8 +320,8 @@ def test_an_unknown_check_cannot_be_skipped(demo_onnx):
     with pytest.raises(DatDeployError) as error:
         validate(str(demo_onnx), skip=["slot"])
     assert str(error.value) == (
-        "there is no check 'slot' to skip; checks are preprocessing, photographs, stress, slots, repeats, precision, "
-        "coordinates, drift, data."
+        "there is no check 'slot' to skip; checks are preprocessing, photographs, telling, decisions, stress, "
+        "slots, repeats, precision, weights, range, rounding, coordinates, drift, data."
     )
 
 

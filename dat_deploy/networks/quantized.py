@@ -45,7 +45,7 @@ def quantized_network(network: nn.Module, images: Tensor, stays: Callable[[str],
         others = tuple(range(1, weight.ndim))
         layer.weight = nn.Parameter(_rounded(weight, weight.abs().amax(others, keepdim=True)), requires_grad=False)
         if layer in largest:
-            layer.register_forward_pre_hook(lambda _, inputs, top=largest[layer]: (_rounded(inputs[0], top),))  # type: ignore[misc]  # a default of a lambda
+            layer.register_forward_pre_hook(lambda _, inputs, top=largest[layer]: (_rounded(inputs[0], top),))
     return copied
 
 

@@ -104,7 +104,8 @@ def block_drift(
     distances = np.nan_to_num(block.distances_px(locations, expected), nan=np.inf)
     if not np.isfinite(distances).all():
         return BlockDrift(block.name, distances.size, math.nan, math.nan, math.nan, allowed, basis, left_out)
-    median, p99, judged = np.quantile(distances, [0.5, 0.99, 1 - left_out], method="higher")
+    median, p99 = np.quantile(distances, [0.5, 0.99])
+    judged = np.quantile(distances, 1 - left_out, method="higher")
     return BlockDrift(
         block.name, distances.size, float(median), float(p99), float(distances.max()), allowed, basis, left_out,
         float(judged),

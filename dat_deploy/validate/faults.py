@@ -227,8 +227,7 @@ def _truncate_weights(model: ir.Model) -> None:
 
 def _alter_weights(model: ir.Model) -> None:
     """Of one layer, whatever the precision: every sign."""
-    names = (name for name in model.graph.initializers if name.endswith(("/MatMul/input_1", "/weight")))
-    weight = model.graph.initializers[next(names)]
+    weight = _largest_weight(model)
     assert weight.const_value is not None
     weight.const_value = ir.tensor(-weight.const_value.numpy(), name=weight.name)
 
