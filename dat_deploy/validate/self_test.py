@@ -76,8 +76,8 @@ def self_test(
     """Put each of FAULTS into an exported file and validate it, but for those that need what the file does not have.
 
     Args:
-        engine: `[RUNTIME:]FILE.onnx` in fp32; by default `demo`, exported for this, and then with weights that are badly
-            scaled, in nine ways, sound and with some of the faults.
+        engine: `[RUNTIME:]FILE.onnx` in fp32; by default `demo`, exported for this, and then with badly scaled weights,
+            in nine ways, sound and with some of the faults.
         checkpoint: what it was exported from; without one, see `Family.weights`.
         progress: called with the name of each fault.
 
