@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from dat_deploy.errors import VerificationError
 from dat_deploy.export import export
+from dat_deploy.images.photographs import photographs
 from dat_deploy.precision import PRECISIONS
 from dat_deploy.runners import open_runner
 from dat_deploy.validate import CHECKS, ValidationReport, validate
@@ -75,8 +76,8 @@ def test_no_tolerance_takes_more_than_a_third_of_the_distance_to_the_nearest_ima
     ]
     cap = scale.cap(ANSWERS)
     assert cap == pytest.approx(TELLS_APART * np.median(np.min(np.reshape(distances, (4, 3)), axis=1)), rel=1e-5)
-    assert scale.at(0.5 * cap, "x").capped(ANSWERS).allowed == 0.5 * cap
-    lowered = scale.at(2 * cap, "x").capped(ANSWERS)
+    assert scale.at(0.5 * cap, "x").capped(cap).allowed == 0.5 * cap
+    lowered = scale.at(2 * cap, "x").capped(cap)
     assert (lowered.allowed, lowered.basis) == (cap, "a third of the distance between images, less than x")
     assert spread_between(np.ones((3, 2), np.float32), 0, FP32, ulps=4).cap(np.ones((3, 2), np.float32)) < 0
 
@@ -95,14 +96,16 @@ def test_nan_is_no_small_error() -> None:
 def validated(toy: Any, tmp_path: Path) -> Callable[..., ValidationReport]:
     """`validated(change, misbehave)` is what is said of the toy with other weights, on a runtime of its own."""
 
-    def run(change: Any = None, misbehave: Any = None, network: Any = None, **options: Any) -> ValidationReport:
+    def run(
+        change: Any = None, misbehave: Any = None, network: Any = None, precision: str = "fp32", **options: Any
+    ) -> ValidationReport:
         network = network(toy.find("toy")) if network else toy.find("toy")
         weights = {name: weight.clone() for name, weight in toy.weights(network).state_dict.items()}
         if change is not None:
             change(weights)
         checkpoint, path = tmp_path / "toy.safetensors", tmp_path / "toy.onnx"
         save_file(weights, checkpoint)
-        export(network, path, checkpoint=checkpoint, force=True)
+        export(network, path, checkpoint=checkpoint, precision=precision, force=True)
         with open_runner(str(path)) as runner:
             tested = runner if misbehave is None else Misbehaving(runner, misbehave)
             return validate(tested, checkpoint=checkpoint, batches=[3], **options)
@@ -130,7 +133,9 @@ def test_constant_answers_tell_no_images_apart_and_are_no_pass(validated: Any) -
     report = validated(constant)
     assert failed(report) == {"images told apart"}
     row = next(check for check in report.checks if check.kind == "telling")
-    assert row.detail == ("a tolerance that cannot tell images apart is none: toy answers different images alike")
+    assert row.detail == (
+        "a tolerance that cannot tell images apart is none: toy answers these images alike, or they are alike"
+    )
     assert validated(
         lambda weights: weights["8.weight"].zero_(), skip=["telling"]
     ).passed  # nothing else would have said it
@@ -148,6 +153,22 @@ def test_answers_are_recognized_whatever_tolerance_is_asked_for(validated: Any) 
     report = validated(misbehave=moved, tolerance=100.0, skip=["telling", "decisions"])
     assert failed(report) == {"slots: own image nearest"}
     assert validated(misbehave=moved, tolerance=100.0, skip=["telling", "decisions", "slots"]).passed
+
+
+def test_one_photograph_is_told_from_other_images_and_images_that_are_alike_are_no_fault(validated: Any) -> None:
+    one, *others = map(Path, photographs(4))
+    assert "slots: own image nearest" in failed(validated(misbehave=moved, images=[one]))
+    assert validated(images=[one]).passed
+    assert validated(images=[one, *others, one, *others]).passed
+
+
+def test_a_family_without_half_precision_in_pytorch_is_held_to_what_tells_images_apart(validated: Any) -> None:
+    report = validated(precision="fp16", tolerance=0.05)
+    assert report.passed, report.verdict
+    row = next(check for check in report.checks if check.name == "eager PyTorch in fp16")
+    assert (row.passed, row.detail) == (None, "networks of family 'toy' have no half precision in PyTorch")
+    assert validated(precision="fp16").passed
+    assert not validated(misbehave=moved, precision="fp16").passed
 
 
 def test_a_decision_that_pytorch_is_sure_of_may_not_be_lost_at_any_tolerance(validated: Any) -> None:

@@ -21,7 +21,7 @@ from dat_deploy.plugins.operator import specification
 from dat_deploy.plugins.specification import Role
 from dat_deploy.precision import EXPORTED, PRECISIONS
 
-__all__ = ["MOVES", "cast_graph", "nodes_in_another_precision", "polymorphic_body", "value_types"]
+__all__ = ["MOVES", "cast_graph", "is_within", "nodes_in_another_precision", "polymorphic_body", "value_types"]
 
 FLOAT = ir.DataType.FLOAT
 _NAMES = {ir.DataType(PRECISIONS[name].onnx_type): name for name in EXPORTED}
@@ -32,7 +32,7 @@ MOVES = frozenset({
     "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
 })  # fmt: skip
 
-_PRODUCT_SCALE = 64.0
+_PRODUCT_SCALE = 8.0
 
 _Types = dict[ir.Value, ir.DataType]
 
@@ -69,8 +69,8 @@ def polymorphic_body(body: onnx.FunctionProto) -> onnx.FunctionProto:
     locations and bias tables come in float32 whatever the node's type. One body serves all types, since TensorRT and
     OpenVINO know one a name.
 
-    The product of query with key is made of a query that is 2^6 times smaller, and multiplied up again in float32: its
-    softmax is representable whatever it is, but float16 ends at 65504. A power of two rounds nothing.
+    The product of query with key is made of a query that is 2^3 times smaller, and multiplied up again in float32: its
+    softmax is representable whatever it is, but float16 ends at 65504. More would round small queries to zero.
     """
     function = ir.serde.deserialize_function(body)
     _BodyRetyping(function).run()
@@ -115,8 +115,8 @@ def nodes_in_another_precision(
             continue
         input_type = types[node.inputs[0]] if node.inputs[0] is not None else FLOAT
         stays = node.op_type == "LayerNormalization" or node in coordinates
-        stays = stays and not any(_is_within(_module(node), pattern) for pattern in no_fp32)
-        stays = stays or any(_is_within(_module(node), pattern) for pattern in fp32)
+        stays = stays and not any(is_within(_module(node), pattern) for pattern in no_fp32)
+        stays = stays or any(is_within(_module(node), pattern) for pattern in fp32)
         stays = stays or half not in _allowed_types(node.op_type, model.opset_imports[""])
         has_weight = node.op_type == "LayerNormalization" or any(
             v is not None and v.is_initializer() for v in node.inputs
@@ -137,18 +137,18 @@ def _islands(
     opset = model.opset_imports[""]
     islands = {node for node in nodes if not node.domain and half not in _allowed_types(node.op_type, opset)}
     for pattern in (*fp32, *no_fp32):
-        if not any(_is_within(module, pattern) for module in prefixes):
+        if not any(is_within(module, pattern) for module in prefixes):
             parameter = "fp32" if pattern in fp32 else "no_fp32"
             raise ExportError(f"`{parameter}` '{pattern}' names no module of this network. {_hint(pattern, prefixes)}")
     for pattern in no_fp32:
-        if not any(_is_within(_module(node), pattern) for node in default):
+        if not any(is_within(_module(node), pattern) for node in default):
             names = {prefix for node in default for prefix in _prefixes(_module(node))}
             raise ExportError(
                 f"`no_fp32` '{pattern}' names modules in which nothing is in float32 by default. "
                 f"{_hint(pattern, names)}"
             )
-    islands |= {node for node in default if not any(_is_within(_module(node), pattern) for pattern in no_fp32)}
-    return islands | {node for node in nodes if any(_is_within(_module(node), pattern) for pattern in fp32)}
+    islands |= {node for node in default if not any(is_within(_module(node), pattern) for pattern in no_fp32)}
+    return islands | {node for node in nodes if any(is_within(_module(node), pattern) for pattern in fp32)}
 
 
 def _coordinate_path(model: ir.Model, types: _Types) -> set[ir.Node]:
@@ -186,7 +186,7 @@ def _prefixes(module: str) -> Iterable[str]:
     return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
-def _is_within(module: str, pattern: str) -> bool:
+def is_within(module: str, pattern: str) -> bool:
     """Whether `pattern` names the module or one around it, a glob for each part of its name."""
     parts, globs = module.split("."), pattern.split(".")
     return len(parts) >= len(globs) and all(map(fnmatch.fnmatchcase, parts, globs))

@@ -186,8 +186,8 @@ class EngineDescription(EngineOutline):
 
     @property
     def judged_in(self) -> str | None:
-        """What it computes in, where that is wider than what its answers were rounded to, for which it cannot vouch."""
-        return self.precision if self.precision != self.answer_precision and self.answer_precision != "int8" else None
+        """What it computes in, where that is not what its file is in, for which it cannot vouch then."""
+        return None if self.file_precision in (None, "fp32", self.precision) else self.precision
 
     def at_image_size(self, height: int, width: int) -> "EngineDescription":
         """The same engine as it is with images of another size; raises ShapeError as `network_at`."""

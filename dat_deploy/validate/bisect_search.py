@@ -159,7 +159,7 @@ class _Search:
         if len(self.images) > count:
             stress = joined(list(comparison.stress_expected.values()))
             parts.append((comparison.stress_tolerances, stress, slice(count, None), True))
-        if self.dtype is not None:
+        if self.dtype is not None and comparison.lowered is not None:
             for name, error in (each for errors in comparison.lowered_errors for each in errors.items()):
                 self.check_finite(name, comparison.expected[name], error)
         runs = []
@@ -171,7 +171,7 @@ class _Search:
                     tolerance = comparison.widened(tolerance, name, stress=is_stress)
                 runs.append(Run(name, name, error, tolerance.allowed))
         wrong = [run for run in runs if not run.passed]
-        worst = wrong[0] if wrong else max(runs, key=lambda run: run.error / run.tolerance)
+        worst = wrong[0] if wrong else max(runs, key=lambda run: run.error / run.tolerance if run.error else 0.0)
         self.runs.append(worst)
         return worst.place if wrong else None
 
@@ -311,9 +311,7 @@ class _Search:
     def networks(self) -> list[tuple[torch.nn.Module, torch.dtype]]:
         """The reference, with the type of its images, and in a lower precision the same network in that."""
         exact = (self.reference.model, torch.float32)
-        if self.dtype is None:
-            return [exact]
-        return [exact, self.reference.rounded(self.dtype, self.about.rounds_locations)]
+        return [exact] if self.dtype is None or self.comparison.lowered is None else [exact, self.comparison.lowered]
 
     def compare(self, sources: Sequence[tuple[str, str]]) -> None:
         """Let PyTorch make the tensors `sources`, and with them what each is allowed.
@@ -325,7 +323,7 @@ class _Search:
             return
         rounded = dict.fromkeys(sources, 0.0)
         arrays: dict[tuple[str, str], list[Array]] = {source: [] for source in sources}
-        networks, lowered = self.networks(), (self.dtype, self.about.rounds_locations)
+        networks, lowered = self.networks(), (self.dtype, self.about.rounds_locations, self.comparison.kept)
 
         def inside(image: Array) -> list[dict[tuple[str, str], Array]]:
             return [captured(network, sources, image[None], dtype) for network, dtype in networks]
@@ -350,12 +348,12 @@ class _Search:
                 f"{self.about.name} with. Check the checkpoint and the images."
             )
         if not math.isfinite(rounded):
-            assert self.dtype is not None
-            network, takes = self.reference.rounded(self.dtype, self.about.rounds_locations)
+            assert self.comparison.lowered is not None
+            network, takes = self.comparison.lowered
             module = (first_overflow(network, self.images, takes) or (name, 0))[0]
             raise VerificationError(
                 f"eager PyTorch in {self.about.answer_precision} overflows first in {module}, so it cannot judge "
-                f"{self.about.name}; {kept_in_fp32([module])}."
+                f"{self.about.name}; {kept_in_fp32([module], self.about.answer_precision)}."
             )
 
 

@@ -177,20 +177,20 @@ class TellingCheck(CheckKind):
 
     def run(self, comparison: "Comparison") -> Iterator[Check]:
         answers, shares = comparison.distinct, {}
+        asked = comparison.asked_tolerance is not None
         for name, tolerance in comparison.tolerances.items():
-            scale = comparison.scales[name]
-            allowed = tolerance.allowed
-            if comparison.asked_tolerance is not None:  # as it stands, in every class
-                scale = Tolerance.absolute(0.0, "")
-            cap = scale.cap(answers[name])
-            shares[name] = TELLS_APART * (allowed / cap if cap > 0 else math.inf)
-        name = min(shares, key=lambda name: shares[name])
+            # one that is asked for holds as it stands, in every class
+            cap = Tolerance.absolute(0.0, "").cap(answers[name]) if asked else comparison.caps[name]
+            shares[name] = TELLS_APART * (tolerance.allowed / cap if cap > 0 else math.inf)
+        varying = {name: share for name, share in shares.items() if math.isfinite(share)} or shares
+        # what is derived is lowered for each output by itself, but for those that do not vary
+        name = (max if asked else min)(varying, key=lambda name: varying[name])
         detail = "" if len(shares) == 1 else f"by {name}; "
         detail += f"of the distance from an image to its nearest other, of {len(answers[name])} images"
         if shares[name] > TELLS_APART:
             detail = "a tolerance that cannot tell images apart is none: " + (
-                f"{comparison.about.variant} answers different images alike"
-                if comparison.asked_tolerance is None
+                f"{comparison.about.variant} answers these images alike, or they are alike"
+                if not asked
                 else "ask for a smaller `tolerance`"
             )
         basis = comparison.tolerances[name].basis
@@ -247,7 +247,7 @@ class StressCheck(CheckKind):
             outputs = comparison.runner.outputs(np.repeat(image, batch, axis=0))
             expected = comparison.stress_expected[label]
             row = self.worst_output(comparison, f"stress image: {label}", batch, outputs, expected, stress=True)
-            if row.passed is False and math.isfinite(row.share) and comparison.is_clipped(label):
+            if row.error is not None and row.tolerance < row.error <= comparison.clipped_error(label):
                 detail = "outside of the range that int8 was calibrated for: eager PyTorch in int8 errs as much"
                 row = replace(row, error=None, detail=detail)
             yield row
@@ -262,6 +262,7 @@ class SlotsCheck(CheckKind):
 
     def run(self, comparison: "Comparison") -> Iterator[Check]:
         photos, expected, scales = comparison.photos, comparison.expected, comparison.scales
+        others, answers = comparison.different
         alone: Outputs | None = None
         spread, bits = 0.0, True
         strangers, tried = 0, 0
@@ -282,15 +283,19 @@ class SlotsCheck(CheckKind):
             first = {name: values[:1] for name, values in expected.items()}
             detail = f"slots differ by at most {apart:.1e}"
             yield self.worst_output(comparison, "slots: one image in all", batch, same, first, detail=detail)
-            order = np.roll(np.arange(batch), 1) % len(photos)
-            permuted = {name: values[order] for name, values in expected.items()}
-            outputs = comparison.runner.outputs(photos[order])
-            yield self.worst_output(comparison, "slots: images permuted", batch, outputs, permuted)
-            strangers += int((comparison.nearest_images(outputs, order) != order).sum())
-            tried += batch
-        if tried:
+            order = np.roll(np.arange(batch), 1) % len(others)
+            permuted = {name: values[order] for name, values in answers.items()}
+            outputs = comparison.runner.outputs(others[order])
+            stress = len(others) > len(photos)
+            yield self.worst_output(comparison, "slots: images permuted", batch, outputs, permuted, stress=stress)
+            told, wrong = comparison.told_apart(outputs, order)
+            strangers, tried = strangers + wrong, tried + told
+        if max(comparison.tried) > 1:
             detail = f"{tried - strangers} of {tried} answers are nearest to that of their own image"
-            yield self.row("slots: own image nearest", float(strangers), 0.0, detail, "slots")
+            error: float | None = float(strangers)
+            if not tried:
+                error, detail = None, "no two of the images have answers that can be told apart"
+            yield self.row("slots: own image nearest", error, 0.0, detail, "slots")
         batches = ", ".join(map(str, comparison.tried))
         detail = f"one image in every slot of batch {batches}: {'the same bits' if bits else 'not the same bits'}"
         yield self._invariance(comparison, spread, detail)
@@ -418,16 +423,18 @@ class RangeCheck(CheckKind):
     in_numbers = True
 
     def run(self, comparison: "Comparison") -> Iterator[Check]:
-        about, precision = comparison.about, comparison.precision
+        about = comparison.about
+        if comparison.precision.is_half:
+            yield self._of_pytorch(comparison)
+        precision = PRECISIONS[about.file_precision or about.answer_precision]
         if not precision.is_half:
             return
-        yield self._of_pytorch(comparison)
         name = f"range in {precision.name}"
         if comparison.graph is None:
             yield self.row(name, None, 100.0, "only an ONNX file, on a runtime that runs parts, shows its tensors", "%")
             return
-        if about.rounds_locations:  # of a file in another precision
-            return
+        import torch
+
         from dat_deploy.validate.overflow import kept_in_fp32
         from dat_deploy.validate.ranges import half_ranges, modules_to_keep
 
@@ -436,35 +443,35 @@ class RangeCheck(CheckKind):
         ranges = half_ranges(comparison.runner, comparison.graph, precision, images)
         if not ranges:
             return
-        import torch
-
         limit = torch.finfo(precision.dtype).max
         outside = [each for each in ranges if not each.largest <= limit]
         worst = outside[0] if outside else max(ranges, key=lambda each: each.largest)
         detail = f"{worst.node} holds {worst.largest:.3g}, {precision.name} {limit:.4g}"
         if outside:
-            detail += f"; {kept_in_fp32(modules_to_keep(outside))}"
+            detail += f"; {kept_in_fp32(modules_to_keep(outside), precision.name)}"
         yield self.row(name, 100 * worst.largest / limit, 100.0, detail, "%", basis="the largest number of the type")
         lost = [each for each in ranges if each.flushed > MOST_FLUSHED]
         worst = max(lost or ranges, key=lambda each: each.flushed)
         detail = f"{worst.node} is worst" if lost or worst.flushed else "nothing is rounded to zero"
         if lost:
-            detail += f"; {kept_in_fp32(modules_to_keep(lost))}"
+            detail += f"; {kept_in_fp32(modules_to_keep(lost), precision.name)}"
         yield self.row(f"flushed in {precision.name}", 100 * worst.flushed, 100 * MOST_FLUSHED, detail, "%")
 
     def _of_pytorch(self, comparison: "Comparison") -> Check:
         from dat_deploy.validate.overflow import first_overflow, kept_in_fp32
 
         name = f"eager PyTorch in {comparison.precision.name}"
+        if comparison.lowered is None:
+            detail = f"networks of family '{comparison.about.family}' have no half precision in PyTorch"
+            return self.row(name, None, 0.0, detail, "images")
         finite = all(math.isfinite(error) for errors in comparison.lowered_errors for error in errors.values())
         if finite:
             return self.row(name, 0.0, 0.0, "finite on all images", "images")
         images = np.concatenate([comparison.photos, *comparison.stress.values()])
-        assert comparison.lowered is not None
-        place = first_overflow(comparison.lowered[0], images, comparison.lowered[1])
-        module, count = place or ("", len(images))
-        detail = f"overflows first in {module or 'the network itself'}"
-        return self.row(name, float(count), 0.0, f"{detail}; {kept_in_fp32([module] if module else [])}", "images")
+        module, count = first_overflow(comparison.lowered[0], images, comparison.lowered[1]) or ("", len(images))
+        advice = kept_in_fp32([module] if module else [], comparison.precision.name)
+        detail = f"overflows first in {module or 'the network itself'}; {advice}"
+        return self.row(name, float(count), 0.0, detail, "images")
 
 
 class RoundingCheck(CheckKind):
@@ -474,9 +481,10 @@ class RoundingCheck(CheckKind):
 
     def run(self, comparison: "Comparison") -> Iterator[Check]:
         about, graph = comparison.about, comparison.onnx_model
-        if about.judged_in is None or graph is None:
+        precision = PRECISIONS[about.file_precision or about.answer_precision]
+        if about.judged_in is None or graph is None or not precision.is_half:
             return
-        name = f"rounded in {comparison.precision.name}"
+        name = f"rounded in {precision.name}"
         batch = about.batch or 1
         from dat_deploy.validate.evaluator import answers_by_the_rules, gigamacs
 
@@ -484,7 +492,7 @@ class RoundingCheck(CheckKind):
         if work * batch > MOST_GIGAMACS:
             detail = (
                 f"{work:.2g} GMACs are more than the {MOST_GIGAMACS:g} that are rounded step by step here; build it, "
-                f"and validate the engine where {comparison.precision.name} is computed"
+                f"and validate the engine where {precision.name} is computed"
             )
             yield self.row(name, None, 0.0, detail)
             return
@@ -530,8 +538,6 @@ class CoordinatesCheck(CheckKind):
         precision = comparison.precision
         # eight bits leave the operators alone
         dtype, factor = (precision.dtype, OF_LOWER) if precision.is_half else (torch.float32, OF_FLOAT32)
-        basis = f"{factor:g} times eager PyTorch's own error in {str(dtype).removeprefix('torch.')}"
-        basis += "" if precision.is_half else f", {FP32_TOLERANCE:g} at least"
         worst: dict[str, Check] = {}
         for record in records:
             comparison.progress(f"coordinates: {record.name}")
@@ -542,16 +548,18 @@ class CoordinatesCheck(CheckKind):
             for kind in LOCATIONS:
                 inputs = stress_inputs(specification(record.operator), record.inputs, sizes, kind)
                 exact = eager_output(record.operator, weights | inputs, record.attributes)
-                # in a lower precision the points would move, and any fault be in the tolerance
-                of_locations = dtype if about.rounds_locations else torch.float32
-                rounded = eager_output(record.operator, weights | inputs, record.attributes, dtype, of_locations)
-                own = factor * _largest_error(rounded, exact)
-                least = 0.0 if precision.is_half else FP32_TOLERANCE
-                most = TELLS_APART * float(exact.std())
-                tolerance = min(max(own, least), most) if math.isfinite(own) else most
                 outputs = run({name: value.numpy() for name, value in inputs.items()})
+                error, tolerance, basis = _largest_error(outputs, exact), FP32_TOLERANCE, f"{FP32_TOLERANCE:g}"
+                if precision.is_half or not error <= FP32_TOLERANCE:
+                    # in a lower precision the points would move, and any fault be in the tolerance
+                    of_locations = dtype if about.rounds_locations else torch.float32
+                    rounded = eager_output(record.operator, weights | inputs, record.attributes, dtype, of_locations)
+                    own = factor * _largest_error(rounded, exact)
+                    most = TELLS_APART * float(exact.std())
+                    tolerance = min(max(own, 0.0 if precision.is_half else FP32_TOLERANCE), most)
+                    tolerance = tolerance if math.isfinite(own) else most
+                    basis = f"{factor:g} times eager PyTorch's own error in {str(dtype).removeprefix('torch.')}"
                 detail = f"{len(records)} operators, worst {record.name}"
-                error = _largest_error(outputs, exact)
                 row = self.row(f"coordinates: {kind}", error, tolerance, detail, basis=basis)
                 if kind not in worst or not row.share <= worst[kind].share:  # NaN is the worst
                     worst[kind] = row

@@ -12,10 +12,12 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from dat_deploy.errors import VerificationError
+from dat_deploy.engine.passport import read_passport
+from dat_deploy.errors import UnsupportedError, VerificationError
 from dat_deploy.images.data_set import DataSet
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import preprocess_files
+from dat_deploy.metadata import FileMetadata
 from dat_deploy.precision import PRECISIONS, Precision
 from dat_deploy.progress import Progress
 from dat_deploy.runners import EngineDescription, Outputs, Runner
@@ -37,6 +39,7 @@ ULPS_OF_FLOAT32, ULPS_OF_LOWER = 4.0, 2.0
 # A spread of fewer is an accident: stress images then count, too.
 LEAST_IMAGES = 6
 OF_DATA = 4.0
+MOST_COMPARED = 32  # images, each with each other
 # Times that the last bits of an image are changed, and by how much of each element: of what layer after layer rounds.
 SHAKEN, SHAKEN_BY = 4, np.float32(2e-6)
 
@@ -121,16 +124,30 @@ class Comparison:
         return OF_LOWER if self.precision.is_half else OF_INT8
 
     @cached_property
+    def different(self) -> tuple[Images, Outputs]:
+        """Images that are to be told apart, and PyTorch's answers: photographs, and where few differ, stress images."""
+        images, answers = self.photos, self.expected
+        first = sorted({image.tobytes(): index for index, image in reversed(list(enumerate(images)))}.values())
+        images, answers = images[first], {name: values[first] for name, values in answers.items()}
+        if len(images) >= LEAST_IMAGES:
+            return images, answers
+        images = np.concatenate([images, *self.stress.values()])
+        return images, joined([answers, *self.stress_expected.values()])
+
+    @property
     def distinct(self) -> Outputs:
-        """PyTorch's answers to images that are to be told apart: the photographs, and where they are few, all."""
-        if len(self.photos) >= LEAST_IMAGES:
-            return self.expected
-        return joined([self.expected, *self.stress_expected.values()])
+        """Of those the answers."""
+        return self.different[1]
 
     @cached_property
     def scales(self) -> dict[str, Tolerance]:
         """Of each output: how far its answers to different images spread, and units in the last place."""
         return {name: self._scale(name, answers) for name, answers in self.distinct.items()}
+
+    @cached_property
+    def caps(self) -> dict[str, float]:
+        """Of each output: the most that may be allowed, in its scale; see `Tolerance.cap`."""
+        return {name: scale.cap(self.distinct[name][:MOST_COMPARED]) for name, scale in self.scales.items()}
 
     def _scale(self, output: str, answers: NDArray[np.float32]) -> Tolerance:
         axes = {each.name: each.channel_axis for each in self.about.network.outputs(sampled_points=True)}
@@ -161,7 +178,7 @@ class Comparison:
             basis = f"{FP32_TOLERANCE:g} of the spread between images"
             return {name: self._capped(name, FP32_TOLERANCE, basis) for name in expected}
         name = self.precision.name
-        if self.lowered is None:
+        if self.lowered is None:  # of a family that has nothing to derive it from
             basis = f"{INT8_SPREADS:g} of the spread between images"
             return {output: self._capped(output, INT8_SPREADS, basis) for output in expected}
         errors = self._lowered_errors(images, expected)
@@ -170,15 +187,15 @@ class Comparison:
 
     def _lowered_errors(self, images: Images, expected: Outputs) -> dict[str, float]:
         assert self.lowered is not None
-        what = ("errors", self.precision.name, self.about.rounds_locations)
+        what = ("errors", self.precision.name, self.about.rounds_locations, self.kept)
         return self._errors(what, *self.lowered, images, expected)
 
-    def is_clipped(self, label: str) -> bool:
-        """Whether eight bits alone, in eager PyTorch, take a stress image outside of what it may err."""
+    def clipped_error(self, label: str) -> float:
+        """What eight bits alone may take a stress image off, in eager PyTorch, however far; 0 of other files."""
         if self.precision.is_exported or self.lowered is None or self.asked_tolerance is not None:
-            return False
+            return 0.0
         errors = self._lowered_errors(self.stress[label], self.stress_expected[label])
-        return any(OF_LOWER * error > self.stress_tolerances[name].allowed for name, error in errors.items())
+        return OF_INT8 * max(errors.values())
 
     @property
     def lowered_errors(self) -> list[dict[str, float]]:
@@ -204,8 +221,11 @@ class Comparison:
     def data_scale(self, answers: NDArray[np.float32]) -> Tolerance:
         """Of logits on a data set, to whose images PyTorch gives `answers` [N, classes]."""
         tolerance = self.tolerances["logits"]
-        few = len(answers) < LEAST_IMAGES
-        return tolerance if not tolerance.unit or few else self._scale("logits", answers)
+        if not tolerance.unit or len(answers) < LEAST_IMAGES:
+            return tolerance
+        scale, own = self._scale("logits", answers), self.scales["logits"]
+        # images that are alike spread less than what the tolerance was derived from
+        return replace(scale, scale=np.maximum(scale.scale, own.scale), floor=np.maximum(scale.floor, own.floor))
 
     @property
     def data_tolerance(self) -> Tolerance:
@@ -213,29 +233,31 @@ class Comparison:
         tolerance = self.tolerances["logits"]
         if not tolerance.unit or self.is_full:
             return tolerance
-        return tolerance.at(OF_DATA * tolerance.allowed, f"{OF_DATA:g} times what the photographs are held to")
+        wider = tolerance.at(OF_DATA * tolerance.allowed, f"{OF_DATA:g} times what the photographs are held to")
+        return wider.capped(self.caps["logits"])
 
-    def nearest_images(self, outputs: Outputs, order: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For each answer, the photograph whose own is nearest, of those that differ from that of its own, `order`."""
-        nearest = order.copy()
-        kept = np.zeros((len(order), len(self.photos)))
-        apart = np.zeros(kept.shape, bool)
-        for name, expected in self.expected.items():
-            scale = self.scales[name]
-            kept += np.square(scale.distances(outputs[name], expected))
-            allowed = max(self.default_tolerances[name].allowed, 0)
+    def told_apart(self, outputs: Outputs, order: NDArray[np.int64]) -> tuple[int, int]:
+        """How many of an engine's answers to images of `different`, in that order, can be told from another image's;
+        and of how many another's is nearer than that of their own.
+        """
+        distances = np.zeros((len(order), len(self.different[0])))
+        apart = np.zeros(distances.shape, bool)
+        for name, expected in self.distinct.items():
+            scale, allowed = self.scales[name], self.default_tolerances[name].allowed
+            distances += np.square(scale.distances(outputs[name], expected))
             for row, own in enumerate(order):
                 apart[row] |= np.array([scale.error(other, expected[own]) > 2 * allowed for other in expected])
+        told = wrong = 0
         for row, own in enumerate(order):
             others = np.flatnonzero(apart[row])
-            if others.size and not kept[row, own] <= kept[row, others].min():
-                nearest[row] = others[kept[row, others].argmin()]
-        return nearest
+            told += bool(others.size)
+            wrong += bool(others.size) and not distances[row, own] <= distances[row, others].min()
+        return told, wrong
 
     def _capped(self, name: str, allowed: float, basis: str) -> Tolerance:
         if not math.isfinite(allowed):  # NaN is no tolerance either
             allowed, basis = math.inf, f"eager PyTorch, which overflows in {self.precision.name}"
-        return self.scales[name].at(max(allowed, FP32_TOLERANCE), basis).capped(self.distinct[name])
+        return self.scales[name].at(max(allowed, FP32_TOLERANCE), basis).capped(self.caps[name])
 
     @cached_property
     def _in_float64(self) -> torch.nn.Module:
@@ -283,11 +305,24 @@ class Comparison:
         family has none.
         """
         if self.precision.is_half:
-            return self.reference.rounded(self.precision.dtype, self.about.rounds_locations)
+            try:
+                return self.reference.rounded(self.precision.dtype, self.about.rounds_locations, self.kept)
+            except UnsupportedError:
+                return None
         if self.is_full:
             return None
         quantized = self.reference.quantized(self.photos)
         return None if quantized is None else (quantized, torch.float32)
+
+    @cached_property
+    def kept(self) -> tuple[str, ...]:
+        """Modules that the engine was asked to keep in float32."""
+        about = self.about
+        if about.path is None or about.rounds_locations:
+            return ()
+        if self.onnx_model is not None:
+            return FileMetadata.from_properties(dict(self.onnx_model.metadata_props), about.path).fp32_added
+        return read_passport(about.path).metadata.fp32_added if about.file_kind == "engine" else ()
 
     @cached_property
     def drift_images(self) -> Images:
@@ -306,7 +341,8 @@ class Comparison:
         """The same in the engine's lower precision, if there is a `lowered`."""
         if self.lowered is None:
             return None
-        return self._locations(("locations", self.precision.name, self.about.rounds_locations), *self.lowered)
+        what = ("locations", self.precision.name, self.about.rounds_locations, self.kept)
+        return self._locations(what, *self.lowered)
 
     @cached_property
     def exact_locations(self) -> dict[str, Locations]:

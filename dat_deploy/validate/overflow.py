@@ -48,7 +48,7 @@ def _is_finite(values: Any) -> bool:
     return all(map(_is_finite, values)) if isinstance(values, tuple | list) else True
 
 
-def kept_in_fp32(modules: Sequence[str]) -> str:
+def kept_in_fp32(modules: Sequence[str], precision: str) -> str:
     """What to do about modules whose range half precision does not have."""
     kept = f"keep it in float32, `export(fp32={list(modules)})`, or " if modules else ""
-    return f'{kept}export with `precision="bf16"`'
+    return f'{kept}export with `precision="{"bf16" if precision == "fp16" else "fp32"}"`'

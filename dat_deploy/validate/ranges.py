@@ -58,9 +58,10 @@ def half_ranges(
     found = [(_name(value), _modules(value)) for value in values]
     widen(model, half)
     run = runner.open_graph(_with_statistics(model, values, precision))
-    batch = runner.description.batch or runner.description.least_batch
-    rows = np.stack([run({"image": np.repeat(image[None], batch, axis=0)}) for image in images])
-    largest, total, flushed = rows.reshape(len(images), -1, 3).astype(np.float64).transpose(2, 0, 1)
+    batch = runner.description.batch or len(images)
+    starts = range(0, len(images), batch)
+    rows = np.stack([run({"image": images[np.arange(first, first + batch) % len(images)]}) for first in starts])
+    largest, total, flushed = rows.reshape(len(starts), -1, 3).astype(np.float64).transpose(2, 0, 1)
     largest = np.where(np.isfinite(total), largest, total).max(axis=0)  # NaN stays
     shares = np.divide(flushed.sum(axis=0), total.sum(axis=0), out=np.zeros(len(values)), where=total.sum(axis=0) > 0)
     return [TensorRange(*of, float(most), float(share)) for of, most, share in zip(found, largest, shares, strict=True)]
@@ -96,7 +97,8 @@ def _name(value: ir.Value) -> str:
 def _modules(value: ir.Value) -> tuple[str, ...]:
     nodes = [value.producer(), *(node for node, _ in value.uses())]
     # `stages.2.attns.1/window_attention/MatMul` is of the module before the first slash
-    return tuple(dict.fromkeys(str(node.name).partition("/")[0] for node in nodes if node is not None))
+    names = (str(node.name).partition("/") for node in nodes if node is not None)
+    return tuple(dict.fromkeys(module if slash else "" for module, slash, _ in names))
 
 
 def widen(model: ir.Model, half: ir.DataType) -> None:

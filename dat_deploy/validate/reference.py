@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dat_deploy.errors import DatDeployError
+from dat_deploy.export.precision import is_within
 from dat_deploy.networks.family import family_of
 from dat_deploy.runners import EngineDescription, Outputs
 from dat_deploy.runners.pytorch_runner import PytorchRunner
@@ -66,19 +67,22 @@ class Reference(PytorchRunner):
             self._answers[key] = _frozen(compute())
         return self._answers[key]  # type: ignore[no-any-return]  # of what `compute` gives
 
-    def rounded(self, dtype: torch.dtype, locations_too: bool) -> tuple[torch.nn.Module, torch.dtype]:
+    def rounded(
+        self, dtype: torch.dtype, locations_too: bool, kept: tuple[str, ...] = ()
+    ) -> tuple[torch.nn.Module, torch.dtype]:
         """The same network in a lower precision, and the type of the images that it takes.
 
         Args:
             locations_too: as a runtime rounds that lowers the precision by itself; else as exported files do.
+            kept: modules that stay in float32, see `export(fp32=...)`.
         """
-        key = ("rounded", dtype, locations_too)
+        key = ("rounded", dtype, locations_too, kept)
         if key not in self._answers:
-            self._answers[key] = (
-                copy.deepcopy(self.model).to(dtype)
-                if locations_too
-                else family_of(self.description.network).rounded(self.model, dtype)
-            )
+            if locations_too:
+                self._answers[key] = copy.deepcopy(self.model).to(dtype)
+            else:
+                network = family_of(self.description.network).rounded(self.model, dtype)
+                self._answers[key] = _with_float32(network, self.model, kept, dtype) if kept else network
         return self._answers[key], dtype if locations_too else torch.float32
 
     def quantized(self, images: NDArray[np.float32]) -> torch.nn.Module | None:
@@ -91,6 +95,32 @@ class Reference(PytorchRunner):
     def close(self) -> None:
         super().close()
         self._answers.clear()
+
+
+def _with_float32(
+    network: torch.nn.Module, exact: torch.nn.Module, kept: tuple[str, ...], dtype: torch.dtype
+) -> torch.nn.Module:
+    """A copy of a half-precision network in which the modules `kept` are those of the exact one, between casts."""
+    network = copy.deepcopy(network)
+    done: list[str] = []
+    for name, module in list(network.named_modules()):
+        inside = any(name.startswith(f"{other}.") for other in done)
+        if not name or inside or not any(is_within(name, pattern) for pattern in kept):
+            continue
+        module.float().load_state_dict(exact.get_submodule(name).state_dict())
+        module.register_forward_pre_hook(lambda _, inputs: _cast(inputs, torch.float32))
+        module.register_forward_hook(lambda _, inputs, output: _cast(output, dtype))
+        done.append(name)
+    return network
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors, however deep in tuples."""
+    if isinstance(values, torch.Tensor):
+        return values.to(dtype) if values.is_floating_point() else values
+    if isinstance(values, tuple) and type(values) is tuple:
+        return tuple(_cast(value, dtype) for value in values)
+    return values
 
 
 def _frozen(answer: Answer) -> Answer:

@@ -58,7 +58,7 @@ class ValidationReport:
         ran = [check for check in self.checks if check.passed is not None]
         less = f"; left out on request: {', '.join(self.skipped)}" if self.skipped else ""
         if self.engine.judged_in is not None:
-            of_file = self.engine.answer_precision
+            of_file = self.engine.file_precision
             less += (
                 f"; judged in {self.engine.judged_in}, as {self.engine.runtime} computes what the file has in {of_file}"
             )

@@ -58,16 +58,18 @@ class Tolerance:
         )
         return np.stack([np.sqrt(np.square(scaled_others - row).mean(axis=1)) for row in scaled])
 
-    def capped(self, answers: Answers) -> "Tolerance":
-        """Lowered, if need be, to TELLS_APART of the distance to an image's nearest other, of the usual image."""
-        cap = self.cap(answers)
+    def capped(self, cap: float) -> "Tolerance":
+        """Lowered, if need be, to what `cap` gives."""
         if not self.allowed > cap:
             return self
         basis = f"a third of the distance between images, less than {self.basis}"
         return self.at(max(cap, 0.0), basis)
 
     def cap(self, answers: Answers) -> float:
-        """What TELLS_APART allows; infinite of a single image, below 0 where only the floor parts the images."""
+        """TELLS_APART of the distance from an image's answer to its nearest other, of the usual image, less the floor.
+
+        Infinite of a single image, below 0 where only the floor parts them.
+        """
         nearest = np.full(len(answers), np.inf)
         for i in range(len(answers)):
             for j in range(i):
