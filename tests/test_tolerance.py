@@ -163,7 +163,7 @@ def test_one_photograph_is_told_from_other_images_and_images_that_are_alike_are_
 
 
 def test_a_family_without_half_precision_in_pytorch_is_held_to_what_tells_images_apart(validated: Any) -> None:
-    report = validated(precision="fp16", tolerance=0.05)
+    report = validated(precision="fp16", tolerance=1e-3)
     assert report.passed, report.verdict
     row = next(check for check in report.checks if check.name == "eager PyTorch in fp16")
     assert (row.passed, row.detail) == (None, "networks of family 'toy' have no half precision in PyTorch")
