@@ -303,17 +303,15 @@ class SlotsCheck(CheckKind):
     def _invariance(self, comparison: "Comparison", spread: float, detail: str) -> Check:
         if comparison.gates.batch_spread is not None:
             return self.row("batch invariance", spread, comparison.gates.batch_spread, detail, basis="the gate")
-        loosest = max(comparison.default_tolerances.values(), key=lambda tolerance: tolerance.allowed)
-        if comparison.is_full and spread <= FP32_SPREAD <= loosest.allowed:
-            loosest = loosest.at(FP32_SPREAD, f"{FP32_SPREAD:g} of the spread between images")
-        elif comparison.is_full:
-            loosest = max(
-                (
-                    comparison.widened(tolerance.at(FP32_SPREAD, f"{FP32_SPREAD:g} of the spread between images"), name)
-                    for name, tolerance in comparison.default_tolerances.items()
-                ),
-                key=lambda tolerance: tolerance.allowed,
-            )
+        limits = []
+        for name, tolerance in comparison.default_tolerances.items():
+            limit = tolerance
+            if comparison.is_full:
+                limit = tolerance.at(
+                    min(FP32_SPREAD, tolerance.allowed), f"{FP32_SPREAD:g} of the spread between images"
+                )
+            limits.append(limit if spread <= limit.allowed else comparison.widened(limit, name))
+        loosest = max(limits, key=lambda limit: limit.allowed)
         return self.row("batch invariance", spread, loosest.allowed, detail, "spread", basis=loosest.basis)
 
 

@@ -131,8 +131,10 @@ class Comparison:
         images, answers = images[first], {name: values[first] for name, values in answers.items()}
         if len(images) >= LEAST_IMAGES:
             return images, answers
-        images = np.concatenate([images, *self.stress.values()])
-        return images, joined([answers, *self.stress_expected.values()])
+        largest = math.inf if self.precision.is_exported else np.abs(images).max()  # eight bits clip what is larger
+        labels = [label for label, image in self.stress.items() if np.abs(image).max() <= largest]
+        images = np.concatenate([images, *(self.stress[label] for label in labels)])
+        return images, joined([answers, *(self.stress_expected[label] for label in labels)])
 
     @property
     def distinct(self) -> Outputs:
@@ -161,7 +163,16 @@ class Comparison:
 
     @cached_property
     def stress_tolerances(self) -> dict[str, Tolerance]:
-        return self._tolerances(np.concatenate(list(self.stress.values())), joined(list(self.stress_expected.values())))
+        """On stress images, which may err as much as a photograph."""
+        tolerances = self._tolerances(*self._all_stress)
+        return {
+            name: max(tolerance, self.tolerances[name], key=lambda each: each.allowed)
+            for name, tolerance in tolerances.items()
+        }
+
+    @cached_property
+    def _all_stress(self) -> tuple[Images, Outputs]:
+        return np.concatenate(list(self.stress.values())), joined(list(self.stress_expected.values()))
 
     @cached_property
     def default_tolerances(self) -> dict[str, Tolerance]:
@@ -200,11 +211,7 @@ class Comparison:
     @property
     def lowered_errors(self) -> list[dict[str, float]]:
         """Of eager PyTorch in the engine's lower precision, by output, in scales: on photographs, on stress images."""
-        stress = np.concatenate(list(self.stress.values()))
-        return [
-            self._lowered_errors(self.photos, self.expected),
-            self._lowered_errors(stress, joined(list(self.stress_expected.values()))),
-        ]
+        return [self._lowered_errors(self.photos, self.expected), self._lowered_errors(*self._all_stress)]
 
     def widened(self, tolerance: Tolerance, name: str, *, stress: bool = False) -> Tolerance:
         """For an answer that is outside: in float32, as much as float32 itself errs in this network, if that is more.
@@ -216,7 +223,7 @@ class Comparison:
         allowed = self.factor * self._float32_errors[stress][name]
         if not allowed > tolerance.allowed:
             return tolerance
-        return self._capped(name, allowed, f"{self.factor:g} times float32's own error against float64")
+        return self._capped(name, allowed, f"{self.factor:g} times float32's own error")
 
     def data_scale(self, answers: NDArray[np.float32]) -> Tolerance:
         """Of logits on a data set, to whose images PyTorch gives `answers` [N, classes]."""
@@ -269,11 +276,7 @@ class Comparison:
         last bits differ, which shows what hangs on a bit.
         """
         self.progress("PyTorch in float64")
-        stress = np.concatenate(list(self.stress.values()))
-        return {
-            False: self._own_errors(self.photos, self.expected),
-            True: self._own_errors(stress, joined(list(self.stress_expected.values()))),
-        }
+        return {False: self._own_errors(self.photos, self.expected), True: self._own_errors(*self._all_stress)}
 
     def _own_errors(self, images: Images, expected: Outputs) -> dict[str, float]:
         noise = np.random.default_rng(0).uniform(-1, 1, (SHAKEN, *images.shape)).astype(np.float32)
@@ -291,8 +294,8 @@ class Comparison:
             with torch.inference_mode():
                 results = [network(image[None].to(takes)) for image in torch.from_numpy(images)]
             parts = [result if isinstance(result, tuple) else (result,) for result in results]
-            joined = (torch.cat(each).double().numpy() for each in zip(*parts, strict=True))
-            return dict(zip(expected, joined, strict=True))
+            arrays = (torch.cat(each).double().numpy() for each in zip(*parts, strict=True))
+            return dict(zip(expected, arrays, strict=True))
 
         answers = self.reference.remembered(what, images, compute)
         # what is left will be multiplied, as is what was left out
