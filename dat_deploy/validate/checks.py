@@ -287,7 +287,8 @@ class SlotsCheck(CheckKind):
             permuted = {name: values[order] for name, values in answers.items()}
             outputs = comparison.runner.outputs(others[order])
             stress = len(others) > len(photos)
-            yield self.worst_output(comparison, "slots: images permuted", batch, outputs, permuted, stress=stress)
+            if not stress or comparison.precision.is_exported:  # eight bits clip stress images
+                yield self.worst_output(comparison, "slots: images permuted", batch, outputs, permuted, stress=stress)
             told, wrong = comparison.told_apart(outputs, order)
             strangers, tried = strangers + wrong, tried + told
         if max(comparison.tried) > 1:
