@@ -466,7 +466,7 @@ class RangeCheck(CheckKind):
         finite = all(math.isfinite(error) for errors in comparison.lowered_errors for error in errors.values())
         if finite:
             return self.row(name, 0.0, 0.0, "finite on all images", "images")
-        images = np.concatenate([comparison.photos, *comparison.stress.values()])
+        images = np.concatenate([comparison.different[0], *comparison.stress.values()])
         module, count = first_overflow(comparison.lowered[0], images, comparison.lowered[1]) or ("", len(images))
         advice = kept_in_fp32([module] if module else [], comparison.precision.name)
         detail = f"overflows first in {module or 'the network itself'}; {advice}"

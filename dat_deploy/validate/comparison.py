@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dat_deploy.engine.passport import read_passport
-from dat_deploy.errors import UnsupportedError, VerificationError
+from dat_deploy.errors import DatDeployError, UnsupportedError, VerificationError
 from dat_deploy.images.data_set import DataSet
 from dat_deploy.images.photographs import photographs
 from dat_deploy.images.preprocess import preprocess_files
@@ -36,7 +36,7 @@ __all__ = ["Comparison", "joined"]
 INT8_SPREADS = 0.5
 # Units in the last place of the answer: a class that is switched off by a bias of -1e4 has nothing else to differ by.
 ULPS_OF_FLOAT32, ULPS_OF_LOWER = 4.0, 2.0
-# A spread of fewer is an accident: stress images then count, too.
+# A spread of fewer is an accident: others then count, too.
 LEAST_IMAGES = 6
 OF_DATA = 4.0
 MOST_COMPARED = 32  # images, each with each other
@@ -125,14 +125,20 @@ class Comparison:
 
     @cached_property
     def different(self) -> tuple[Images, Outputs]:
-        """Images that are to be told apart, and PyTorch's answers: photographs, and where few differ, stress images."""
-        images, answers = self.photos, self.expected
-        first = sorted({image.tobytes(): index for index, image in reversed(list(enumerate(images)))}.values())
-        images, answers = images[first], {name: values[first] for name, values in answers.items()}
-        if len(images) >= LEAST_IMAGES:
-            return images, answers
-        images = np.concatenate([images, *self.stress.values()])
-        return images, joined([answers, *self.stress_expected.values()])
+        """Images that are to be told apart, and PyTorch's answers: the photographs, and where few of them differ, those
+        that come with scikit-image, too; without it, stress images.
+        """
+        images = _unlike(self.photos)
+        if len(images) < LEAST_IMAGES:
+            try:
+                more = preprocess_files(photographs(PHOTOGRAPHS), self.about.preprocessing)
+            except DatDeployError:
+                more = self._all_stress[0]
+            images = _unlike(np.concatenate([images, more]))
+        answers = [self.reference.answers(image[None]) for image in images]
+        for answer in answers:
+            self._check_finite(answer, "a photograph")
+        return images, joined(answers)
 
     @property
     def distinct(self) -> Outputs:
@@ -157,7 +163,7 @@ class Comparison:
     @cached_property
     def tolerances(self) -> dict[str, Tolerance]:
         """Of each output on photographs: what is much for attention is little for a logit."""
-        return self._tolerances(self.photos, self.expected)
+        return self._tolerances(*self.different)
 
     @cached_property
     def stress_tolerances(self) -> dict[str, Tolerance]:
@@ -175,7 +181,7 @@ class Comparison:
     @cached_property
     def default_tolerances(self) -> dict[str, Tolerance]:
         """As `tolerances` where none is asked for."""
-        return self._derived(self.photos, self.expected)
+        return self._derived(*self.different)
 
     def _tolerances(self, images: Images, expected: Outputs) -> dict[str, Tolerance]:
         if self.asked_tolerance is not None:
@@ -193,10 +199,8 @@ class Comparison:
         errors = self._lowered_errors(images, expected)
         basis = f"{self.factor:g} times the error of eager PyTorch in {name}"
         if not self.precision.is_exported:
-            # where rounding falls is chance: of few images, only what tells them apart says how much is too much
-            least = INT8_SPREADS if len(self.photos) >= LEAST_IMAGES else 10 * INT8_SPREADS
-            basis += f", or {least:g} of the spread between images"
-            errors = {output: max(error, least / self.factor) for output, error in errors.items()}
+            basis += f", {INT8_SPREADS:g} of the spread between images at least"
+            errors = {output: max(error, INT8_SPREADS / self.factor) for output, error in errors.items()}
         return {output: self._capped(output, self.factor * error, basis) for output, error in errors.items()}
 
     def _lowered_errors(self, images: Images, expected: Outputs) -> dict[str, float]:
@@ -214,7 +218,7 @@ class Comparison:
     @property
     def lowered_errors(self) -> list[dict[str, float]]:
         """Of eager PyTorch in the engine's lower precision, by output, in scales: on photographs, on stress images."""
-        return [self._lowered_errors(self.photos, self.expected), self._lowered_errors(*self._all_stress)]
+        return [self._lowered_errors(*self.different), self._lowered_errors(*self._all_stress)]
 
     def widened(self, tolerance: Tolerance, name: str, *, stress: bool = False) -> Tolerance:
         """For an answer that is outside: in float32, as much as float32 itself errs in this network, if that is more.
@@ -279,7 +283,7 @@ class Comparison:
         last bits differ, which shows what hangs on a bit.
         """
         self.progress("PyTorch in float64")
-        return {False: self._own_errors(self.photos, self.expected), True: self._own_errors(*self._all_stress)}
+        return {False: self._own_errors(*self.different), True: self._own_errors(*self._all_stress)}
 
     def _own_errors(self, images: Images, expected: Outputs) -> dict[str, float]:
         noise = np.random.default_rng(0).uniform(-1, 1, (SHAKEN, *images.shape)).astype(np.float32)
@@ -317,7 +321,7 @@ class Comparison:
                 return None
         if self.is_full:
             return None
-        quantized = self.reference.quantized(self.photos)
+        quantized = self.reference.quantized(self.different[0])
         return None if quantized is None else (quantized, torch.float32)
 
     @cached_property
@@ -390,6 +394,11 @@ class Comparison:
     def graph(self) -> ir.Model | None:
         """The same, of a runtime that also runs parts of it."""
         return self.onnx_model if self.runner.takes_graphs else None
+
+
+def _unlike(images: Images) -> Images:
+    """Each once, in order."""
+    return images[sorted({image.tobytes(): index for index, image in reversed(list(enumerate(images)))}.values())]
 
 
 def joined(parts: Sequence[Outputs]) -> Outputs:
