@@ -116,7 +116,7 @@ def check_outputs(path: Path | str, name: str) -> None:
     expected = {key.partition(":")[2]: value for key, value in OUTPUTS.items() if key.startswith(f"{name}:")}
     with api.open_runner(str(path), threads=1) as runner:
         found = runner.outputs(images(96 if name == "dat_plus.onnx" else 64))
-        tolerance = TOLERANCES[runner.description.precision]
+        tolerance = TOLERANCES[runner.description.answer_precision]
     assert list(found) == list(expected)
     for output, value in expected.items():
         assert np.abs(found[output] - value).max() <= tolerance, output
