@@ -450,8 +450,8 @@ EARLY: dict[str, tuple[str, int, str]] = {
         "validate --engine {folder}/tiny.onnx --skip stres",
         1,
         (
-            "there is no check 'stres' to skip; checks are preprocessing, photographs, telling, decisions, stress, slots, "
-            "repeats, precision, weights, range, rounding, coordinates, drift, data."
+            "there is no check 'stres' to skip; checks are preprocessing, photographs, telling, decisions, stress, "
+            "slots, repeats, precision, weights, range, rounding, coordinates, drift, data."
         ),
     ),
     "validate gate": (
