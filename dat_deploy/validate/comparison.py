@@ -136,8 +136,8 @@ class Comparison:
                 more = self._all_stress[0]
             images = _unlike(np.concatenate([images, more]))
         answers = [self.reference.answers(image[None]) for image in images]
-        for answer in answers:
-            self._check_finite(answer, "a photograph")
+        for index, answer in enumerate(answers):
+            self._check_finite(answer, f"photograph {index + 1}")
         return images, joined(answers)
 
     @property

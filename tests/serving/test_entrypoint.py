@@ -568,7 +568,7 @@ def test_the_cpu_serves_what_was_validated(
         "event=package",
         "event=serve",
     ]
-    assert "agrees with pytorch:demo: 23 checks passed" in said
+    assert "agrees with pytorch:demo: 28 checks passed" in said
     pid, *words = (tmp_path / "tritonserver.words").read_text().split()
     assert int(pid) == process.pid  # tritonserver took this process over, and with it the signals of a container
     assert words == [f"--model-repository={tmp_path / 'models'}", *HARDENED, "--log-verbose=1"]
