@@ -218,7 +218,7 @@ def test_a_run_that_is_killed_at_any_second_leaves_a_record_of_every_finished_ro
 
 def test_a_row_that_meets_the_end_is_stopped_there_and_on_record(tmp_path, monkeypatch):
     monkeypatch.setattr(entry, "OPENER", "fake_gpu:open_gpu")
-    monkeypatch.setattr(entry, "REPORT_SECONDS", 54.0)
+    monkeypatch.setattr(entry, "REPORT_SECONDS", 50.0)
     hangs = fake_gpu.made_up(gpu_plan.first()[0], tmp_path / "begun.txt", 0.0, {"ceilings/ceilings": "hangs"})
     monkeypatch.setattr(entry, "first", lambda: [replace(hangs, least_limit_seconds=30.0)])
     assert entry.main(["--output", str(tmp_path), "--kit", "none", "--minutes", "1"]) == 0
